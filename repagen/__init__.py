@@ -1,0 +1,45 @@
+"""repagen: train and use image generators in representation latents.
+
+Every public name is importable from here. Importing repagen registers its models, schedulers and pipelines with
+diffusers, so that `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` find them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name => module that holds it. Published names may be added, never removed (tests/test_public_names.py).
+_PUBLIC_NAMES = {
+    "ClassToImagePipeline": "repagen.pipelines.class_to_image",
+    "ClassToImagePipelineOutput": "repagen.pipelines.class_to_image",
+    "DiTDHTransformer2DModel": "repagen.models.transformer_ditdh",
+    "FlowMatchEulerMaruyamaScheduler": "repagen.schedulers.euler_maruyama",
+    "FlowMatchEulerTruncatedScheduler": "repagen.schedulers.euler_truncated",
+    "FlowMatchHeunScheduler": "repagen.schedulers.heun",
+    "RepresentationAlignment": "repagen.alignment",
+    "RepresentationAutoencoder": "repagen.models.autoencoder_representation",
+    "SiTTransformer2DModel": "repagen.models.transformer_sit",
+    "TimeShift": "repagen.flow.time",
+    "UserError": "repagen.errors",
+    "VisionEncoder": "repagen.encoders",
+    "convert_checkpoint": "repagen.conversion",
+    "frechet_distance": "repagen.evaluation.frechet",
+    "sampler_preset": "repagen.schedulers.presets",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC_NAMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC_NAMES:
+        raise AttributeError(f"module 'repagen' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC_NAMES})

@@ -1,0 +1,47 @@
+"""The `repagen` command. Each subcommand lives beside its subject, as a module with `add_arguments` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+from repagen.errors import run_as_program
+
+# Command => (module with add_arguments(parser) and run(args) -> text to print or None, one line of help).
+COMMANDS = {
+    "quickstart": ("repagen.quickstart", "train, sample and evaluate on real handwritten digits, on a CPU"),
+    "sample": ("repagen.pipelines.sample_command", "draw images from a saved pipeline into a folder"),
+    "stats": ("repagen.training.statistics_command", "compute exact latent statistics of a dataset"),
+    "cache": ("repagen.training.cache_command", "write latents and alignment targets to safetensors shards"),
+    "evaluate": ("repagen.evaluation.command", "Frechet distance between samples and a reference"),
+    "recipes": ("repagen.training.recipes_command", "list the presets with paper, cost and expected result"),
+}
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="repagen", description=__doc__.split(". ")[0] + ".")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    for name, (module_name, help_line) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=help_line, description=help_line)
+        if name == command:  # the other commands' modules stay unloaded
+            importlib.import_module(module_name).add_arguments(subparser)
+    return parser.parse_args(arguments)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    args = _parse(arguments)
+    text = importlib.import_module(COMMANDS[args.command][0]).run(args)
+    if text:
+        print(text)
+
+
+def main() -> None:
+    """Entry point of the `repagen` console script."""
+    run_as_program(_run)
+
+
+if __name__ == "__main__":
+    main()
