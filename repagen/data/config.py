@@ -1,0 +1,75 @@
+"""What a data section of a training config, or the `data.*` words of a command, may say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from repagen.errors import UserError
+
+DatasetKind = Literal["folder", "datasets", "digits", "latents"]
+CropKind = Literal["center", "random"]
+DigitsSubset = Literal["all", "train", "validation"]
+
+
+@dataclass
+class DataConfig:
+    """Where the training samples come from and how an image becomes a square.
+
+    Attributes:
+        kind: `folder` (class folders, or a flat folder without classes), `datasets` (Hugging Face datasets, local or
+            from the Hub), `digits` (bundled), `latents` (shards written by `repagen cache`).
+        path: folder, file or Hub id; unused by `digits`.
+        split: split of a Hugging Face dataset.
+        revision: branch, tag or commit of a dataset on the Hub.
+        image_column: column of a Hugging Face dataset that holds the images; found by its type when not given.
+        label_column: column that holds the labels; found by its type when not given, none = unconditional.
+        image_size: side of the square images, in pixels.
+        crop: `center` (ADM's) or `random` (after a resize of the short side to `resize_px`).
+        resize_px: short side before a random crop, in pixels; 1.5 times `image_size` by default.
+        horizontal_flip: mirror half of the training samples.
+        max_bad_images: how many unreadable images a run may meet before it stops. A bad image is replaced by another
+            one that depends on its index alone, and is named once in the log.
+        subset: part of the digits.
+        verify_shards: check the sha256 of latent shards when they are opened (their sizes are always checked).
+    """
+
+    kind: DatasetKind = "folder"
+    path: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int = 256
+    crop: CropKind = "center"
+    resize_px: int | None = None
+    horizontal_flip: bool = False
+    max_bad_images: int = 0
+    subset: DigitsSubset = "all"
+    verify_shards: bool = True
+
+    def validate(self) -> None:
+        """Check what the types cannot say.
+
+        Raises:
+            UserError: a number is out of range, or a path is missing.
+        """
+        if self.image_size < 1:
+            raise UserError(f"data.image_size: {self.image_size} given; allowed: a positive number of pixels")
+        if self.max_bad_images < 0:
+            raise UserError(f"data.max_bad_images: {self.max_bad_images} given; allowed: 0 or more")
+        if self.resize_px is not None and self.crop != "random":
+            raise UserError(
+                f"data.resize_px: {self.resize_px} given, but only data.crop=random resizes; set it or drop it"
+            )
+        if self.crop == "random" and self.short_side_px < self.image_size:
+            raise UserError(
+                f"data.resize_px: {self.resize_px} given; allowed: at least data.image_size={self.image_size}"
+            )
+        if self.kind != "digits" and not self.path:
+            raise UserError(f"data.path: nothing given; data.kind={self.kind} needs a folder, file or Hub id there")
+
+    @property
+    def short_side_px(self) -> int:
+        """Short side before a random crop, in pixels; RAE's 384 for 256."""
+        return self.resize_px if self.resize_px is not None else self.image_size * 3 // 2

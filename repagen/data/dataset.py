@@ -1,0 +1,170 @@
+"""What every dataset of images offers, and what happens when one of its images is bad."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from typing import Any, TypedDict
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from repagen.data.config import DataConfig
+from repagen.data.images import BadImageError, center_crop, random_crop, to_tensor
+from repagen.errors import UserError
+from repagen.randomness import derived_seed
+
+logger = logging.getLogger(__name__)
+
+
+class ImageSample(TypedDict):
+    """One training sample: image (3, S, S) float32 in [0, 1], its label, and the index it was read from."""
+
+    image: torch.Tensor
+    label: int
+    index: int
+
+
+class SampleDataset(Dataset[Any], ABC):
+    """A finite, indexed set of training samples with their class names.
+
+    Attributes:
+        class_names: name of each label, in order; empty when the samples have no classes (every label is then 0).
+    """
+
+    class_names: list[str]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 = unconditional."""
+        return len(self.class_names)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def load(self, index: int, generator: torch.Generator | None = None) -> Any:
+        """Return sample `index`; its augmentations are drawn from the generator, none are applied without one."""
+
+    @abstractmethod
+    def describe(self, index: int) -> str:
+        """Return where sample `index` comes from, for messages: a file name, a row."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash of the samples' identities, labels and preprocessing."""
+
+    def __getitem__(self, index: int) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.load(index % len(self))
+
+
+class ImageDataset(SampleDataset):
+    """Images that are decoded, cropped and flipped as a `DataConfig` says.
+
+    A bad image counts once, however often it is met and whichever loader worker of this process meets it. As long as
+    no more than `max_bad_images` are bad, `load` returns another sample in its place, chosen by the index alone, so
+    that neither workers nor restarts change the training samples.
+    """
+
+    def __init__(self, config: DataConfig, labels: torch.Tensor, class_names: list[str], excluded: int = 0) -> None:
+        """Keep what is common to all image datasets.
+
+        Args:
+            config: preprocessing and the number of bad images allowed.
+            labels: label of every sample (N,) int64.
+            class_names: name of each label.
+            excluded: files already left out when the dataset was listed; they count as bad images.
+        """
+        self.config = config
+        self.labels = labels
+        self.class_names = class_names
+        self._excluded = excluded
+        self._bad = torch.zeros(len(labels), dtype=torch.bool)
+        if config.max_bad_images > 0:
+            self._bad.share_memory_()  # one count for all loader workers
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def _decode(self, index: int) -> Image.Image:
+        """Return image `index` as 8-bit RGB; raises `BadImageError`."""
+
+    @property
+    def bad_indices(self) -> list[int]:
+        """Indices of the bad images this process has met so far."""
+        return self._bad.nonzero().flatten().tolist()
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> ImageSample:
+        """Return sample `index`, or its replacement when the image is bad.
+
+        Args:
+            index: in [0, len).
+            generator: source of the random crop and the flip; without it the crop is central and nothing is flipped.
+
+        Raises:
+            UserError: the image is bad and `max_bad_images` does not allow another one.
+        """
+        for attempt in range(len(self)):
+            replacement = derived_seed(index, "replacement", attempt) % len(self) if attempt else index
+            sample = self.try_load(replacement, generator)
+            if sample is not None:
+                return sample
+        raise UserError(f"data: no readable image found in place of {self.describe(index)}")
+
+    def try_load(self, index: int, generator: torch.Generator | None = None) -> ImageSample | None:
+        """Return sample `index`, or None when its image is bad and one more bad image is allowed.
+
+        Raises:
+            UserError: the image is bad and `max_bad_images` does not allow another one.
+        """
+        try:
+            image = self._square(self._decode(index), generator)
+        except BadImageError as error:
+            self._count_bad(index, str(error))
+            return None
+        return {"image": image, "label": int(self.labels[index]), "index": index}
+
+    def _square(self, image: Image.Image, generator: torch.Generator | None) -> torch.Tensor:
+        size = self.config.image_size
+        if self.config.crop == "center":
+            square = center_crop(image, size)
+        else:
+            square = random_crop(image, size, self.config.short_side_px, generator)
+        pixels = to_tensor(square)
+        if self.config.horizontal_flip and generator is not None and torch.rand((), generator=generator) < 0.5:
+            pixels = pixels.flip(-1)
+        return pixels
+
+    def _count_bad(self, index: int, reason: str) -> None:
+        if self._bad[index]:
+            return
+        self._bad[index] = True
+        count, allowed = self._excluded + int(self._bad.sum()), self.config.max_bad_images
+        if count > allowed:
+            raise UserError(
+                f"data: bad image {self.describe(index)}: {reason}; bad images so far {count}, data.max_bad_images="
+                f"{allowed}; repair or remove it, or raise data.max_bad_images"
+            )
+        logger.warning("bad image %d of at most %d: %s: %s", count, allowed, self.describe(index), reason)
+
+    def _preprocessing(self) -> str:
+        config = self.config
+        short_side = config.short_side_px if config.crop == "random" else config.image_size
+        return f"{config.image_size}/{config.crop}/{short_side}"
+
+    def fingerprint(self) -> str:
+        """Return a hash of the samples' names, labels and preprocessing (random flips excluded)."""
+        digest = hashlib.sha256(self._preprocessing().encode())
+        digest.update("\0".join(self.class_names).encode())
+        digest.update(self.labels.numpy().tobytes())
+        self._hash_sources(digest)
+        return digest.hexdigest()
+
+    @abstractmethod
+    def _hash_sources(self, digest: hashlib._Hash) -> None:
+        """Add what identifies the images to the hash."""

@@ -1,0 +1,127 @@
+"""Images in a plain folder: class folders, or a flat folder without classes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from repagen.data.config import DataConfig
+from repagen.data.dataset import ImageDataset
+from repagen.data.images import EXTENSIONS, UNREAD_EXTENSIONS, decode_image
+from repagen.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
+
+
+class FolderDataset(ImageDataset):
+    """The images below a folder.
+
+    Folders in it are classes, named by the folder and numbered in sorted order; a class may hold further folders. A
+    folder with images and no folders in it has no classes. Hidden files and files of other kinds are passed over;
+    image files of a format that is not read count as bad images.
+
+    Raises:
+        UserError: the folder is missing, holds no images, mixes images and folders, or holds splits instead of
+            classes; a class folder is without images; more image files are of unread formats than
+            `max_bad_images` allows.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        root = Path(config.path or "").expanduser()
+        if not root.is_dir():
+            what = "is a file" if root.is_file() else "does not exist"
+            raise UserError(f"data.path: {root} {what}; allowed: a folder of class folders, or of images")
+        class_names = _find_classes(root)
+        folders = [root / name for name in class_names] or [root]
+        files, unread, labels = [], [], []
+        for label, folder in enumerate(folders):
+            readable, others = _list_images(folder)
+            files += readable
+            unread += others
+            labels += [label] * len(readable)
+        _report_empty(root, class_names, labels)
+        _report_unread(unread, config.max_bad_images)
+        super().__init__(config, torch.tensor(labels, dtype=torch.int64), class_names, excluded=len(unread))
+        self._root = root
+        self._files = [os.path.relpath(file, root) for file in files]
+
+    def describe(self, index: int) -> str:
+        """Return the path of image `index`."""
+        return str(self._root / self._files[index])
+
+    def _decode(self, index: int) -> Image.Image:
+        return decode_image(self._root / self._files[index])
+
+    def _hash_sources(self, digest: hashlib._Hash) -> None:
+        for name in self._files:
+            path = self._root / name
+            size = path.stat().st_size if path.exists() else -1
+            digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
+
+
+def _find_classes(root: Path) -> list[str]:
+    """Return the sorted class folders of a folder, none when it is flat."""
+    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+    folders = sorted(entry.name for entry in entries if entry.is_dir())
+    images = sorted(entry.name for entry in entries if not entry.is_dir() and _suffix(entry.name) in EXTENSIONS)
+    if folders and images:
+        raise UserError(
+            f"data.path: {root} holds images ({images[0]} ...) beside folders ({folders[0]} ...); allowed: class "
+            "folders only, or images only"
+        )
+    if folders and all(name.lower() in _SPLIT_NAMES for name in folders):
+        raise UserError(
+            f"data.path: {root} holds the splits {', '.join(folders)}, not classes; try data.path={root / folders[0]}"
+        )
+    return folders
+
+
+def _list_images(folder: Path) -> tuple[list[str], list[str]]:
+    """List the images below a folder, in sorted order: those that can be read, and those of unread formats."""
+    readable: list[str] = []
+    unread: list[str] = []
+    visited: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:  # a link back to a folder that was listed already
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = [os.path.join(parent, name) for name in sorted(names) if not name.startswith(".")]
+        readable += [path for path in paths if _suffix(path) in EXTENSIONS]
+        unread += [path for path in paths if _suffix(path) in UNREAD_EXTENSIONS]
+    return readable, unread
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _report_empty(root: Path, class_names: list[str], labels: list[int]) -> None:
+    allowed = ", ".join(sorted(EXTENSIONS))
+    if not labels:
+        raise UserError(f"data.path: {root} holds no images; allowed: {allowed} files, or folders of them")
+    empty = [name for label, name in enumerate(class_names) if label not in set(labels)]
+    if empty:
+        raise UserError(
+            f"data.path: {root} has class folders without images: {', '.join(empty[:10])}; allowed: {allowed} files "
+            "in each; fill or remove them"
+        )
+
+
+def _report_unread(unread: list[str], allowed: int) -> None:
+    if len(unread) > allowed:
+        raise UserError(
+            f"data.path: {len(unread)} image files are of formats that are not read, first {unread[0]}; allowed: "
+            f"{', '.join(sorted(EXTENSIONS))}; convert or remove them, or raise data.max_bad_images ({allowed})"
+        )
+    for path in unread:
+        logger.warning("left out, format not read: %s", path)
