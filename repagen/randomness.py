@@ -18,9 +18,7 @@ def derived_seed(seed: int, purpose: str, *indices: int) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def generator_for(
-    seed: int, purpose: str, *indices: int, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def generator_for(seed: int, purpose: str, *indices: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh generator for one purpose and one set of indices, for example one training sample of one step."""
     return torch.Generator(device).manual_seed(derived_seed(seed, purpose, *indices))
 

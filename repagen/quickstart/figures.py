@@ -1,0 +1,50 @@
+"""The pictures a quickstart leaves behind: a grid of samples and the curves of both trainings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+
+def save_sample_grid(images: Sequence[Image.Image], path: Path, *, columns: int, enlarge: int = 2) -> None:
+    """Write equally sized images as one PNG, row by row.
+
+    Args:
+        images: a multiple of `columns` pictures.
+        path: the PNG to write.
+        columns: pictures a row.
+        enlarge: integer factor by which each pixel is repeated.
+    """
+    from diffusers.utils import make_image_grid
+
+    enlarged = [
+        image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST) for image in images
+    ]
+    make_image_grid(enlarged, rows=len(enlarged) // columns, cols=columns).save(path)
+
+
+def save_loss_plot(curves: dict[str, tuple[Path, Sequence[str]]], path: Path) -> None:
+    """Plot columns of training logs over optimiser steps, one panel a run.
+
+    Args:
+        curves: title => (metrics.jsonl of the run, columns to draw).
+        path: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.5), layout="constrained", squeeze=False)
+    for axis, (title, (log, columns)) in zip(axes[0], curves.items(), strict=True):
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        for column in columns:
+            axis.plot([row["step"] for row in rows], [row[column] for row in rows], label=column, linewidth=0.8)
+        axis.set(title=title, xlabel="optimiser step")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
