@@ -1,0 +1,240 @@
+"""Two adapters, transformers and timm, that give the block outputs of a vision transformer before its final norm."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repagen.encoders.families import EncoderFamily
+from repagen.errors import UserError
+
+# The name under which a saved autoencoder keeps its encoder's weights (`model.frozen.safetensors`). diffusers downloads
+# `model.safetensors` of every sub-folder together with a pipeline; sampling must not download an encoder.
+FROZEN_VARIANT = "frozen"
+
+
+class Backbone(nn.Module):
+    """A vision transformer as a source of token states.
+
+    Attributes:
+        model: the wrapped transformers or timm module.
+        hidden_size, patch_size, num_layers, prefix_tokens: its widths and counts; prefix tokens are all tokens in front
+            of the patches (class and registers).
+        cls_tokens: 1 where the first token is a class token, else 0.
+        native_side: input side of the model's own config, in pixels.
+        final_norm: the last norm; None where the model has none.
+        normalises_patches: whether the model itself applies that norm to its patch tokens.
+        architecture: the JSON-able description it was built from.
+    """
+
+    model: nn.Module
+    hidden_size: int
+    patch_size: int
+    num_layers: int
+    prefix_tokens: int
+    cls_tokens: int
+    native_side: int
+    final_norm: nn.Module | None
+    normalises_patches: bool
+    architecture: dict[str, Any]
+
+    def states(self, pixels: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
+        """Return the outputs (B, prefix + N, D), before the final norm, of the blocks `layers` (0-based, ascending)."""
+        raise NotImplementedError
+
+    def save(self, folder: Path, variant: str | None) -> None:
+        """Write config and weights to a folder in the library's own layout."""
+        raise NotImplementedError
+
+
+class TransformersBackbone(Backbone):
+    """A vision model of transformers."""
+
+    def __init__(self, family: EncoderFamily, model: Any) -> None:
+        super().__init__()
+        config = model.config
+        self.model = model
+        self.hidden_size = config.hidden_size
+        self.patch_size = _side(config.patch_size)
+        self.num_layers = config.num_hidden_layers
+        self.cls_tokens = family.cls_tokens
+        self.prefix_tokens = family.cls_tokens + (getattr(config, family.register_key) if family.register_key else 0)
+        self.native_side = _side(config.image_size)
+        self.normalises_patches = family.normalises_patches
+        self.final_norm = getattr(model, family.final_norm)
+        keys = architecture_keys(type(config))
+        self.architecture = {key: value for key, value in config.to_dict().items() if key in keys}
+        self._arguments = family.arguments
+        self._ordered_patches = family.name == "vit_mae"
+
+    def _blocks(self) -> nn.ModuleList:
+        # The path of the block list changes between transformers releases; its length identifies it.
+        found = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_layers]
+        assert len(found) == 1, f"{type(self.model).__name__} has {len(found)} lists of {self.num_layers} modules"
+        return found[0]
+
+    def states(self, pixels: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
+        """See `Backbone.states`. Only the selected block outputs are kept."""
+        captured: dict[int, torch.Tensor] = {}
+        blocks = self._blocks()
+
+        def keeper(index: int) -> Any:
+            def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                captured[index] = output[0] if isinstance(output, tuple) else output
+
+            return keep
+
+        handles = [blocks[index].register_forward_hook(keeper(index)) for index in layers]
+        try:
+            self.model(pixels, **self._arguments, **self._patch_order(pixels))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [captured[index] for index in layers]
+
+    def _patch_order(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        # ViTMAE sorts its patches by this noise, and shuffles them at random when there is none.
+        if not self._ordered_patches:
+            return {}
+        count = (pixels.shape[-2] // self.patch_size) * (pixels.shape[-1] // self.patch_size)
+        order = torch.arange(count, device=pixels.device, dtype=torch.float32)
+        return {"noise": order.expand(pixels.shape[0], count)}
+
+    def save(self, folder: Path, variant: str | None) -> None:
+        """See `Backbone.save`."""
+        self.model.save_pretrained(folder, variant=variant)
+
+
+class TimmBackbone(Backbone):
+    """A vision transformer of timm, read through `forward_intermediates`."""
+
+    def __init__(self, model: Any, architecture: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.hidden_size = model.num_features
+        self.patch_size = model.patch_embed.patch_size[0]
+        self.num_layers = len(model.blocks)
+        self.prefix_tokens = model.num_prefix_tokens
+        self.cls_tokens = int(getattr(model, "cls_token", None) is not None)
+        self.native_side = model.patch_embed.img_size[0]
+        self.normalises_patches = not isinstance(model.norm, nn.Identity)
+        norm = model.norm if self.normalises_patches else getattr(model, "fc_norm", None)
+        self.final_norm = None if isinstance(norm, nn.Identity) else norm
+        self.architecture = dict(architecture)
+
+    def states(self, pixels: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
+        """See `Backbone.states`."""
+        prefixed = self.prefix_tokens > 0
+        found = self.model.forward_intermediates(
+            pixels, indices=list(layers), norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True,
+            return_prefix_tokens=prefixed,
+        )  # fmt: skip
+        return [torch.cat([prefix, patches], dim=1) for patches, prefix in found] if prefixed else list(found)
+
+    def save(self, folder: Path, variant: str | None) -> None:
+        """See `Backbone.save`."""
+        import json
+
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.architecture, indent=2, sort_keys=True) + "\n")
+        name = f"model.{variant}.safetensors" if variant else "model.safetensors"
+        state = {key: value.contiguous() for key, value in self.model.state_dict().items()}
+        save_file(state, folder / name, metadata={"format": "pt"})
+
+
+def architecture_keys(config_class: type) -> set[str]:
+    """Return the keys of a transformers config that describe the network: its own fields, nothing inherited or private.
+
+    This is the allow-list for keys read from files: `auto_map`, `trust_remote_code`, `_attn_implementation_internal`
+    and every other key that could name code to run is not among them.
+    """
+    from transformers import PreTrainedConfig
+
+    inherited = {item.name for item in dataclasses.fields(PreTrainedConfig)}  # type: ignore[arg-type]
+    own = {item.name for item in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return {name for name in own - inherited if not name.startswith("_")}
+
+
+def transformers_config(family: EncoderFamily, description: Mapping[str, Any], where: str) -> Any:
+    """Build a transformers config from the allow-listed keys of a description.
+
+    Raises:
+        UserError: where a value has the wrong type or is impossible, naming the key as transformers does.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    config_class = getattr(transformers, family.config_class)
+    keys = architecture_keys(config_class)
+    values = {key: value for key, value in description.items() if key in keys}
+    if family.name == "vit_mae":
+        values["mask_ratio"] = 0.0
+    try:
+        return config_class(**values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not a valid {family.config_class}: {' '.join(str(error).split())}") from error
+
+
+def build_transformers(family: EncoderFamily, description: Mapping[str, Any], where: str) -> TransformersBackbone:
+    """Build a model with random weights."""
+    import transformers
+
+    config = transformers_config(family, description, where)
+    return TransformersBackbone(family, getattr(transformers, family.model_class)(config))
+
+
+def build_timm(description: Mapping[str, Any], image_size: int | None, where: str) -> TimmBackbone:
+    """Build a timm vision transformer with random weights at an input side in pixels (None: its own).
+
+    Raises:
+        UserError: for an unknown architecture, or one that is no vision transformer with readable blocks.
+    """
+    import timm
+
+    architecture = description.get("architecture")
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise UserError(f"{where}:architecture: {architecture!r} is no architecture of timm {timm.__version__}")
+    try:
+        model = timm.create_model(architecture, pretrained=False, num_classes=0, **description.get("model_args", {}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}:model_args: timm cannot build {architecture}: {error}") from error
+    needed = ("forward_intermediates", "num_prefix_tokens", "blocks", "patch_embed", "norm", "set_input_size")
+    if missing := [name for name in needed if not hasattr(model, name)]:
+        raise UserError(
+            f"{where}:architecture: timm's {architecture} is no plain vision transformer (it lacks {missing[0]}); "
+            "use a ViT or EVA architecture"
+        )
+    model.eval()
+    backbone = TimmBackbone(model, description)
+    if image_size is not None and image_size != backbone.native_side:
+        resize_timm(backbone, image_size)
+    return backbone
+
+
+def resize_timm(backbone: TimmBackbone, image_size: int) -> None:
+    """Set the input side of a timm model in pixels; its position table is resampled as timm does on loading.
+
+    The description follows, because the saved position table has the new size.
+    """
+    model: Any = backbone.model
+    model.set_input_size(img_size=(image_size, image_size))
+    arguments = {**backbone.architecture.get("model_args", {}), "img_size": image_size}
+    backbone.architecture = {**backbone.architecture, "model_args": arguments}
+    backbone.native_side = image_size
+
+
+def _side(value: Any) -> int:
+    """Return the side of a square size given as a number or a pair."""
+    if isinstance(value, int):
+        return value
+    sides = set(value)
+    if len(sides) != 1:
+        raise UserError(f"encoder config: sizes must be square, got {tuple(value)}")
+    return int(sides.pop())

@@ -1,0 +1,187 @@
+"""Where an encoder's files come from: a local folder or the Hub, each failure one line naming its cause."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repagen.encoders.backbones import FROZEN_VARIANT
+from repagen.encoders.families import FAMILIES, EncoderFamily, family_of
+from repagen.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_CONFIG_FILES = ["config.json", "preprocessor_config.json"]
+# Safetensors first; a repository that has none is fetched once more for the older format.
+_WEIGHT_FILES = (["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"], ["pytorch_model.bin"])
+_noted: set[str] = set()
+
+
+@dataclass(frozen=True)
+class EncoderFiles:
+    """An encoder's files on this machine, config read, weights not yet.
+
+    Attributes:
+        name: what the user asked for.
+        folder: the local folder, or the snapshot of the Hub repository at `revision`.
+        repo_id: the Hub repository; None for a local folder.
+        revision: the commit of that repository.
+        family: its row of the table.
+        config: the content of its `config.json`.
+        local_files_only: never touch the network.
+    """
+
+    name: str
+    folder: Path
+    repo_id: str | None
+    revision: str | None
+    family: EncoderFamily
+    config: dict[str, Any]
+    local_files_only: bool
+
+    def pixel_statistics(self) -> tuple[list[float], list[float]]:
+        """Return mean and std of the pixels in [0, 1], from the encoder's own image processor."""
+        if self.family.name == "timm":
+            described = self.config.get("pretrained_cfg", {})
+            mean, std = described.get("mean"), described.get("std")
+        else:
+            path = self.folder / "preprocessor_config.json"
+            described = read_json(path) if path.is_file() else {}
+            mean, std = described.get("image_mean"), described.get("image_std")
+        return list(mean or self.family.image_mean), list(std or self.family.image_std)
+
+    def weights(self) -> Path:
+        """Return the file with the weights (or its index), downloading it now if it is not here.
+
+        Raises:
+            UserError: where there is none, naming the folder.
+        """
+        if self.repo_id is not None:
+            note_licence(self.family, self.repo_id)
+        for patterns in _WEIGHT_FILES:
+            if self.repo_id is not None and not any(self.folder.glob(pattern) for pattern in patterns[:1]):
+                fetch(self.repo_id, self.revision, patterns, self.local_files_only)
+            for name in ("model.safetensors.index.json", "model.safetensors", f"model.{FROZEN_VARIANT}.safetensors",
+                         "pytorch_model.bin"):  # fmt: skip
+                if (self.folder / name).is_file():
+                    return self.folder / name
+        raise UserError(f"{self.folder}: no model.safetensors (nor pytorch_model.bin) of encoder {self.name!r}")
+
+
+def find_encoder(source: str | os.PathLike[str], revision: str | None, local_files_only: bool) -> EncoderFiles:
+    """Find an encoder and read its config; no weights are downloaded yet.
+
+    Args:
+        source: a local folder, a Hub id, or `timm:NAME` for a timm model on the Hub.
+        revision: branch, tag or commit of the Hub repository.
+        local_files_only: use the local cache only.
+
+    Raises:
+        UserError: for a folder that is not there, a repository that is closed, unknown or out of reach, or a model type
+            that is not supported.
+    """
+    name = os.fspath(source)
+    folder = Path(name).expanduser()
+    repo_id: str | None = None
+    if folder.is_dir():
+        revision = None
+    else:
+        repo_id = _repo_id(name)
+        folder = fetch(repo_id, revision, _CONFIG_FILES, local_files_only)
+        revision = folder.name
+    config = read_json(folder / "config.json")
+    timm_layout = "architecture" in config and "model_type" not in config
+    family = FAMILIES["timm"] if timm_layout else family_of(config.get("model_type"), f"{name}:config.json")
+    return EncoderFiles(name, folder, repo_id, revision, family, config, local_files_only)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing or broken file is a `UserError` naming it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; an encoder folder holds config.json and model.safetensors") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def note_licence(family: EncoderFamily, repo_id: str) -> None:
+    """Log an encoder's licence once per process, before its weights are used or downloaded."""
+    if repo_id in _noted:
+        return
+    _noted.add(repo_id)
+    gate = f"; access is gated, ask at https://huggingface.co/{repo_id}" if family.gated else ""
+    logger.warning("encoder %s: licence %s%s", repo_id, family.licence, gate)
+
+
+def fetch(repo_id: str, revision: str | None, patterns: list[str], local_files_only: bool) -> Path:
+    """Download matching files of a Hub repository, or find them in the local cache; return the snapshot folder.
+
+    Raises:
+        UserError: naming the repository and what to do about it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f"encoder {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+    log_in = "log in with `hf auth login` (or set HF_TOKEN), or pass a local folder that holds the files"
+    try:
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=patterns, local_files_only=local_files_only
+            )
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"{at}: access is gated; accept its licence at https://huggingface.co/{repo_id} and {log_in}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{at}: no such folder here and no such model on the Hub; check the name, or {log_in}") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{at}: the Hub repository has no such revision") from error
+    except HFValidationError as error:
+        raise UserError(f"{at}: neither a folder on this machine nor a Hub id such as 'org/name'") from error
+    except (LocalEntryNotFoundError, ConnectionError) as error:
+        raise UserError(
+            f"{at}: not in the local cache and the Hub is out of reach; fetch it once with `hf download {repo_id}` on a "
+            "machine that is online, or pass a local folder"
+        ) from error
+    except HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", "no status")
+        advice = log_in if status in (401, 403) else "try again later, or pass a local folder that holds the files"
+        raise UserError(f"{at}: the Hub answered {status} (https://huggingface.co/{repo_id}); {advice}") from error
+
+
+def _repo_id(name: str) -> str:
+    """Return the Hub id that a name means.
+
+    Raises:
+        UserError: where the name looks like a path, or is no timm model with weights on the Hub.
+    """
+    if name.startswith("timm:"):
+        import timm
+
+        model = name.removeprefix("timm:")
+        described = timm.models.get_pretrained_cfg(model, allow_unregistered=False) if timm.is_model(model) else None
+        if described is None or not described.hf_hub_id:
+            raise UserError(f"encoder {name!r}: timm {timm.__version__} has no such model with weights on the Hub")
+        hub_id = described.hf_hub_id
+        return f"{hub_id}{described.architecture}.{described.tag}" if hub_id.endswith("/") else hub_id
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        raise UserError(f"encoder {name!r}: no such folder (a Hub id has the form 'org/name', a timm model 'timm:NAME')")
+    return name

@@ -1,0 +1,344 @@
+"""The one contract of a frozen vision encoder: images in [0, 1] in, patch tokens on a square grid out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from repagen.encoders.backbones import Backbone, TimmBackbone, build_timm, build_transformers, resize_timm
+from repagen.encoders.families import FAMILIES, EncoderFamily
+from repagen.encoders.files import find_encoder
+from repagen.encoders.weights import load_weights
+from repagen.errors import UserError
+
+Layers = Literal["last"] | int | Sequence[int]
+Combination = Literal["last", "mean", "sum", "mean_plus_spatial_mean"]
+
+
+@dataclass(frozen=True)
+class VisionEncoderOutput:
+    """What an encoder sees.
+
+    Attributes:
+        tokens: (B, N, D) patch tokens, row-major over `grid`, in the encoder's dtype.
+        grid: rows and columns (h, w), h * w = N.
+        cls: (B, D) class token of the last selected layer, or None where the family has none.
+    """
+
+    tokens: torch.Tensor
+    grid: tuple[int, int]
+    cls: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """All that defines an encoder but its weights; JSON-able by `dataclasses.asdict`.
+
+    Attributes:
+        family: a name of `repagen.encoders.FAMILIES`.
+        config: the network's own description: keys of the transformers config, or of a timm `config.json`.
+        image_size: side in pixels of the image the network sees.
+        layers: "last", a block index, or a list of block indices (0-based, negative from the end).
+        combination: how several layers become one: the last, their mean, their sum, or their mean plus the mean over
+            all patches of the last one (RAEv2, arXiv 2605.18324).
+        norm_affine: keep weight and bias of the final norm (REPA's targets) or only its normalisation (RAE's latents).
+        image_mean, image_std: pixel normalisation, per channel; None takes the family's.
+        name_or_path: Hub id or folder the weights come from; None for random weights.
+        revision: commit of the Hub repository.
+    """
+
+    family: str
+    config: dict[str, Any]
+    image_size: int | None = None
+    layers: Layers = "last"
+    combination: Combination = "last"
+    norm_affine: bool = True
+    image_mean: Sequence[float] | None = None
+    image_std: Sequence[float] | None = None
+    name_or_path: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str = "encoder") -> EncoderSpec:
+        """Read a spec from a config; unknown and missing keys are refused by name."""
+        known = {item.name for item in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+        for key in ("family", "config"):
+            if key not in values:
+                raise UserError(f"{where}: the key {key!r} is missing")
+        return cls(**values)
+
+
+class VisionEncoder(nn.Module):
+    """A frozen vision encoder.
+
+    Its parameters never require gradients, its forward builds no graph and `train()` leaves it in eval mode.
+
+    Attributes:
+        family: name of its row in `repagen.encoders.FAMILIES`.
+        hidden_size: width D of a token.
+        patch_size: patch side in pixels of the resized image.
+        image_size: side in pixels to which images are resized.
+        grid_size: tokens per row and column.
+        image_mean, image_std: pixel normalisation.
+        name_or_path, revision: where the weights come from; the revision is a commit.
+    """
+
+    def __init__(self, backbone: Backbone, spec: EncoderSpec) -> None:
+        super().__init__()
+        family = _family(spec)
+        side = spec.image_size if spec.image_size is not None else default_image_size(family, backbone)
+        check_image_size(side, backbone.patch_size, f"encoder {spec.name_or_path or spec.family}: image_size")
+        if spec.combination not in get_args(Combination):
+            allowed = ", ".join(get_args(Combination))
+            raise UserError(f"encoder.combination: {spec.combination!r} is none of {allowed}")
+        self.backbone = backbone
+        self.family = family.name
+        self.hidden_size = backbone.hidden_size
+        self.patch_size = backbone.patch_size
+        self.image_size = side
+        self.grid_size = side // backbone.patch_size
+        self.image_mean = [float(value) for value in spec.image_mean or family.image_mean]
+        self.image_std = [float(value) for value in spec.image_std or family.image_std]
+        self.layers = spec.layers
+        self.combination = spec.combination
+        self.norm_affine = spec.norm_affine
+        self.name_or_path = spec.name_or_path
+        self.revision = spec.revision
+        self._indices = layer_indices(spec.layers, backbone.num_layers)
+        self._fingerprint: str | None = None
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        image_size: int | None = None,
+        layers: Layers = "last",
+        combination: Combination = "last",
+        norm_affine: bool = True,
+        dtype: torch.dtype | None = None,
+        local_files_only: bool = False,
+    ) -> VisionEncoder:
+        """Load an encoder from a folder or the Hub.
+
+        Args:
+            name_or_path: a local folder (Hugging Face or timm layout), a Hub id, or `timm:NAME`.
+            revision: branch, tag or commit on the Hub; resolved to a commit before anything is loaded.
+            image_size: input side in pixels; by default the family's (see `EncoderFamily.default_side`).
+            layers, combination, norm_affine: see `EncoderSpec`.
+            dtype: parameter dtype; float32 by default.
+            local_files_only: never touch the network.
+
+        Raises:
+            UserError: one line for a wrong path, a closed or unreachable repository, an unsupported model type, weights
+                that are missing, misshapen or not finite, and sizes or layers that do not fit.
+        """
+        files = find_encoder(name_or_path, revision, local_files_only)
+        mean, std = files.pixel_statistics()
+        nested = files.config.get("vision_config")
+        spec = EncoderSpec(
+            family=files.family.name,
+            config=nested if isinstance(nested, dict) else files.config,
+            image_size=image_size,
+            layers=layers,
+            combination=combination,
+            norm_affine=norm_affine,
+            image_mean=mean,
+            image_std=std,
+            name_or_path=files.repo_id or files.name,
+            revision=files.revision,
+        )
+        backbone = load_weights(files.family, spec.config, files.weights(), files.name)
+        if isinstance(backbone, TimmBackbone) and image_size not in (None, backbone.native_side):
+            check_image_size(image_size, backbone.patch_size, f"encoder {files.name}: image_size")
+            resize_timm(backbone, image_size)
+        return cls(backbone, spec).to(dtype or torch.float32)
+
+    @classmethod
+    def from_config(cls, spec: EncoderSpec | Mapping[str, Any]) -> VisionEncoder:
+        """Build an encoder with random weights; never downloads.
+
+        Args:
+            spec: an `EncoderSpec` or a mapping with its fields.
+        """
+        if not isinstance(spec, EncoderSpec):
+            spec = EncoderSpec.from_mapping(spec)
+        return cls(build_backbone(spec), spec)
+
+    def spec(self) -> EncoderSpec:
+        """Return the description this encoder can be rebuilt from."""
+        return EncoderSpec(
+            family=self.family,
+            config=self.backbone.architecture,
+            image_size=self.image_size,
+            layers=self.layers if isinstance(self.layers, str | int) else list(self.layers),
+            combination=self.combination,
+            norm_affine=self.norm_affine,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+            name_or_path=self.name_or_path,
+            revision=self.revision,
+        )
+
+    def reading(self, **changes: Any) -> VisionEncoder:
+        """Return an encoder over the same weights that is read in another way.
+
+        Args:
+            changes: `layers`, `combination` or `norm_affine`. This encoder is left as it is.
+        """
+        return VisionEncoder(self.backbone, dataclasses.replace(self.spec(), **changes))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    def train(self, mode: bool = True) -> VisionEncoder:
+        """Stay in eval mode, whatever `mode` says."""
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> VisionEncoderOutput:
+        """Encode images.
+
+        Args:
+            images: (B, 3, H, H) float in [0, 1]; resized to `image_size` (bicubic, no antialiasing, as RAE does).
+
+        Returns:
+            tokens (B, N, D) in the encoder's dtype, the grid, and the class token.
+
+        Raises:
+            UserError: for anything but a batch of square three-channel float images.
+        """
+        states = self.backbone.states(self._pixels(images), self._indices)
+        prefix = self.backbone.prefix_tokens
+        patches = self._combine([self._normalise(state[:, prefix:]) for state in states])
+        cls = self._normalise(states[-1][:, 0], patches=False) if self.backbone.cls_tokens else None
+        return VisionEncoderOutput(patches, (self.grid_size, self.grid_size), cls)
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over the weights, the same for float32 and bfloat16 copies and for any naming of the tensors.
+
+        Two encoders with equal fingerprints, image sizes and readings give the same tokens.
+        """
+        if self._fingerprint is None:
+            digests = []
+            for value in self.backbone.state_dict().values():
+                rounded = value.detach().cpu().to(torch.bfloat16).contiguous()
+                content = rounded.flatten().view(torch.uint8).numpy().tobytes()
+                digests.append(hashlib.sha256(f"{tuple(value.shape)}".encode() + content).digest())
+            self._fingerprint = hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+        return self._fingerprint
+
+    def save_pretrained(self, folder: str | os.PathLike[str], variant: str | None = None) -> None:
+        """Write config, weights and pixel normalisation in the layout of transformers (or timm).
+
+        Args:
+            folder: created if it does not exist; `from_pretrained` reads it back.
+            variant: inserted in the name of the weights file.
+        """
+        import json
+
+        path = Path(folder)
+        self.backbone.save(path, variant)
+        if not isinstance(self.backbone, TimmBackbone):
+            content = {"image_mean": self.image_mean, "image_std": self.image_std}
+            (path / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        check_images(images)
+        pixels = images.float()
+        if images.shape[-1] != self.image_size:
+            side = (self.image_size, self.image_size)
+            pixels = F.interpolate(pixels, size=side, mode="bicubic", align_corners=False)
+        mean = pixels.new_tensor(self.image_mean).view(1, 3, 1, 1)
+        std = pixels.new_tensor(self.image_std).view(1, 3, 1, 1)
+        return ((pixels - mean) / std).to(self.dtype)
+
+    def _normalise(self, state: torch.Tensor, patches: bool = True) -> torch.Tensor:
+        norm = self.backbone.final_norm
+        if self.norm_affine:
+            skipped = norm is None or (patches and not self.backbone.normalises_patches)
+            return state if skipped else norm(state)  # type: ignore[misc]
+        eps = norm.eps if isinstance(norm, nn.LayerNorm) else 1e-6
+        return F.layer_norm(state, (self.hidden_size,), eps=eps)
+
+    def _combine(self, layers: list[torch.Tensor]) -> torch.Tensor:
+        if self.combination == "last":
+            return layers[-1]
+        total = torch.stack(layers).sum(0)
+        if self.combination == "sum":
+            return total
+        mean = total / len(layers)
+        return mean if self.combination == "mean" else mean + layers[-1].mean(dim=1, keepdim=True)
+
+
+def build_backbone(spec: EncoderSpec) -> Backbone:
+    """Build the network of a spec with random weights."""
+    family, where = _family(spec), "encoder.config"
+    if family.name == "timm":
+        return build_timm(spec.config, spec.image_size, where)
+    return build_transformers(family, spec.config, where)
+
+
+def default_image_size(family: EncoderFamily, backbone: Backbone) -> int:
+    """Return the input side in pixels used when none is asked for."""
+    sixteen = 16 * backbone.patch_size
+    large = backbone.native_side >= 14 * backbone.patch_size
+    return sixteen if family.default_side == "grid16" and large else backbone.native_side
+
+
+def layer_indices(layers: Layers, count: int) -> list[int]:
+    """Return ascending 0-based block indices.
+
+    Raises:
+        UserError: for an index outside the network, a repeated or an empty choice.
+    """
+    if layers == "last":
+        return [count - 1]
+    asked = [layers] if isinstance(layers, int) else list(layers)
+    indices = sorted({index + count if isinstance(index, int) and index < 0 else index for index in asked})  # type: ignore[operator]
+    valid = all(isinstance(index, int) and 0 <= index < count for index in indices)
+    if not valid or len(indices) != len(asked) or not indices:
+        raise UserError(f"encoder.layers: {layers!r} must be 'last' or different block indices in [0, {count})")
+    return indices  # type: ignore[return-value]
+
+
+def check_image_size(side: Any, patch_size: int, where: str) -> None:
+    """Refuse a side that is no positive multiple of the patch side, both in pixels."""
+    if not isinstance(side, int) or side <= 0 or side % patch_size:
+        raise UserError(f"{where}: {side!r} px is no positive multiple of the patch side {patch_size} px")
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Refuse anything but (B, 3, H, H) floating point images, naming what was given."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise UserError(f"images must be float (B, 3, H, W) in [0, 1], got {images.dtype} {tuple(images.shape)}")
+    if images.shape[-1] != images.shape[-2]:
+        raise UserError(f"images must be square, got {images.shape[-2]} x {images.shape[-1]} px; crop them first")
+
+
+def _family(spec: EncoderSpec) -> EncoderFamily:
+    if spec.family not in FAMILIES:
+        raise UserError(f"encoder.family: {spec.family!r} is none of {', '.join(FAMILIES)}")
+    return FAMILIES[spec.family]

@@ -1,0 +1,98 @@
+"""Encoder weights from files, with everything that does not fit refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repagen.encoders.backbones import (
+    FROZEN_VARIANT,
+    Backbone,
+    TimmBackbone,
+    TransformersBackbone,
+    build_timm,
+    transformers_config,
+)
+from repagen.encoders.families import EncoderFamily
+from repagen.errors import UserError
+
+
+def load_weights(family: EncoderFamily, description: Mapping[str, Any], weights: Path, name: str) -> Backbone:
+    """Build an encoder's network and fill it from its weights file.
+
+    Args:
+        family: its row of the table.
+        description: the content of its config.
+        weights: path of the weights file or its index, in the encoder's folder.
+        name: the encoder, for messages.
+
+    Raises:
+        UserError: for weights that are missing, misshapen or not finite.
+    """
+    if family.name == "timm":
+        backbone: Backbone = _load_timm(description, weights, name)
+    else:
+        backbone = _load_transformers(family, description, weights, name)
+    for key, value in backbone.model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"{weights}:{key}: not finite; the file of encoder {name!r} is damaged, fetch it again")
+    return backbone
+
+
+def _load_transformers(
+    family: EncoderFamily, description: Mapping[str, Any], weights: Path, name: str
+) -> TransformersBackbone:
+    import transformers
+    from transformers.utils import logging
+
+    config = transformers_config(family, description, f"{name}:config.json")
+    variant = FROZEN_VARIANT if weights.name == f"model.{FROZEN_VARIANT}.safetensors" else None
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    # Text towers and heads of a checkpoint are left out on purpose; what matters is checked below.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, report = getattr(transformers, family.model_class).from_pretrained(
+            weights.parent, config=config, variant=variant, dtype=torch.float32, local_files_only=True,
+            use_safetensors=weights.suffix != ".bin", ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{weights}: encoder {name!r} cannot be read: {' '.join(str(error).split())}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, given, needed = mismatched[0]
+        raise UserError(f"{weights}:{key}: shape {tuple(given)} does not fit the config, which needs {tuple(needed)}")
+    refuse_missing(report["missing_keys"], weights)
+    return TransformersBackbone(family, model)
+
+
+def _load_timm(description: Mapping[str, Any], weights: Path, name: str) -> TimmBackbone:
+    from timm.models import load_state_dict
+
+    backbone = build_timm(description, None, f"{name}:config.json")
+    try:
+        state = load_state_dict(str(weights), use_ema=False, weights_only=True)
+    except Exception as error:  # safetensors, pickle and the operating system each raise their own kind
+        raise UserError(f"{weights}: encoder {name!r} cannot be read: {' '.join(str(error).split())}") from error
+    own = backbone.model.state_dict()
+    for key, value in own.items():
+        if key in state and state[key].shape != value.shape:
+            raise UserError(
+                f"{weights}:{key}: shape {tuple(state[key].shape)} does not fit the config, which needs {tuple(value.shape)}"
+            )
+    refuse_missing(own.keys() - state.keys(), weights)
+    nn.Module.load_state_dict(backbone.model, {key: state[key].float() for key in own})
+    return backbone
+
+
+def refuse_missing(keys: Any, weights: Path) -> None:
+    """Refuse a file that lacks tensors, naming the first and their number."""
+    if missing := sorted(keys):
+        raise UserError(f"{weights}: {len(missing)} tensors are missing, the first is {missing[0]}")
