@@ -1,0 +1,180 @@
+"""Images of a Hugging Face dataset: from the Hub, a local folder or file, or `save_to_disk`; no script is ever run."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from repagen.data.config import DataConfig
+from repagen.data.dataset import ImageDataset
+from repagen.data.images import BadImageError, decode_image
+from repagen.errors import UserError
+
+_FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+class HuggingFaceDataset(ImageDataset):
+    """A split of a Hugging Face dataset with an image column and, for classes, a label column.
+
+    Labels are a `ClassLabel` column, an integer column (classes "0" ... "max") or a text column (its sorted values).
+    The image column is found by its type, the label column as the only `ClassLabel`; with none there are no classes.
+
+    Raises:
+        UserError: the dataset, split or a column is not found or is ambiguous, or a label is missing or negative.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        table = _open_table(config)
+        image_column = _find_image_column(table, config)
+        label_column = _find_label_column(table, config)
+        labels, class_names = _read_labels(table, label_column)
+        super().__init__(config, labels, class_names)
+        self._images = _undecoded(table, image_column)
+        self._image_column = image_column
+
+    def describe(self, index: int) -> str:
+        """Return the row of image `index`, with its file name where the dataset keeps one."""
+        name = self._images[index][self._image_column]
+        file = f" ({name['path']})" if name and name.get("path") else ""
+        return f"row {index}{file} of {self.config.path}, split {self.config.split}"
+
+    def _decode(self, index: int) -> Image.Image:
+        value = self._images[index][self._image_column]
+        if not value:
+            raise BadImageError("the row has no image")
+        if value.get("bytes") is not None:
+            return decode_image(value["bytes"])
+        return decode_image(Path(value["path"]))
+
+    def _hash_sources(self, digest: hashlib._Hash) -> None:
+        config, info = self.config, self._images.info
+        digest.update(f"{config.path}/{config.split}/{config.revision}/{info.version}/{info.dataset_size}".encode())
+
+
+def _open_table(config: DataConfig) -> Any:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name = str(config.path)
+    local = Path(name).expanduser()
+    if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(
+            f"data.path: {name} does not exist; allowed: a folder, a file, or a Hub id such as user/dataset"
+        )
+    try:
+        table = _load(datasets, local, config)
+    except (
+        datasets.exceptions.DatasetsError,
+        HfHubHTTPError,
+        ConnectionError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"data.path: dataset {name}, data.split {config.split} could not be opened: {type(error).__name__}: "
+            f"{reason}; check the id, the split, access rights (hf auth login) and the network"
+        ) from error
+    splits = table if isinstance(table, datasets.DatasetDict) else {str(table.split or config.split): table}
+    if config.split not in splits:
+        raise UserError(f"data.split: {config.split} given; {name} holds {', '.join(splits)}")
+    table = splits[config.split]
+    if len(table) == 0:
+        raise UserError(f"data.path: dataset {name}, data.split {config.split} has no rows")
+    return table
+
+
+def _load(datasets: Any, local: Path, config: DataConfig) -> Any:
+    if not local.exists():
+        return datasets.load_dataset(config.path, split=config.split, revision=config.revision)
+    if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
+        return datasets.load_from_disk(str(local))
+    if local.is_file():
+        if local.suffix not in _FILE_BUILDERS:
+            raise UserError(f"data.path: {local} given; allowed files: {', '.join(_FILE_BUILDERS)}")
+        files = {config.split: str(local)}
+        return datasets.load_dataset(_FILE_BUILDERS[local.suffix], data_files=files, split=config.split)
+    return datasets.load_dataset(str(local), split=config.split)
+
+
+def _find_image_column(table: Any, config: DataConfig) -> str:
+    import datasets
+
+    if config.image_column is not None:
+        return _existing(table, config.image_column, "image_column")
+    found = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    if len(found) != 1:
+        raise UserError(
+            f"data.image_column: nothing given and {config.path} has {len(found)} image columns; its columns: "
+            f"{_columns(table)}; name one"
+        )
+    return found[0]
+
+
+def _find_label_column(table: Any, config: DataConfig) -> str | None:
+    import datasets
+
+    if config.label_column is not None:
+        return _existing(table, config.label_column, "label_column")
+    found = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(found) > 1:
+        raise UserError(
+            f"data.label_column: nothing given and {config.path} has {len(found)} label columns; its columns: "
+            f"{_columns(table)}; name one"
+        )
+    return found[0] if found else None
+
+
+def _existing(table: Any, column: str, key: str) -> str:
+    if column not in table.features:
+        raise UserError(f"data.{key}: {column} given; allowed: the columns {_columns(table)}")
+    return column
+
+
+def _columns(table: Any) -> str:
+    return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    """Return the image column alone, as bytes or path, so that images are decoded by our own rules."""
+    import datasets
+    import pyarrow
+
+    try:
+        return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"data.image_column: {column} holds no images ({type(error).__name__}); columns: {_columns(table)}"
+        ) from error
+
+
+def _read_labels(table: Any, column: str | None) -> tuple[torch.Tensor, list[str]]:
+    import datasets
+
+    if column is None:
+        return torch.zeros(len(table), dtype=torch.int64), []
+    feature = table.features[column]
+    values = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    missing = next((row for row, value in enumerate(values) if value is None), None)
+    if missing is not None:
+        raise UserError(f"data.label_column: {column} has no label in row {missing}")
+    if all(isinstance(value, str) for value in values):
+        names = sorted(set(values))
+        number = {name: label for label, name in enumerate(names)}
+        return torch.tensor([number[value] for value in values], dtype=torch.int64), names
+    if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        raise UserError(
+            f"data.label_column: {column} is {type(feature).__name__}; allowed: ClassLabel, integers or text"
+        )
+    if min(values) < 0:
+        row = values.index(min(values))
+        raise UserError(
+            f"data.label_column: {column} is {min(values)} in row {row}; a split without labels has no classes"
+        )
+    class_names = list(feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(max(values) + 1)))
+    return torch.tensor(values, dtype=torch.int64), class_names
