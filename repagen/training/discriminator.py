@@ -1,0 +1,225 @@
+"""The adversarial part of RAE's decoder loss (arXiv 2510.11690, stage 1): a discriminator on frozen DINO features.
+
+The heads are StyleGAN-T's (arXiv 2301.09515), the augmentation is DiffAugment (arXiv 2006.10738), the adaptive weight
+is VQGAN's (arXiv 2012.09841, eq. 7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from repagen.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import ViTModel
+
+DEFAULT_BACKBONE = "facebook/dino-vits8"  # DINO v1 ViT-S/8, Apache-2.0
+DEFAULT_BLOCKS = (2, 5, 8, 11)
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_TRANSLATION = 0.125  # of the image side
+
+
+class LocalBatchNorm(nn.Module):
+    """StyleGAN-T's BatchNormLocal with a virtual batch of one: statistics over the tokens of each single sample.
+
+    So a sample's logits depend on no other sample. x (B, C, N) -> (B, C, N) float32.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (B, C, N) over N."""
+        return F.instance_norm(x.float(), weight=self.weight, bias=self.bias, eps=self.eps)
+
+
+def _spectral_conv(channels: int, out_channels: int, kernel_size: int) -> nn.Module:
+    layer = nn.Conv1d(channels, out_channels, kernel_size, padding=kernel_size // 2, padding_mode="circular")
+    return parametrizations.spectral_norm(layer)
+
+
+def _block(channels: int, kernel_size: int) -> nn.Sequential:
+    return nn.Sequential(_spectral_conv(channels, channels, kernel_size), LocalBatchNorm(channels), nn.LeakyReLU(0.2))
+
+
+class TokenHead(nn.Module):
+    """StyleGAN-T's head: tokens (B, C, N) -> one logit per token (B, N)."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.block = _block(channels, 1)
+        self.residual = _block(channels, kernel_size)
+        self.logits = _spectral_conv(channels, 1, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits (B, N) float32 of tokens (B, C, N)."""
+        x = self.block(tokens)
+        x = (self.residual(x) + x) / math.sqrt(2.0)
+        return self.logits(x).squeeze(1).float()
+
+
+class DinoDiscriminator(nn.Module):
+    """Trainable heads on the patch tokens of a frozen DINO ViT.
+
+    One head reads the last block's output and one each of `blocks`; the class token is dropped and no final norm is
+    applied, as in RAE's training code. RAE also zeroes the backbone's key biases; they cancel in the softmax, so
+    nothing is done here.
+
+    Spectral norms take their power iteration only in `update_spectral_norms`, once per update of the discriminator:
+    a forward pass changes no state, so micro-batches add up to the large batch.
+
+    Args:
+        backbone: the ViT, without pooling layer; its config's `image_size` is what images are resized to.
+        blocks: 0-based blocks whose outputs the heads read.
+        kernel_size: odd width of the residual convolution over the tokens in row-major order (circular).
+
+    Raises:
+        UserError: when a block does not exist or the kernel is even.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(self, backbone: ViTModel, blocks: Sequence[int] = DEFAULT_BLOCKS, kernel_size: int = 9) -> None:
+        super().__init__()
+        depth, width = backbone.config.num_hidden_layers, backbone.config.hidden_size
+        if not blocks or not all(0 <= block < depth for block in blocks):
+            raise UserError(f"adversarial.blocks: {list(blocks)} given; the backbone has blocks 0 to {depth - 1}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise UserError(f"adversarial.kernel_size: {kernel_size} given; an odd positive number is needed")
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.blocks = (depth - 1, *blocks)
+        self.image_size = cast(int, backbone.config.image_size)
+        self.heads = nn.ModuleList(TokenHead(width, kernel_size) for _ in self.blocks)
+        self.register_buffer("image_mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        super().train(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        backbone: str = DEFAULT_BACKBONE,
+        blocks: Sequence[int] = DEFAULT_BLOCKS,
+        kernel_size: int = 9,
+        local_files_only: bool = False,
+    ) -> DinoDiscriminator:
+        """Load the frozen ViT from a local folder or a Hub id; the heads get random weights.
+
+        Raises:
+            UserError: when the weights are not there or not a ViT's.
+        """
+        return cls(_load_backbone(backbone, local_files_only), blocks, kernel_size)
+
+    def train(self, mode: bool = True) -> DinoDiscriminator:
+        """Stay in eval mode: nothing here depends on it but the spectral norms, which are updated by request."""
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (B, heads x tokens) float32 of images (B, 3, H, W) in [0, 1]; higher is more real.
+
+        Images are resized (bilinear, no antialias) to the backbone's input. Gradients flow to images and heads.
+        """
+        size = (self.image_size, self.image_size)
+        x = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False)
+        states = self.backbone((x - self.image_mean) / self.image_std, output_hidden_states=True).hidden_states
+        features = [states[block + 1][:, 1:].transpose(1, 2) for block in self.blocks]
+        return torch.cat([head(x) for head, x in zip(self.heads, features, strict=True)], dim=1)
+
+    @torch.no_grad()
+    def update_spectral_norms(self) -> None:
+        """Take one power iteration in every spectral norm."""
+        for layer in self.heads.modules():
+            if nn.utils.parametrize.is_parametrized(layer, "weight"):
+                norms = cast(nn.ModuleDict, layer.parametrizations)["weight"].train(True)
+                _ = layer.weight  # reading the weight in train mode is what advances the iteration
+                norms.train(False)
+
+
+def _load_backbone(name: str, local_files_only: bool) -> ViTModel:
+    from transformers import ViTConfig, ViTModel
+
+    hint = (
+        f"give a local folder or `{DEFAULT_BACKBONE}` (adversarial.backbone=...), or train without the discriminator "
+        "(adversarial.weight=0)"
+    )
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise UserError(f"adversarial.backbone: no folder {name}; {hint}")
+    name = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    try:
+        config = ViTConfig.from_pretrained(name, local_files_only=local_files_only)
+        if config.model_type != "vit":
+            raise UserError(f"adversarial.backbone: {name} is of type {config.model_type!r}, a ViT is needed; {hint}")
+        return ViTModel.from_pretrained(
+            name, config=config, add_pooling_layer=False, local_files_only=local_files_only, dtype=torch.float32
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"adversarial.backbone: {name} cannot be loaded ({reason}); {hint}") from error
+
+
+def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return the discriminator's loss, a scalar: 1/2 mean[relu(1 - D(x)) + relu(1 + D(x_hat))]."""
+    return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """Return the decoder's adversarial loss, a scalar: -mean D(x_hat)."""
+    return -fake_logits.mean()
+
+
+def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
+    """Return VQGAN's weight clamp(|g_rec| / (|g_adv| + 1e-6), 0, 1e4), a scalar.
+
+    Both gradients are of the same weight (the decoder's last projection), of any equal shape.
+    """
+    return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-6)).clamp(0.0, 1e4)
+
+
+def quantised(images: Tensor) -> Tensor:
+    """Round images in about [0, 1] to 8 bit, as files hold them, so that fractions do not give fakes away."""
+    return (images.clamp(0.0, 1.0) * 255.0).round() / 255.0
+
+
+def augment(images: Tensor, generators: Iterable[torch.Generator]) -> Tensor:
+    """DiffAugment "color, translation" (no cutout), image i drawn from generator i; differentiable.
+
+    Brightness, saturation, contrast, then a shift of at most 1/8 of each side; what comes in is mid-grey, because the
+    original works on [-1, 1] and fills with 0.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        generators: one per image, on the CPU.
+
+    Returns:
+        (B, 3, H, W), not clamped.
+    """
+    return torch.stack(list(_augmented(images, generators)))
+
+
+def _augmented(images: Tensor, generators: Iterable[torch.Generator]) -> Iterator[Tensor]:
+    height, width = images.shape[-2:]
+    limits = [int(side * _TRANSLATION + 0.5) for side in (height, width)]
+    for image, generator in zip(2.0 * images - 1.0, generators, strict=True):
+        brightness, saturation, contrast = torch.rand(3, generator=generator).tolist()
+        down, right = (int(torch.randint(-n, n + 1, (), generator=generator)) for n in limits)
+        x = image + (brightness - 0.5)
+        grey = x.mean(0, keepdim=True)
+        x = (x - grey) * (2.0 * saturation) + grey
+        mean = x.mean()
+        x = (x - mean) * (contrast + 0.5) + mean
+        x = F.pad(x, (limits[1], limits[1], limits[0], limits[0]))
+        top, left = limits[0] - down, limits[1] - right
+        yield 0.5 * x[:, top : top + height, left : left + width] + 0.5
