@@ -1,0 +1,23 @@
+"""`repagen evaluate` on several processes: accelerate launch eval/generation.py --model PATH --reference PATH ..."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+
+from repagen.errors import run_as_program
+from repagen.evaluation.command import add_arguments, run
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    accelerator = Accelerator()
+    accelerator.print(run(parser.parse_args(arguments)))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_as_program(main)

@@ -1,0 +1,171 @@
+"""One pass over a source of images: features, their moments, and a hash of the pixels, on one process or several."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from repagen.errors import UserError
+from repagen.evaluation.features import FeatureExtractor, full_float32
+from repagen.evaluation.moments import FeatureMoments, Statistics
+from repagen.evaluation.samples import ImageSource, Unreadable
+
+_NAMES_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is kept of a set of images.
+
+    Attributes:
+        statistics: of the features of all readable images.
+        features: (K, D) float32 of the first K images, for metrics that need single images.
+        pixels_sha256: hash of all pixels in order of index; equal for equal images, whatever files they came from.
+        image_size: (height, width) in pixels.
+        unreadable: the images left out.
+    """
+
+    statistics: Statistics
+    features: torch.Tensor
+    pixels_sha256: str
+    image_size: tuple[int, int]
+    unreadable: tuple[Unreadable, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of images behind the statistics."""
+        assert self.statistics.count is not None, "moments always count"
+        return self.statistics.count
+
+
+@dataclass
+class _Share:
+    """What one process has seen: index => size, hash and (for the first ones) features of each image."""
+
+    moments: FeatureMoments
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
+    unreadable: dict[int, Unreadable] = field(default_factory=dict)
+
+
+def extract(
+    source: ImageSource,
+    extractor: FeatureExtractor,
+    *,
+    batch_size: int = 50,
+    max_bad_images: int = 0,
+    keep_features: int = 0,
+    title: str = "features",
+) -> Extraction:
+    """Compute the features of every image of a source.
+
+    Under `accelerate launch` or torchrun every process takes a share and all return the same, whole result.
+
+    Args:
+        source: the images, all of one size.
+        extractor: what turns them into features.
+        batch_size: images at once, per process.
+        max_bad_images: how many unreadable images may be left out; one more stops the run, listing all of them.
+        keep_features: keep the features of this many first images.
+        title: of the progress bar.
+
+    Raises:
+        UserError: on too many unreadable images, images of several sizes, or a feature that is not finite; each
+            names the images.
+    """
+    state = PartialState()
+    share = _Share(FeatureMoments(extractor.dimension))
+    indices = range(state.process_index, len(source), state.num_processes)
+    with tqdm(total=len(indices), desc=title, unit="image", disable=not state.is_main_process) as progress:
+        for start in range(0, len(indices), batch_size):
+            chosen = indices[start : start + batch_size]
+            _extract_batch(source, extractor, chosen, share, keep_features)
+            if len(share.unreadable) > max_bad_images:
+                raise _too_many_unreadable(_all_unreadable(source), max_bad_images)
+            progress.update(len(chosen))
+    return _join(gather_object([share]), source, max_bad_images)
+
+
+def _extract_batch(
+    source: ImageSource, extractor: FeatureExtractor, indices: Sequence[int], share: _Share, keep_features: int
+) -> None:
+    loaded = dict(zip(indices, source.load(indices), strict=True))
+    images = {index: image for index, image in loaded.items() if isinstance(image, torch.Tensor)}
+    share.unreadable |= {index: image for index, image in loaded.items() if isinstance(image, Unreadable)}
+    if not images:
+        return
+    for index, image in images.items():
+        share.sizes[index] = (image.shape[1], image.shape[2])
+        share.digests[index] = _pixel_digest(image)
+    _require_one_size(share.sizes, source)
+    batch = torch.stack(list(images.values()))
+    with full_float32(PartialState().device):
+        features = extractor(batch).float().cpu()
+    for index, row in zip(images, features, strict=True):
+        if not torch.isfinite(row).all():
+            raise UserError(
+                f"features of {source.describe(index)} are not finite; look at that image and the extractor"
+            )
+        if index < keep_features:
+            share.features[index] = row.clone()
+    share.moments.update(features)
+
+
+def _pixel_digest(image: torch.Tensor) -> bytes:
+    height_width = f"{image.shape[1]}x{image.shape[2]};".encode()
+    return hashlib.sha256(height_width + image.permute(1, 2, 0).contiguous().numpy().tobytes()).digest()
+
+
+def _require_one_size(sizes: dict[int, tuple[int, int]], source: ImageSource) -> None:
+    if len(set(sizes.values())) > 1:
+        first, *_ = sizes
+        other = next(index for index in sizes if sizes[index] != sizes[first])
+        shown = [f"{source.describe(index)} is {sizes[index][1]}x{sizes[index][0]}" for index in (first, other)]
+        raise UserError(
+            f"images differ in size: {', '.join(shown)}; crop them first, or read them with "
+            "data.kind=folder data.path=FOLDER data.image_size=PIXELS"
+        )
+
+
+def _all_unreadable(source: ImageSource) -> list[Unreadable]:
+    loaded = (source.load([index])[0] for index in range(len(source)))
+    return [image for image in loaded if isinstance(image, Unreadable)]
+
+
+def _too_many_unreadable(unreadable: Sequence[Unreadable], allowed: int) -> UserError:
+    shown = ", ".join(f"{image.name} ({image.reason})" for image in unreadable[:_NAMES_SHOWN])
+    more = f" and {len(unreadable) - _NAMES_SHOWN} more" if len(unreadable) > _NAMES_SHOWN else ""
+    return UserError(
+        f"{len(unreadable)} unreadable images, {allowed} allowed: {shown}{more}; replace them, or allow them with "
+        f"--max-bad-images {len(unreadable)}"
+    )
+
+
+def _join(shares: Sequence[_Share], source: ImageSource, max_bad_images: int) -> Extraction:
+    whole = _Share(shares[0].moments)
+    for number, share in enumerate(shares):
+        if number:
+            whole.moments.merge(share.moments)
+        whole.sizes |= share.sizes
+        whole.digests |= share.digests
+        whole.features |= share.features
+        whole.unreadable |= share.unreadable
+    unreadable = tuple(whole.unreadable[index] for index in sorted(whole.unreadable))
+    if len(unreadable) > max_bad_images:
+        raise _too_many_unreadable(unreadable, max_bad_images)
+    _require_one_size(whole.sizes, source)
+    kept = [whole.features[index] for index in sorted(whole.features)]
+    return Extraction(
+        statistics=whole.moments.statistics(),
+        features=torch.stack(kept) if kept else torch.empty(0, whole.moments.mean.shape[0]),
+        pixels_sha256=hashlib.sha256(b"".join(whole.digests[index] for index in sorted(whole.digests))).hexdigest(),
+        image_size=next(iter(whole.sizes.values())),
+        unreadable=unreadable,
+    )

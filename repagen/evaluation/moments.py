@@ -1,0 +1,88 @@
+"""Mean and covariance of features that arrive in batches, in any order and on any number of processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from repagen.errors import UserError
+
+Features = torch.Tensor | np.ndarray
+
+
+def as_matrix(features: Features) -> torch.Tensor:
+    """Return features (N, D) as a float64 tensor on the CPU.
+
+    Raises:
+        UserError: when they are not a matrix, or when a row holds a NaN or an infinity (the row is named).
+    """
+    matrix = torch.as_tensor(features).detach().to("cpu", torch.float64)
+    if matrix.ndim != 2:
+        raise UserError(f"features must be a matrix (N, D), got shape {tuple(matrix.shape)}; flatten each sample")
+    bad_rows = (~torch.isfinite(matrix).all(dim=1)).nonzero().flatten().tolist()
+    if bad_rows:
+        raise UserError(
+            f"features of sample {bad_rows[0]} are not finite ({len(bad_rows)} such samples); drop or redo it"
+        )
+    return matrix
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (D,) and unbiased covariance (D, D) of features, float64; `count` is None where a file does not say it."""
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    count: int | None = None
+
+    @property
+    def dimension(self) -> int:
+        """Number of features D."""
+        return self.mean.shape[0]
+
+
+class FeatureMoments:
+    """Running mean and scatter of features, float64.
+
+    Batches and partial results are joined by the pairwise update of Chan, Golub & LeVeque (1979), which subtracts no
+    large numbers: the result depends neither on order nor on batch size nor on the number of processes beyond
+    rounding (1e-12), also where the mean is large against the spread.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(dimension, dtype=torch.float64)
+        self.scatter = torch.zeros(dimension, dimension, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
+
+    def update(self, features: Features) -> None:
+        """Add features (B, D) of any float dtype."""
+        matrix = as_matrix(features)
+        if len(matrix) == 0:
+            return
+        mean = matrix.mean(dim=0)
+        centred = matrix - mean
+        self._join(len(matrix), mean, centred.T @ centred)
+
+    def merge(self, other: FeatureMoments) -> None:
+        """Add everything that another accumulator has seen, for example that of another process."""
+        if other.count:
+            self._join(other.count, other.mean, other.scatter)
+
+    def _join(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        total = self.count + count
+        difference = mean - self.mean
+        self.scatter += scatter + torch.outer(difference, difference) * (self.count * count / total)
+        self.mean += difference * (count / total)
+        self.count = total
+
+    def statistics(self) -> Statistics:
+        """Return mean and unbiased covariance (division by N - 1).
+
+        Raises:
+            UserError: for fewer than two samples, which have no covariance.
+        """
+        if self.count < 2:
+            raise UserError(f"a covariance needs at least 2 samples, got {self.count}; give more images")
+        return Statistics(self.mean.clone(), self.scatter / (self.count - 1), self.count)
