@@ -1,0 +1,200 @@
+"""Self-attention through diffusers' dispatcher, and the choice of its backend.
+
+Every attention of the library passes `dispatch_attention_fn` in (B, L, heads, head_dim), so that
+`set_attention_backend`, `attention_backend(...)`, `DIFFUSERS_ATTN_BACKEND` and context parallelism apply to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from torch import nn
+
+from repagen.errors import UserError
+from repagen.layers.norms import LayerNorm, RMSNorm
+from repagen.layers.rope import apply_rotary
+
+logger = logging.getLogger(__name__)
+
+QKNorm = Literal["layer", "rms"]
+"""Norm of queries and keys per head: affine LayerNorm (eps 1e-5) or RMSNorm (eps 1e-6)."""
+
+# Start of a backend's name => package it is imported from. The longest start that fits counts.
+_PACKAGES = {
+    "xformers": "xformers",
+    "flash": "flash_attn",
+    "_flash_3": "flash_attn_interface",
+    "sage": "sageattention",
+    "_sage": "sageattention",
+    "_native_npu": "torch_npu",
+    "_native_xla": "torch_xla",
+}
+# These run wherever PyTorch runs, or on a device of their own.
+_WITHOUT_CUDA = ("native", "flex", "_native_flash", "_native_math", "_native_npu", "_native_xla")
+
+
+def _package_of(backend: str) -> str | None:
+    if backend.endswith("_hub"):
+        return "kernels"
+    return next((package for start, package in _PACKAGES.items() if backend.startswith(start)), None)
+
+
+def check_attention_backend(backend: str) -> None:
+    """Refuse an attention backend that cannot run on this machine, before any forward pass.
+
+    Raises:
+        UserError: (a ValueError) no backend of that name, or it needs CUDA and there is none.
+        ModuleNotFoundError: its package is not installed.
+    """
+    names = sorted(member.value for member in AttentionBackendName)
+    if backend not in names:
+        raise UserError(f"attention backend {backend!r} does not exist; allowed are auto, {', '.join(names)}")
+    package = _package_of(backend)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"attention backend {backend!r} needs the package {package}, which is not installed; "
+            "install it, or use 'native' or 'auto'",
+            name=package,
+        )
+    if backend not in _WITHOUT_CUDA and not torch.cuda.is_available():
+        raise UserError(
+            f"attention backend {backend!r} runs on CUDA only, and torch.cuda.is_available() is False; "
+            "use 'native' or 'auto'"
+        )
+
+
+class SelfAttentionProcessor:
+    """Computes a `SelfAttention`; holds the backend that diffusers sets."""
+
+    _attention_backend: AttentionBackendName | None = None
+    _parallel_config: Any = None
+
+    def __call__(
+        self,
+        attn: SelfAttention,
+        hidden_states: torch.Tensor,
+        rotary_cos: torch.Tensor | None = None,
+        rotary_sin: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend: (B, L, dim) => (B, L, dim), the rotary tables (L, head_dim) or None."""
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        # The number of heads is inferred, so that it may be sharded.
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
+        if attn.norm_q is not None and attn.norm_k is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        if rotary_cos is not None and rotary_sin is not None:
+            query, key = apply_rotary(query, rotary_cos, rotary_sin), apply_rotary(key, rotary_cos, rotary_sin)
+        hidden_states = dispatch_attention_fn(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3).to(value.dtype)))
+
+
+class SelfAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention, scale head_dim^-0.5: (B, L, dim) => (B, L, dim).
+
+    Args:
+        dim: width of a token.
+        heads: number of heads; divides dim.
+        bias: whether the projections to queries, keys and values have a bias (the output projection has one always).
+        qk_norm: norm of queries and keys per head, before the rotary positions.
+
+    Raises:
+        UserError: dim is not a multiple of heads.
+    """
+
+    _default_processor_cls = SelfAttentionProcessor
+    _available_processors = (SelfAttentionProcessor,)
+
+    def __init__(self, dim: int, heads: int, bias: bool = True, qk_norm: QKNorm | None = None) -> None:
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"attention: the width {dim} is not a multiple of the number of heads {heads}")
+        self.heads = heads
+        self.head_dim = dim // heads
+        self.use_bias = bias
+        self.is_cross_attention = False
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(dim, dim, bias=bias)
+        self.to_v = nn.Linear(dim, dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
+        self.norm_q = self._head_norm(qk_norm)
+        self.norm_k = self._head_norm(qk_norm)
+        self.set_processor(SelfAttentionProcessor())
+
+    def _head_norm(self, qk_norm: QKNorm | None) -> nn.Module | None:
+        if qk_norm is None:
+            return None
+        return RMSNorm(self.head_dim) if qk_norm == "rms" else LayerNorm(self.head_dim, eps=1e-5)
+
+    def set_use_memory_efficient_attention_xformers(
+        self, use_memory_efficient_attention_xformers: bool, attention_op: Callable[..., Any] | None = None
+    ) -> None:
+        """Turn xformers on or off; diffusers calls it for `enable_/disable_xformers_memory_efficient_attention`.
+
+        Raises:
+            UserError: (a ValueError) no CUDA here, or an `attention_op` was given: the dispatcher chooses it.
+            ModuleNotFoundError: xformers is not installed.
+        """
+        if not use_memory_efficient_attention_xformers:
+            self.processor._attention_backend = None
+            return
+        if attention_op is not None:
+            raise UserError("attention_op: not supported, xformers chooses the operator; leave it out")
+        check_attention_backend("xformers")
+        self.set_attention_backend("xformers")
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary_cos: torch.Tensor | None = None,
+        rotary_sin: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over tokens (B, L, dim), with the tables of `rotary_table` or without positions."""
+        return self.processor(self, hidden_states, rotary_cos, rotary_sin)
+
+
+class AttentionBackendMixin:
+    """Choice of the attention backend of a `ModelMixin`; stands before it among the bases."""
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose the attention backend of this model, and of this model only.
+
+        Args:
+            backend: a name that diffusers knows ("native", "xformers", "flash" ...), which is refused at once where
+                it cannot run; or "auto": xformers if it can run here, else "native" with one warning.
+
+        Raises:
+            UserError: (a ValueError) no backend of that name, or it needs CUDA and there is none.
+            ModuleNotFoundError: its package is not installed.
+        """
+        backend = self._usable_backend() if backend == "auto" else backend.lower()
+        check_attention_backend(backend)
+        # diffusers would make the choice of one model the default of the whole process.
+        default = _AttentionBackendRegistry._active_backend
+        try:
+            super().set_attention_backend(backend)  # type: ignore[misc]
+        finally:
+            _AttentionBackendRegistry.set_active_backend(default)
+
+    @staticmethod
+    def _usable_backend() -> str:
+        try:
+            check_attention_backend("xformers")
+        except (UserError, ModuleNotFoundError) as error:
+            logger.warning("attention backend 'auto' takes 'native': %s", error)
+            return "native"
+        return "xformers"

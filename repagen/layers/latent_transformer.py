@@ -1,0 +1,146 @@
+"""What the class-conditional transformers over latents share: input checks, time direction, weight initialisation."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from repagen.errors import UserError
+from repagen.layers.attention import AttentionBackendMixin
+from repagen.layers.embeddings import PatchEmbedding, unpatchify
+from repagen.layers.modulated import modulate, modulation_parameters
+from repagen.layers.rope import RotaryTable
+
+TimeDirection = Literal["data_at_zero", "data_at_one"]
+"""How the network itself counts time. The library's t = 0 is data; SiT's network was trained with t = 1 as data."""
+
+
+def grid_of(sample_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of tokens of a latent.
+
+    Args:
+        sample_size: height and width of the latent, or one number for a square.
+        patch_size: side of a patch.
+
+    Raises:
+        UserError: the patch does not divide the latent.
+    """
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    if height % patch_size or width % patch_size:
+        raise UserError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
+    return height // patch_size, width // patch_size
+
+
+def xavier_(linear: nn.Linear | nn.Conv2d) -> None:
+    """Xavier-uniform weight, a convolution's taken as the matrix it applies to a patch; bias 0."""
+    nn.init.xavier_uniform_(linear.weight.flatten(1) if isinstance(linear, nn.Conv2d) else linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def zero_(linear: nn.Linear) -> None:
+    """Weight and bias 0."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+class LatentTransformerMixin(AttentionBackendMixin):
+    """Shared part of the `ModelMixin` classes that map a noisy latent, a time and a class to a prediction.
+
+    The subclass has `config` with sample_size, patch_size, in_channels, prediction_type and time_direction,
+    `token_grid`, the rows and columns of its tokens, `blocks`, and the modules annotated below.
+    """
+
+    config: Any
+    token_grid: tuple[int, int]
+    patch_embed: PatchEmbedding
+    norm_out: nn.Module
+    modulation_out: nn.Linear
+    proj_out: nn.Linear
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Any
+
+    _sizes: ClassVar[dict[str, dict[str, int]]]
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["ModulatedBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["ModulatedBlock"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
+        "patch_embed",
+        "time_embedder",
+        "pos_embed",
+        "rope",
+        "norm",
+    ]
+    # Time embedding, norms and tables of positions stay float32 in a model that is loaded in half precision.
+    _keep_in_fp32_modules: ClassVar[list[str]] = [
+        "time_embedder", "pos_embed", "rope", "head_rope", "norm1", "norm2", "norm_q", "norm_k", "norm_out",
+    ]  # fmt: skip
+
+    @classmethod
+    def config_for_size(cls, size: str, **overrides: Any) -> dict[str, Any]:
+        """Constructor arguments of a published size, with overrides.
+
+        Args:
+            size: "S", "B", "L" or "XL".
+            overrides: any other constructor argument, or another value for one of the size's own.
+
+        Raises:
+            UserError: no such size.
+        """
+        if size not in cls._sizes:
+            raise UserError(f"{cls.__name__}: no size {size!r}; allowed are {', '.join(cls._sizes)}")
+        return {**cls._sizes[size], **overrides}
+
+    def _check_latents(self, latents: torch.Tensor) -> None:
+        height, width = (n * self.config.patch_size for n in self.token_grid)
+        expected = (self.config.in_channels, height, width)
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
+            raise UserError(
+                f"hidden_states: this model takes latents of shape (batch, {expected[0]}, {height}, {width}), "
+                f"got {tuple(latents.shape)}; its position table fits no other size"
+            )
+
+    def _network_time(self, timestep: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """The times (B,) float32 as the network counts them, from the library's (B,), (1,) or scalar timestep."""
+        if not timestep.is_floating_point():
+            raise UserError(f"timestep: expected float times in [0, 1] (0 = data, 1 = noise), got {timestep.dtype}")
+        if timestep.ndim > 1 or timestep.numel() not in (1, batch_size):
+            raise UserError(
+                f"timestep: expected shape ({batch_size},), one time per sample, got {tuple(timestep.shape)}"
+            )
+        if timestep.device.type == "cpu" and not torch.compiler.is_compiling() and timestep.abs().max() > 1.001:
+            raise UserError(
+                f"timestep: times lie in [0, 1] (0 = data, 1 = noise), got {timestep.abs().max().item():g}; "
+                "divide a scheduler's timesteps by its num_train_timesteps"
+            )
+        t = timestep.float().expand(batch_size)
+        return 1 - t if self.config.time_direction == "data_at_one" else t
+
+    @property
+    def _matmul_dtype(self) -> torch.dtype:
+        # The patch embedding is neither kept in float32 nor stored in eight bits. Autocast lowers this further.
+        return self.patch_embed.proj.weight.dtype
+
+    def _run_blocks(
+        self, blocks: nn.ModuleList, tokens: torch.Tensor, conditioning: torch.Tensor, rope: RotaryTable | None = None
+    ) -> torch.Tensor:
+        """Pass tokens (B, N, D) float32 through blocks, under gradient checkpointing where it is on."""
+        cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+        for block in blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, conditioning, cos, sin)
+            else:
+                tokens = block(tokens, conditioning, cos, sin)
+        return tokens
+
+    def _predict(self, tokens: torch.Tensor, conditioning: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Final layer: tokens (B, N, D) => latent (B, C, h, w) of `dtype` in the library's convention."""
+        shift, scale = modulation_parameters(self.modulation_out, conditioning, 2)
+        tokens = self.proj_out(modulate(self.norm_out(tokens), shift, scale).to(conditioning.dtype))
+        latents = unpatchify(tokens, self.token_grid, self.config.patch_size)
+        latents = latents[:, : self.config.in_channels].to(dtype)  # what follows is a learned variance, unused
+        # A network that counts time backwards predicts d x / d t with the other sign.
+        reversed_velocity = self.config.time_direction == "data_at_one" and self.config.prediction_type == "velocity"
+        return -latents if reversed_velocity else latents

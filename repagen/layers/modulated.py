@@ -1,0 +1,120 @@
+"""The transformer block of DiT (Peebles & Xie 2023) with adaptive norms (adaLN-Zero), in its SiT and RAE forms."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from repagen.layers.attention import QKNorm, SelfAttention, SelfAttentionProcessor
+from repagen.layers.feed_forward import GELUFeedForward, SwiGLUFeedForward
+from repagen.layers.norms import LayerNorm, RMSNorm
+
+logger = logging.getLogger(__name__)
+
+NormKind = Literal["layer", "rms"]
+"""LayerNorm without affine, or RMSNorm with weight; both with eps 1e-6."""
+FeedForwardKind = Literal["gelu", "swiglu"]
+
+
+def make_norm(dim: int, kind: NormKind) -> nn.Module:
+    """Build the norm that a modulation follows."""
+    return RMSNorm(dim) if kind == "rms" else LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+
+
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x * (1 + scale) + shift."""
+    return hidden_states * (1 + scale) + shift
+
+
+def modulation_parameters(linear: nn.Module, conditioning: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    """SiLU, then Linear, cut into `parts`: conditioning (B, D) or (B, L, D) => float32 (B, 1 or L, width) each."""
+    if conditioning.ndim == 2:
+        conditioning = conditioning[:, None]
+    return linear(F.silu(conditioning)).float().chunk(parts, dim=-1)
+
+
+class ModulatedBlock(nn.Module):
+    """x += gate * Attention(modulate(norm(x))); x += gate * FeedForward(modulate(norm(x))).
+
+    The residual stream is float32; attention and feed-forward run in the dtype of the conditioning, or of autocast.
+
+    Args:
+        dim: width of tokens and of the conditioning.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the feed-forward part is int(mlp_ratio * dim), times 2/3 for SwiGLU.
+        norm: which norm stands before the modulation.
+        feed_forward: which feed-forward part.
+        qk_norm: norm of queries and keys.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        norm: NormKind = "layer",
+        feed_forward: FeedForwardKind = "gelu",
+        qk_norm: QKNorm | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_dim = int(dim * mlp_ratio)
+        self.norm1 = make_norm(dim, norm)
+        self.attn = SelfAttention(dim, heads, qk_norm=qk_norm)
+        self.norm2 = make_norm(dim, norm)
+        self.ff: nn.Module = (
+            SwiGLUFeedForward(dim, int(2 / 3 * hidden_dim))
+            if feed_forward == "swiglu"
+            else GELUFeedForward(dim, hidden_dim)
+        )
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        rotary_cos: torch.Tensor | None = None,
+        rotary_sin: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Apply the block.
+
+        Args:
+            hidden_states: (B, L, dim) float32.
+            conditioning: (B, dim), or (B, L, dim) with one row per token; its dtype is that of the matrix products.
+            rotary_cos: (L, head_dim) or None for no rotary positions.
+            rotary_sin: likewise.
+
+        Returns:
+            (B, L, dim) float32.
+        """
+        dtype = conditioning.dtype
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation_parameters(self.modulation, conditioning, 6)
+        attended = self.attn(modulate(self.norm1(hidden_states), shift, scale).to(dtype), rotary_cos, rotary_sin)
+        hidden_states = hidden_states + gate * attended
+        transformed = self.ff(modulate(self.norm2(hidden_states), ff_shift, ff_scale).to(dtype))
+        return hidden_states + ff_gate * transformed
+
+
+def _register_for_caching() -> None:
+    """Tell diffusers' caches (FirstBlockCache, MagCache, FasterCache ...) what block and processor return."""
+    try:
+        from diffusers.hooks._helpers import (
+            AttentionProcessorMetadata,
+            AttentionProcessorRegistry,
+            TransformerBlockMetadata,
+            TransformerBlockRegistry,
+        )
+    except ImportError:  # private names of diffusers: without them everything but these caches works
+        logger.info("this version of diffusers has no registry of blocks; its caches will not know repagen's")
+        return
+    TransformerBlockRegistry.register(ModulatedBlock, TransformerBlockMetadata(return_hidden_states_index=None))
+    AttentionProcessorRegistry.register(
+        SelfAttentionProcessor,
+        AttentionProcessorMetadata(skip_processor_output_fn=lambda _, hidden_states, *args, **kwargs: hidden_states),
+    )
+
+
+_register_for_caching()

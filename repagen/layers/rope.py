@@ -1,0 +1,60 @@
+"""Axial rotary positions of EVA-02 (Fang et al. 2023), as LightningDiT and RAE use them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from repagen.errors import UserError
+
+
+def rotary_table(grid: tuple[int, int], head_dim: int, theta: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every token's rotation angles.
+
+    The first half of a head's channels turns by the row, the second half by the column; neighbouring channels
+    (2k, 2k+1) share the angle position * theta^(-2k / (head_dim / 2)).
+
+    Args:
+        grid: rows and columns of tokens.
+        head_dim: channels of one head, a multiple of 4.
+        theta: base of the geometric sequence of frequencies.
+
+    Returns:
+        cos and sin, each (rows * columns, head_dim) float32, tokens row-major.
+
+    Raises:
+        UserError: head_dim is not a multiple of 4.
+    """
+    if head_dim % 4:
+        raise UserError(f"rotary positions need a head width that is a multiple of 4, got {head_dim}")
+    half = head_dim // 2
+    frequencies = theta ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
+    rows, columns = (torch.arange(n, dtype=torch.float32)[:, None] * frequencies for n in grid)
+    angles = torch.cat([rows[:, None, :].expand(-1, grid[1], -1), columns[None, :, :].expand(grid[0], -1, -1)], dim=-1)
+    angles = angles.flatten(0, 1).repeat_interleave(2, dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate channel pairs (2k, 2k+1) of x (B, L, heads, head_dim) by the angles of cos and sin (L, head_dim).
+
+    Computed and returned in float32.
+    """
+    x = x.float()
+    cos, sin = cos.float()[:, None, :], sin.float()[:, None, :]
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return x * cos + rotated * sin
+
+
+class RotaryTable(nn.Module):
+    """The table of `rotary_table` as buffers that are saved and loaded with the model, never recomputed."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, grid: tuple[int, int], head_dim: int) -> None:
+        super().__init__()
+        cos, sin = rotary_table(grid, head_dim)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)

@@ -1,0 +1,1 @@
+"""Networks as diffusers models: autoencoders and transformers."""

@@ -1,0 +1,179 @@
+"""DiT^DH, the diffusion transformer with a shallow wide head, of RAE (Zheng et al. 2025, section 5)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
+from torch import nn
+
+from repagen.layers.embeddings import FourierTimeEmbedding, LabelEmbedding, PatchEmbedding, sincos_position_table
+from repagen.layers.latent_transformer import LatentTransformerMixin, TimeDirection, grid_of, xavier_, zero_
+from repagen.layers.modulated import FeedForwardKind, ModulatedBlock, NormKind, make_norm
+from repagen.layers.rope import RotaryTable
+
+_HEAD = {"head_hidden_size": 2048, "head_depth": 2, "head_num_heads": 16}
+
+
+class DiTDHTransformer2DModel(
+    LatentTransformerMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
+):
+    """Class-conditional transformer over latents whose last blocks are as wide as the latent has channels, or wider.
+
+    A deep narrow part (`blocks`) turns latent, time and class into one condition per token; a shallow wide part
+    (`head_blocks`), modulated by it token by token, predicts from the latent. A velocity loss cannot fall below what a
+    width under the latent's channel count leaves (RAE, theorem 1), hence the wide head.
+
+    A new model predicts exactly 0. The residual stream, norms and time embedding are float32 in every precision.
+
+    Args:
+        sample_size: height and width of the latent, one number for a square. Fixed: the model has position tables.
+        patch_size: side of a patch, 1 as published.
+        in_channels: channels C of the latent.
+        hidden_size: width of the deep part.
+        depth: blocks of the deep part.
+        num_heads: attention heads of the deep part.
+        head_hidden_size: width of the head.
+        head_depth: blocks of the head.
+        head_num_heads: attention heads of the head.
+        mlp_ratio: hidden width of the feed-forward parts over the width, times 2/3 for SwiGLU.
+        num_classes: classes; 0 for an unconditional model, which ignores `class_labels`.
+        class_dropout_prob: share of training labels the trainer replaces by the null label `num_classes`; above 0 the
+            class table has a null row, and the model can be guided. The model itself drops nothing.
+        qk_norm: norm of queries and keys: RMSNorm, or affine LayerNorm without `use_rmsnorm`.
+        use_swiglu: SwiGLU feed-forward, else GELU.
+        use_rope: rotary positions in both parts.
+        use_rmsnorm: RMSNorm, else LayerNorm without affine.
+        use_pos_embed: sine-cosine positions added in the deep part.
+        prediction_type: what the output is: "velocity" (noise - data), "sample" or "epsilon".
+        time_direction: how the network inside counts time; the outside is always t = 0 for data (see `TimeDirection`).
+    """
+
+    _sizes: ClassVar[dict[str, dict[str, int]]] = {
+        "S": {"hidden_size": 384, "depth": 12, "num_heads": 6, **_HEAD},
+        "B": {"hidden_size": 768, "depth": 12, "num_heads": 12, **_HEAD},
+        "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16, **_HEAD},
+        "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16, **_HEAD},
+    }
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 16,
+        patch_size: int = 1,
+        in_channels: int = 768,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        head_hidden_size: int = 2048,
+        head_depth: int = 2,
+        head_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        qk_norm: bool = False,
+        use_swiglu: bool = True,
+        use_rope: bool = True,
+        use_rmsnorm: bool = True,
+        use_pos_embed: bool = True,
+        prediction_type: Literal["velocity", "sample", "epsilon"] = "velocity",
+        time_direction: TimeDirection = "data_at_zero",
+    ) -> None:
+        super().__init__()
+        self.token_grid = grid_of(sample_size, patch_size)
+        self.patch_embed = PatchEmbedding(in_channels, hidden_size, patch_size)
+        self.head_patch_embed = PatchEmbedding(in_channels, head_hidden_size, patch_size)
+        self.register_buffer(
+            "pos_embed", sincos_position_table(self.token_grid, hidden_size) if use_pos_embed else None
+        )
+        self.rope = RotaryTable(self.token_grid, hidden_size // num_heads) if use_rope else None
+        self.head_rope = RotaryTable(self.token_grid, head_hidden_size // head_num_heads) if use_rope else None
+        self.time_embedder = FourierTimeEmbedding(hidden_size)
+        null_row = class_dropout_prob > 0
+        self.label_embedder = LabelEmbedding(num_classes, hidden_size, null_row) if num_classes + null_row else None
+
+        norm: NormKind = "rms" if use_rmsnorm else "layer"
+        feed_forward: FeedForwardKind = "swiglu" if use_swiglu else "gelu"
+
+        def make_blocks(width: int, heads: int, count: int) -> nn.ModuleList:
+            block = (width, heads, mlp_ratio, norm, feed_forward, norm if qk_norm else None)
+            return nn.ModuleList(ModulatedBlock(*block) for _ in range(count))
+
+        self.blocks = make_blocks(hidden_size, num_heads, depth)
+        self.condition_proj = nn.Linear(hidden_size, head_hidden_size) if hidden_size != head_hidden_size else None
+        # Apart from `blocks`: diffusers' caches may skip the deep part between steps, never the head.
+        self.head_blocks = make_blocks(head_hidden_size, head_num_heads, head_depth)
+        self.norm_out = make_norm(head_hidden_size, norm)
+        self.modulation_out = nn.Linear(head_hidden_size, 2 * head_hidden_size)
+        self.proj_out = nn.Linear(head_hidden_size, patch_size**2 * in_channels)
+        self.gradient_checkpointing = False
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # Other linear layers keep PyTorch's own initialisation, as in the official code.
+        for conv in (self.patch_embed.proj, self.head_patch_embed.proj):
+            xavier_(conv)
+        for linear in (self.time_embedder.linear_1, self.time_embedder.linear_2):
+            nn.init.normal_(linear.weight, std=0.02)
+        if self.label_embedder is not None:
+            nn.init.normal_(self.label_embedder.table.weight, std=0.02)
+        modulations = (block.modulation for block in (*self.blocks, *self.head_blocks))
+        for linear in (*modulations, self.modulation_out, self.proj_out):
+            zero_(linear)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict from a noisy latent.
+
+        Args:
+            hidden_states: x_t, (B, C, h, w).
+            timestep: t in [0, 1], 0 = data, 1 = noise; (B,), or one number for all.
+            class_labels: (B,) integers in [0, num_classes), or num_classes for no class where there is a null row.
+            attention_kwargs: {"scale": float} scales LoRA layers.
+            return_dict: an output object, else a tuple.
+
+        Returns:
+            `sample` (B, C, h, w) in the dtype of `hidden_states`, in the prediction type of the config.
+
+        Raises:
+            UserError: (a ValueError) a latent of another size, a time or a class that is none.
+        """
+        self._check_latents(hidden_states)
+        time = self.time_embedder(self._network_time(timestep, hidden_states.shape[0]))
+        condition = self._condition(hidden_states, time, class_labels).to(self._matmul_dtype)
+        tokens = self._run_blocks(
+            self.head_blocks, self.head_patch_embed(hidden_states).float(), condition, self.head_rope
+        )
+        sample = self._predict(tokens, condition, hidden_states.dtype)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _condition(
+        self, hidden_states: torch.Tensor, time: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The deep part: one condition per token, (B, N, head_hidden_size)."""
+        conditioning = time
+        if self.label_embedder is not None:
+            conditioning = conditioning + self.label_embedder(class_labels, like=hidden_states)
+        tokens = self.patch_embed(hidden_states).float()
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed.float()
+        # Every modulation applies SiLU once more: the official network has both.
+        conditioning = F.silu(conditioning).to(self._matmul_dtype)
+        tokens = self._run_blocks(self.blocks, tokens, conditioning, self.rope)
+        condition = F.silu(time[:, None] + tokens)
+        return condition if self.condition_proj is None else self.condition_proj(condition.to(self._matmul_dtype))
