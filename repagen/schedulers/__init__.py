@@ -1,0 +1,1 @@
+"""Samplers that diffusers lacks, and the table of published sampler presets."""

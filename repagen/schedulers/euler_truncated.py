@@ -1,0 +1,63 @@
+"""Euler steps that stop short of t = 0, as RAE samples (2510.11690; its `num_steps` counts grid points)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import SchedulerMixin  # noqa: F401  diffusers' loader looks it up in this module
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+from repagen.errors import UserError
+from repagen.schedulers.grid import ExplicitGridScheduler, linear_sigmas_to
+
+
+class FlowMatchEulerTruncatedScheduler(ExplicitGridScheduler):
+    """Explicit Euler on a grid whose last given sigma is its end: N sigmas make N - 1 steps and model calls.
+
+    RAE's grid is the shift of linspace(1, 0.001, 50): 49 steps, the last to t = 0.0069 at shift 6.93.
+
+    Args:
+        num_train_timesteps: `timesteps` are sigma times this; the model's time is timestep divided by it.
+        shift: alpha of the time shift.
+        last_sigma: unshifted end of the default grid.
+    """
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0, last_sigma: float = 0.001) -> None:
+        self._start()
+
+    def default_sigmas(self, num_inference_steps: int) -> list[float]:
+        """Return linspace(1, last_sigma, num_inference_steps): that many points, one step fewer."""
+        return linear_sigmas_to(self.config["last_sigma"], num_inference_steps)
+
+    def _grid(self, shifted: torch.Tensor) -> torch.Tensor:
+        if len(shifted) < 2:
+            raise UserError("sigmas has 1 point; the last one is the end of the grid, so give at least 2")
+        return shifted
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor | float,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        """Go to the next grid point: x + (sigma_next - sigma) v.
+
+        Args:
+            model_output: velocity (B, ...).
+            timestep: element of `timesteps`; read at the first step only.
+            sample: state (B, ...).
+            generator: taken for the common interface; the step draws nothing.
+            return_dict: False returns a tuple.
+
+        Returns:
+            `prev_sample` (B, ...) in the dtype of `model_output`.
+        """
+        index = self._current_index(timestep)
+        self._step_index = index + 1
+        step_size = self.sigmas[index + 1] - self.sigmas[index]
+        moved = sample.to(torch.float32) + step_size * model_output.to(torch.float32)
+        moved = moved.to(model_output.dtype)
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
