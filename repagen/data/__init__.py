@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from repagen.data.config import DataConfig
+from repagen.data.config import DataConfig, data_config_from_words
 from repagen.data.dataset import ImageDataset, ImageSample, SampleDataset
 from repagen.data.digits import digits_encoder_path, digits_to_images, load_digits
-from repagen.data.loading import load_batches, open_dataset
+from repagen.data.loading import load_batches, load_in_order, open_dataset
 from repagen.data.sampler import StreamBatchSampler, sample_indices
 
 __all__ = [
@@ -14,10 +14,12 @@ __all__ = [
     "ImageSample",
     "SampleDataset",
     "StreamBatchSampler",
+    "data_config_from_words",
     "digits_encoder_path",
     "digits_to_images",
     "load_batches",
     "load_digits",
+    "load_in_order",
     "open_dataset",
     "sample_indices",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from repagen.errors import UserError
 
@@ -73,3 +74,32 @@ class DataConfig:
     def short_side_px(self) -> int:
         """Short side before a random crop, in pixels; RAE's 384 for 256."""
         return self.resize_px if self.resize_px is not None else self.image_size * 3 // 2
+
+
+def data_config_from_words(words: Sequence[str]) -> DataConfig:
+    """Build a config from command-line words such as `data.kind=folder data.path=photos data.image_size=256`.
+
+    Raises:
+        UserError: a word is no `data.KEY=VALUE`, a key is unknown or given twice, a value is of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    keys = ", ".join(f"data.{key}" for key in DataConfig.__dataclass_fields__)
+    given: set[str] = set()
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key.removeprefix("data.") not in DataConfig.__dataclass_fields__ or key.count(".") != 1:
+            raise UserError(f"{word}: not a known setting; allowed: KEY=VALUE with KEY one of {keys}")
+        if "${" in value or key in given:
+            raise UserError(
+                f"{word}: {'given twice' if key in given else 'references are not resolved here'}; drop it"
+            )
+        given.add(key)
+    try:
+        settings = OmegaConf.from_dotlist([word.removeprefix("data.") for word in words])
+        config = cast(DataConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), settings)))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{' '.join(words)}: {str(error).splitlines()[0]}; allowed keys: {keys}") from error
+    config.validate()
+    return config

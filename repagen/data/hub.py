@@ -67,14 +67,9 @@ def _open_table(config: DataConfig) -> Any:
         )
     try:
         table = _load(datasets, local, config)
-    except (
-        datasets.exceptions.DatasetsError,
-        HfHubHTTPError,
-        ConnectionError,
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:
+    except UserError:
+        raise
+    except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"data.path: dataset {name}, data.split {config.split} could not be opened: {type(error).__name__}: "

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from repagen.data.config import DataConfig
-from repagen.data.dataset import SampleDataset
+from repagen.data.dataset import ImageDataset, ImageSample, SampleDataset
 from repagen.errors import UserError
 from repagen.randomness import generator_for
 
@@ -57,11 +57,25 @@ class KeyedSamples(Dataset[Any]):
         return {**sample, "position": position}
 
 
-def _collate(samples: list[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
+class _InOrder(Dataset[Any]):
+    """An image dataset whose bad images are None and whose errors are returned."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> ImageSample | UserError | None:
+        try:
+            return self.dataset.try_load(index)
+        except UserError as error:
+            return error
+
+
+def _collate(samples: list[Any]) -> dict[str, Any] | UserError | None:
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
-    return default_collate(samples)
+    present = [sample for sample in samples if sample is not None]
+    return default_collate(present) if present else None
 
 
 def load_batches(
@@ -98,8 +112,33 @@ def load_batches(
         collate_fn=_collate,
         pin_memory=pin_memory,
         timeout=worker_timeout_s if num_workers else 0,
-        persistent_workers=False,
     )
+    return _iterate(loader)
+
+
+def load_in_order(
+    dataset: ImageDataset, indices: range, batch_size: int, *, num_workers: int = 0, worker_timeout_s: float = 300.0
+) -> Iterator[dict[str, Any]]:
+    """Load a range of images once, in order, without augmentation; bad images are left out rather than replaced.
+
+    Yields:
+        {"image" (B, 3, S, S), "label" (B,), "index" (B,)} with B at most `batch_size`.
+
+    Raises:
+        UserError: too many bad images, or a worker died or hung.
+    """
+    batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
+    loader = DataLoader(
+        _InOrder(dataset),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        timeout=worker_timeout_s if num_workers else 0,
+    )
+    return _iterate(loader)
+
+
+def _iterate(loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
     iterator = iter(loader)
     while True:
         try:
@@ -107,12 +146,13 @@ def load_batches(
         except StopIteration:
             return
         except RuntimeError as error:
-            if num_workers and "DataLoader" in str(error):
+            if loader.num_workers and "DataLoader" in str(error):
                 raise UserError(
-                    f"data: a loader worker died or gave nothing for {worker_timeout_s:g} s ({error}); often memory "
-                    "or a network file system: try fewer workers, or none"
+                    f"data: a loader worker died or gave nothing for {loader.timeout:g} s ({error}); often memory or a "
+                    "network file system: try fewer workers, or none"
                 ) from error
             raise
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        if batch is not None:
+            yield batch

@@ -1,0 +1,177 @@
+"""Cached latents and alignment targets in safetensors shards, as `repagen cache` writes them.
+
+folder/
+    latents-00000.safetensors ...   rows of "latent" (R, C, h, w), "label" (R,), "index" (R,), one "target.K"
+                                    (R, N, D) per alignment encoder, "latent_std" for KL autoencoders, and the
+                                    same of the mirrored image with the suffix ".flipped"
+    manifest.json                   what made them, and name, rows, size and sha256 of each shard; written last
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from repagen.data.dataset import SampleDataset
+from repagen.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+SHARD_FORMAT = "repagen-latents-1"
+FLIPPED = ".flipped"
+_MAX_OPEN_SHARDS = 64
+
+
+class LatentShards(SampleDataset):
+    """Latents, labels and alignment targets of a cache.
+
+    Attributes:
+        manifest: what `repagen cache` recorded.
+        labels: label of every sample (N,) int64.
+        latent_shape: (C, h, w).
+        flipped: whether latents of the mirrored images are there as well.
+    """
+
+    def __init__(self, path: str | Path, verify: bool = True) -> None:
+        """Open a cache.
+
+        Args:
+            path: its folder.
+            verify: check the sha256 of every shard (the whole cache is read once); sizes are checked always.
+
+        Raises:
+            UserError: the cache is missing, unfinished or damaged; the file is named.
+        """
+        self._folder = Path(path).expanduser()
+        self.manifest = _read_manifest(self._folder)
+        self._shards: list[Mapping[str, Any]] = self.manifest["shards"]
+        for shard in self._shards:
+            _check_shard(self._folder / shard["file"], shard, verify)
+        self._ends = list(accumulate(shard["rows"] for shard in self._shards))
+        self.class_names = list(self.manifest["class_names"])
+        self.latent_shape = tuple(self.manifest["latent_shape"])
+        self.flipped = bool(self.manifest["flipped"])
+        self._num_targets = len(self.manifest["encoders"])
+        self._files: dict[int, Any] = {}
+        self.labels = torch.cat([self._file(number).get_tensor("label") for number in range(len(self._shards))])
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
+        """Return sample `index`.
+
+        Args:
+            index: in [0, len).
+            generator: decides, where the cache holds mirrored images too, which of the two is taken; without it the
+                unmirrored one.
+
+        Returns:
+            "latent" (C, h, w) float32, standardised; "label"; "index"; "targets", a list of (N, D) float32 in the
+            order of the cache's encoders; for KL autoencoders "latent_std" (C, h, w): `latent` is the mean.
+        """
+        number, row = self._locate(index)
+        file = self._file(number)
+        mirrored = self.flipped and generator is not None and bool(torch.rand((), generator=generator) < 0.5)
+        suffix = FLIPPED if mirrored else ""
+
+        def read(name: str) -> torch.Tensor:
+            return file.get_slice(name + suffix)[row : row + 1][0].float()
+
+        sample: dict[str, Any] = {"latent": read("latent"), "label": int(self.labels[index]), "index": index}
+        sample["targets"] = [read(f"target.{k}") for k in range(self._num_targets)]
+        if self.manifest["has_std"]:
+            sample["latent_std"] = read("latent_std")
+        return sample
+
+    def describe(self, index: int) -> str:
+        """Return shard, row and source image of sample `index`."""
+        number, row = self._locate(index)
+        source = int(self._file(number).get_slice("index")[row : row + 1][0])
+        return f"row {row} of {self._folder / self._shards[number]['file']} (image {source} of the cached dataset)"
+
+    def fingerprint(self) -> str:
+        """Return a hash of the shards' contents and of what made them."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    def require(self, autoencoder: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Refuse a cache that was made with other models than a run uses.
+
+        Args:
+            autoencoder: {"encoder": hash, "statistics": hash} as `repagen.training.latent_cache.describe_autoencoder`
+                gives them.
+            encoders: the same of the alignment encoders, in order; empty when the run aligns with none.
+
+        Raises:
+            UserError: something differs; it is named.
+        """
+        made = self.manifest["autoencoder"]
+        for key in ("encoder", "statistics"):
+            if made[key] != autoencoder[key]:
+                raise UserError(
+                    f"{self._folder}: these latents were made with another {key} of the autoencoder (cache: "
+                    f"{made['name']}, {made[key][:12]}; now: {autoencoder['name']}, {autoencoder[key][:12]}); use that "
+                    "autoencoder, or run `repagen cache` again"
+                )
+        if not encoders:
+            return
+        names = [[encoder["name"] for encoder in group] for group in (self.manifest["encoders"], encoders)]
+        if [dict(encoder) for encoder in encoders] != self.manifest["encoders"]:
+            raise UserError(
+                f"{self._folder}: these alignment targets were made with other encoders (cache: {names[0]}, now: "
+                f"{names[1]}; name, weights and reading must agree); run `repagen cache` again"
+            )
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        number = bisect.bisect_right(self._ends, index)
+        return number, index - (self._ends[number - 1] if number else 0)
+
+    def _file(self, number: int) -> Any:
+        if number not in self._files:
+            if len(self._files) >= _MAX_OPEN_SHARDS:
+                self._files.pop(next(iter(self._files)))
+            path = self._folder / self._shards[number]["file"]
+            try:
+                self._files[number] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a readable shard ({error}); run `repagen cache` again") from error
+        return self._files[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # open files do not travel to loader workers
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        state = "is unfinished" if any(folder.glob("latents-*")) else "is no latent cache"
+        raise UserError(f"{folder} {state}: {MANIFEST_NAME} is missing; run `repagen cache` (again)")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = manifest["format"] == SHARD_FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); run `repagen cache` again") from error
+    if not known:
+        raise UserError(f"{path}:format: {manifest['format']} given; this version reads {SHARD_FORMAT}")
+    return manifest
+
+
+def _check_shard(path: Path, shard: Mapping[str, Any], verify: bool) -> None:
+    if Path(shard["file"]).name != shard["file"]:
+        raise UserError(f"{path}: {MANIFEST_NAME} names a shard outside its folder")
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard["bytes"]:
+        found = "missing" if size is None else f"{size} bytes"
+        raise UserError(f"{path}: {found}, {shard['bytes']} bytes expected; remove it and run `repagen cache` again")
+    if verify:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != shard["sha256"]:
+            raise UserError(f"{path}: damaged (sha256 differs); remove it and run `repagen cache` again")
