@@ -1,0 +1,1 @@
+"""Presets: one YAML per recipe, read through `repagen.training.config.load_config`."""

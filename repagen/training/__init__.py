@@ -1,0 +1,1 @@
+"""Training: typed configurations, checkpoints, EMA, optimiser, and one readable loop per program."""
