@@ -148,8 +148,8 @@ def _iterate(loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
         except RuntimeError as error:
             if loader.num_workers and "DataLoader" in str(error):
                 raise UserError(
-                    f"data: a loader worker died or gave nothing for {loader.timeout:g} s ({error}); often memory or a "
-                    "network file system: try fewer workers, or none"
+                    f"data: a loader worker died or gave nothing for {loader.timeout:g} s ({error}); often memory or "
+                    "a network file system: try fewer workers, or none"
                 ) from error
             raise
         if isinstance(batch, UserError):

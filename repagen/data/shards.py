@@ -117,8 +117,8 @@ class LatentShards(SampleDataset):
             if made[key] != autoencoder[key]:
                 raise UserError(
                     f"{self._folder}: these latents were made with another {key} of the autoencoder (cache: "
-                    f"{made['name']}, {made[key][:12]}; now: {autoencoder['name']}, {autoencoder[key][:12]}); use that "
-                    "autoencoder, or run `repagen cache` again"
+                    f"{made['name']}, {made[key][:12]}; now: {autoencoder['name']}, {autoencoder[key][:12]}); use "
+                    "that autoencoder, or run `repagen cache` again"
                 )
         if not encoders:
             return
