@@ -116,8 +116,9 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         UserError: dim is not a multiple of heads.
     """
 
-    _default_processor_cls = SelfAttentionProcessor
-    _available_processors = (SelfAttentionProcessor,)
+    _default_processor_cls: Any = SelfAttentionProcessor
+    _available_processors: Any = (SelfAttentionProcessor,)
+    processor: Any
 
     def __init__(self, dim: int, heads: int, bias: bool = True, qk_norm: QKNorm | None = None) -> None:
         super().__init__()
@@ -133,7 +134,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
         self.norm_q = self._head_norm(qk_norm)
         self.norm_k = self._head_norm(qk_norm)
-        self.set_processor(SelfAttentionProcessor())
+        self.processor = SelfAttentionProcessor()
 
     def _head_norm(self, qk_norm: QKNorm | None) -> nn.Module | None:
         if qk_norm is None:

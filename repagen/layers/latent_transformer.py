@@ -40,10 +40,11 @@ def xavier_(linear: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(linear.bias)
 
 
-def zero_(linear: nn.Linear) -> None:
-    """Weight and bias 0."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+def zero_(*layers: Any) -> None:
+    """Weights and biases 0."""
+    for linear in layers:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
 
 
 class LatentTransformerMixin(AttentionBackendMixin):
@@ -55,6 +56,7 @@ class LatentTransformerMixin(AttentionBackendMixin):
 
     config: Any
     token_grid: tuple[int, int]
+    blocks: nn.ModuleList
     patch_embed: PatchEmbedding
     norm_out: nn.Module
     modulation_out: nn.Linear

@@ -110,7 +110,7 @@ def _register_for_caching() -> None:
     except ImportError:  # private names of diffusers: without them everything but these caches works
         logger.info("this version of diffusers has no registry of blocks; its caches will not know repagen's")
         return
-    TransformerBlockRegistry.register(ModulatedBlock, TransformerBlockMetadata(return_hidden_states_index=None))
+    TransformerBlockRegistry.register(ModulatedBlock, TransformerBlockMetadata())  # returns one tensor
     AttentionProcessorRegistry.register(
         SelfAttentionProcessor,
         AttentionProcessorMetadata(skip_processor_output_fn=lambda _, hidden_states, *args, **kwargs: hidden_states),

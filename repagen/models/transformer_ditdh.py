@@ -23,7 +23,7 @@ from repagen.layers.rope import RotaryTable
 _HEAD = {"head_hidden_size": 2048, "head_depth": 2, "head_num_heads": 16}
 
 
-class DiTDHTransformer2DModel(
+class DiTDHTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disagree about attributes
     LatentTransformerMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
 ):
     """Class-conditional transformer over latents whose last blocks are as wide as the latent has channels, or wider.
@@ -126,8 +126,7 @@ class DiTDHTransformer2DModel(
         if self.label_embedder is not None:
             nn.init.normal_(self.label_embedder.table.weight, std=0.02)
         modulations = (block.modulation for block in (*self.blocks, *self.head_blocks))
-        for linear in (*modulations, self.modulation_out, self.proj_out):
-            zero_(linear)
+        zero_(self.modulation_out, self.proj_out, *modulations)
 
     @apply_lora_scale("attention_kwargs")
     def forward(

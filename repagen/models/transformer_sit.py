@@ -19,7 +19,7 @@ from repagen.layers.latent_transformer import LatentTransformerMixin, TimeDirect
 from repagen.layers.modulated import ModulatedBlock, make_norm
 
 
-class SiTTransformer2DModel(
+class SiTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disagree about attributes
     LatentTransformerMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
 ):
     """Class-conditional transformer with adaptive norms over patches of a latent.
@@ -92,8 +92,7 @@ class SiTTransformer2DModel(
             nn.init.normal_(linear.weight, std=0.02)
         if self.label_embedder is not None:
             nn.init.normal_(self.label_embedder.table.weight, std=0.02)
-        for linear in (*(block.modulation for block in self.blocks), self.modulation_out, self.proj_out):
-            zero_(linear)
+        zero_(self.modulation_out, self.proj_out, *(block.modulation for block in self.blocks))
 
     @apply_lora_scale("attention_kwargs")
     def forward(
