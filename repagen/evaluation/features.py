@@ -155,7 +155,7 @@ class EncoderExtractor:
         pooling: `mean` exists for every encoder; `cls` is what FD-DINOv2 is published with (2306.04675).
 
     Raises:
-        UserError: on `cls` for an encoder without CLS token (on the first images).
+        UserError: with the first images, when they are not square, or the encoder has no CLS token to pool.
     """
 
     def __init__(self, encoder: VisionEncoder, pooling: Pooling = "mean") -> None:
@@ -167,12 +167,14 @@ class EncoderExtractor:
         self.identity = ExtractorIdentity(
             name=encoder.name_or_path or f"{encoder.family} with random weights",
             weights_sha256=encoder.fingerprint(),
-            settings=f"pooling={pooling}, size={encoder.image_size}, resize=bicubic antialiased, {reading}, dtype={dtype}",
+            settings=f"pooling={pooling}, size={encoder.image_size}, antialiased bicubic, {reading}, dtype={dtype}",
         )
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Compute the features of uint8 images (B, 3, H, W)."""
+        if images.shape[-2] != images.shape[-1]:
+            raise UserError(f"an encoder sees square images, got {images.shape[-2]} x {images.shape[-1]} px; crop them")
         pixels = images.to(self.encoder.device).float() / 255
         side = self.encoder.image_size
         if pixels.shape[-2:] != (side, side):

@@ -113,8 +113,8 @@ class NpzImages(ImageSource):
         self._stream = _open_npz_member(self.path, "arr_0")
         try:
             shape, fortran_order, dtype = _read_npy_header(self._stream)
-        except ValueError as error:
-            raise UserError(f"{path}: arr_0 is not a readable array ({error})") from error
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise self._damaged(error) from error
         if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3), got {dtype} {shape}; save it so")
         self.shape = shape
@@ -133,11 +133,15 @@ class NpzImages(ImageSource):
             self._stream.seek(self._start + index * image_bytes)
             content = self._stream.read(image_bytes)
         except zipfile.BadZipFile as error:
-            raise UserError(f"{self.path}: the file is damaged ({error}); write it again") from error
+            raise self._damaged(error) from error
         if len(content) != image_bytes:
             raise UserError(f"{self.path}: ends within image {index} of {len(self)}; write it again")
         pixels = np.frombuffer(content, np.uint8).reshape(self.shape[1:])
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+    def _damaged(self, error: Exception) -> UserError:
+        self._stream.close()
+        return UserError(f"{self.path}: the file is damaged ({error}); write it again")
 
     def describe(self, index: int) -> str:
         """Row of the array."""

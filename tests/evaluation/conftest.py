@@ -1,0 +1,67 @@
+"""Small real parts for the tests of evaluation: an encoder with random weights, folders of random pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from repagen.encoders import VisionEncoder
+from repagen.evaluation import EncoderExtractor
+
+TINY_DINOV2 = {
+    "model_type": "dinov2",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 16,
+}
+
+
+@pytest.fixture(scope="session")
+def encoder() -> VisionEncoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return VisionEncoder.from_config({"family": "dinov2", "config": TINY_DINOV2, "image_size": 16})
+
+
+@pytest.fixture(scope="session")
+def extractor(encoder: VisionEncoder) -> EncoderExtractor:
+    return EncoderExtractor(encoder)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(encoder: VisionEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    encoder.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_pictures() -> Callable[..., np.ndarray]:
+    """Random pictures (count, size, size, 3) uint8 whose colour varies from one to the next."""
+
+    def make(count: int, seed: int, size: int = 16) -> np.ndarray:
+        generator = np.random.default_rng(seed)
+        pictures = generator.normal(128, 40, (count, size, size, 3)) + generator.normal(0, 30, (count, 1, 1, 3))
+        return pictures.clip(0, 255).astype(np.uint8)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_pictures() -> Callable[[Path, np.ndarray], Path]:
+    """Write pictures as 00000.png, 00001.png ... and return the folder."""
+
+    def write(folder: Path, pictures: np.ndarray) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, picture in enumerate(pictures):
+            Image.fromarray(picture).save(folder / f"{number:05d}.png")
+        return folder
+
+    return write

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from repagen import frechet_distance
+from repagen.errors import UserError
+from repagen.evaluation import FeatureMoments, Statistics
+
+
+def orthogonal(dimension: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(dimension, dimension, dtype=torch.float64)).Q
+
+
+def gaussian(mean: torch.Tensor, variances: torch.Tensor, axes: torch.Tensor) -> Statistics:
+    return Statistics(mean, axes @ torch.diag(variances) @ axes.T)
+
+
+def statistics_of(features: torch.Tensor) -> Statistics:
+    moments = FeatureMoments(features.shape[1])
+    moments.update(features)
+    return moments.statistics()
+
+
+def test_commuting_gaussians_have_the_closed_form() -> None:
+    """Covariances with common axes: |m1 - m2|^2 + sum (s1 - s2)^2 with standard deviations s."""
+    axes = orthogonal(32)
+    mean_1, mean_2 = torch.randn(2, 32, dtype=torch.float64)
+    variances_1, variances_2 = torch.rand(2, 32, dtype=torch.float64) * 4
+    exact = (mean_1 - mean_2).square().sum() + (variances_1.sqrt() - variances_2.sqrt()).square().sum()
+    distance = frechet_distance(gaussian(mean_1, variances_1, axes), gaussian(mean_2, variances_2, axes))
+    assert distance == pytest.approx(exact.item(), rel=1e-9)
+
+
+def test_two_dimensional_covariances_have_the_closed_form() -> None:
+    """tr (AB)^(1/2) = sqrt(tr AB + 2 sqrt(det AB)) for 2x2 matrices that need not commute."""
+    a = torch.tensor([[2.0, 0.7], [0.7, 1.0]], dtype=torch.float64)
+    b = torch.tensor([[0.5, -0.3], [-0.3, 3.0]], dtype=torch.float64)
+    product = a @ b
+    root_trace = (product.trace() + 2 * product.det().sqrt()).sqrt()
+    zero = torch.zeros(2, dtype=torch.float64)
+    exact = (a.trace() + b.trace() - 2 * root_trace).item()
+    assert frechet_distance(Statistics(zero, a), Statistics(zero, b)) == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [20, 400])
+def test_a_set_has_no_distance_to_itself(count: int) -> None:
+    features = torch.randn(count, 64) * 10 + 5
+    assert frechet_distance(features, features) < 1e-6
+    assert frechet_distance(statistics_of(features), statistics_of(features)) < 1e-6
+    assert frechet_distance(features, features[torch.randperm(count)]) < 1e-6
+
+
+def test_it_is_symmetric_and_ignores_rotations() -> None:
+    a, b = torch.randn(300, 24, dtype=torch.float64), torch.randn(200, 24, dtype=torch.float64) * 1.5 + 0.2
+    distance = frechet_distance(a, b)
+    axes = orthogonal(24)
+    assert frechet_distance(b, a) == pytest.approx(distance, rel=1e-12)
+    assert frechet_distance(a @ axes, b @ axes) == pytest.approx(distance, rel=1e-9)
+
+
+def test_a_shift_adds_its_squared_length() -> None:
+    features = torch.randn(100, 8, dtype=torch.float64)
+    shift = torch.arange(8, dtype=torch.float64)
+    assert frechet_distance(features, features + shift) == pytest.approx(shift.square().sum().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("counts", [(10, 12), (10, 300)])
+def test_fewer_samples_than_features_are_exact(counts: tuple[int, int]) -> None:
+    """Features in a subspace have the distance they have inside it, where their covariances are regular."""
+    low = [torch.randn(count, 6, dtype=torch.float64) * scale for count, scale in zip(counts, (1.0, 1.4), strict=True)]
+    inside = frechet_distance(*low)
+    embedding = orthogonal(64)[:6]
+    high = [features @ embedding for features in low]
+    assert frechet_distance(*high) == pytest.approx(inside, rel=1e-9)
+    assert frechet_distance(*map(statistics_of, high)) == pytest.approx(inside, rel=1e-6)
+
+
+def test_features_and_their_statistics_agree() -> None:
+    a, b = torch.randn(500, 16), torch.randn(400, 16) * 2
+    assert frechet_distance(a, statistics_of(b)) == pytest.approx(frechet_distance(a, b), rel=1e-12)
+    assert frechet_distance(a.numpy(), b.numpy()) == frechet_distance(a, b)
+
+
+def test_it_equals_torch_fidelity() -> None:
+    metric = pytest.importorskip("torch_fidelity.metric_fid")
+    a, b = (torch.randn(800, 32).double() @ torch.randn(32, 32).double() for _ in range(2))
+    theirs = [{"mu": x.numpy().mean(0), "sigma": np.cov(x.numpy(), rowvar=False)} for x in (a, b)]
+    expected = metric.fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_bias_of_a_finite_sample_follows_its_formula() -> None:
+    """E[FD] = (1/N) (5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j)) of N samples against the exact Gaussian."""
+    count, dimension, trials = 2000, 16, 300
+    variances = torch.linspace(0.2, 3, dimension, dtype=torch.float64)
+    exact = gaussian(torch.zeros(dimension, dtype=torch.float64), variances, torch.eye(dimension, dtype=torch.float64))
+    pairs = variances[:, None] * variances / (variances[:, None] + variances)
+    expected = (1.25 * variances.sum() + 0.5 * pairs.sum()).item() / count
+    draws = torch.randn(trials, count, dimension, dtype=torch.float64) * variances.sqrt()
+    measured = sum(frechet_distance(draw, exact) for draw in draws) / trials
+    assert measured == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (torch.randn(1, 4), torch.randn(9, 4), "at least 2 samples on each side, got 1"),
+        (torch.randn(9, 4), torch.randn(9, 5), "cannot compare 4 features with 5"),
+        (torch.randn(9), torch.randn(9, 5), r"matrix \(N, D\), got shape \(9,\)"),
+        (Statistics(torch.zeros(2), -torch.eye(2)), torch.randn(9, 2), "not a covariance"),
+        (torch.full((3, 2), torch.inf), torch.randn(9, 2), "sample 0 are not finite"),
+    ],
+)
+def test_wrong_input_is_named(a: torch.Tensor | Statistics, b: torch.Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        frechet_distance(a, b)
