@@ -56,10 +56,12 @@ class LatentShards(SampleDataset):
             _check_shard(self._folder / shard["file"], shard, verify)
         self._ends = list(accumulate(shard["rows"] for shard in self._shards))
         self.class_names = list(self.manifest["class_names"])
-        self.latent_shape = tuple(self.manifest["latent_shape"])
         self.flipped = bool(self.manifest["flipped"])
         self._num_targets = len(self.manifest["encoders"])
         self._files: dict[int, Any] = {}
+        first = self._file(0)
+        self.latent_shape = tuple(first.get_slice("latent").get_shape()[1:])
+        self._has_std = "latent_std" in first.keys()  # noqa: SIM118 - an open file, not a dict
         self.labels = torch.cat([self._file(number).get_tensor("label") for number in range(len(self._shards))])
 
     def __len__(self) -> int:
@@ -87,7 +89,7 @@ class LatentShards(SampleDataset):
 
         sample: dict[str, Any] = {"latent": read("latent"), "label": int(self.labels[index]), "index": index}
         sample["targets"] = [read(f"target.{k}") for k in range(self._num_targets)]
-        if self.manifest["has_std"]:
+        if self._has_std:
             sample["latent_std"] = read("latent_std")
         return sample
 

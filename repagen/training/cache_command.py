@@ -1,0 +1,59 @@
+"""`repagen cache`: latents and alignment targets of a dataset to safetensors shards; training needs no encoder then."""
+
+from __future__ import annotations
+
+import argparse
+from typing import get_args
+
+from repagen.encoders import VisionEncoder
+from repagen.training.dataset_commands import add_dataset_arguments, command_device, open_autoencoder, open_images
+from repagen.training.latent_cache import CacheConfig, ShardType, cache_latents
+from repagen.training.latent_identity import process_group
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    defaults = CacheConfig()
+    add_dataset_arguments(parser)
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="folder of the cache; the same again continues"
+    )
+    parser.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="alignment encoder whose tokens are stored as targets, folder or Hub id; may be repeated",
+    )
+    parser.add_argument("--shard-rows", type=int, default=defaults.shard_rows, help="images per shard (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=get_args(ShardType), default=defaults.dtype, help="stored type (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> str | None:
+    """Write the cache. Mirrored images are stored too where data.horizontal_flip=true.
+
+    Raises:
+        UserError: dataset, autoencoder or an encoder cannot be used, an image is bad, or the folder holds other things.
+    """
+    dataset = open_images(args.data)
+    config = CacheConfig(
+        batch_size=args.batch_size,
+        shard_rows=args.shard_rows,
+        flips=dataset.config.horizontal_flip,
+        dtype=args.dtype,
+        num_workers=args.num_workers,
+    )
+    with command_device() as device:
+        autoencoder = open_autoencoder(args.autoencoder, device)
+        encoders = [VisionEncoder.from_pretrained(name).to(device) for name in args.encoder]
+        shards = cache_latents(autoencoder, dataset, args.output, encoders=encoders, config=config)
+        if process_group()[0] != 0:
+            return None
+    bad = f", {len(dataset) - len(shards)} bad images left out" if len(shards) < len(dataset) else ""
+    shape = "x".join(map(str, shards.latent_shape))
+    return (
+        f"{args.output}: {len(shards)} latents {shape} in {len(shards.manifest['shards'])} shards{bad}; train with "
+        f"data.kind=latents data.path={args.output}"
+    )

@@ -1,0 +1,77 @@
+"""What `repagen stats` and `repagen cache` share: their arguments, and opening what these name."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from repagen.data import ImageDataset, data_config_from_words, open_dataset
+from repagen.errors import UserError
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare dataset, autoencoder and how both are run through."""
+    parser.add_argument("data", nargs="+", metavar="data.KEY=VALUE", help="the dataset, such as data.path=photos")
+    parser.add_argument("--autoencoder", required=True, metavar="PATH", help="folder or Hub id of the autoencoder")
+    parser.add_argument("--batch-size", type=_positive, default=32, help="images per forward pass (%(default)s)")
+    parser.add_argument("--num-workers", type=int, default=0, help="loader processes (%(default)s)")
+
+
+@contextmanager
+def command_device() -> Iterator[torch.device]:
+    """Start accelerate's process group where a launcher asks for one; yield this process's device."""
+    from accelerate import PartialState
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    try:
+        yield state.device
+    finally:
+        state.destroy_process_group()  # a process that leaves it standing aborts at exit
+
+
+def open_images(words: list[str]) -> ImageDataset:
+    """Open the dataset that `data.KEY=VALUE` words describe.
+
+    Raises:
+        UserError: as `open_dataset`; and for a dataset that holds no images.
+    """
+    dataset = open_dataset(data_config_from_words(words))
+    if not isinstance(dataset, ImageDataset):
+        raise UserError("data.kind=latents holds no images; allowed: folder, datasets, digits")
+    return dataset
+
+
+def open_autoencoder(name: str, device: torch.device) -> Any:
+    """Load an autoencoder of this library or of diffusers, from a folder or the Hub.
+
+    Raises:
+        UserError: nothing that can be loaded is there.
+    """
+    from diffusers import AutoModel
+
+    try:
+        autoencoder = AutoModel.from_pretrained(name)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--autoencoder: {name} cannot be loaded ({reason}); allowed: a folder or Hub id of an autoencoder"
+        ) from error
+    if not hasattr(autoencoder, "encode"):
+        raise UserError(f"--autoencoder: {name} is a {type(autoencoder).__name__}; allowed: an autoencoder")
+    return autoencoder.to(device).eval()
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} given; allowed: 1 or more")
+    return value

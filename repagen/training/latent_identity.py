@@ -1,0 +1,78 @@
+"""What identifies latents and alignment targets: hashes of the weights and statistics that made them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from repagen.data import ImageDataset
+from repagen.encoders import VisionEncoder
+from repagen.errors import UserError
+from repagen.models.autoencoder_representation import RepresentationAutoencoder
+
+_READING = ("image_size", "layers", "combination", "norm_affine", "image_mean", "image_std")
+
+
+def describe_encoder(encoder: VisionEncoder) -> dict[str, Any]:
+    """Return name, weights' hash and reading of an encoder, JSON-able."""
+    spec = dataclasses.asdict(encoder.spec())
+    return {"name": encoder.name_or_path, "weights": encoder.fingerprint(), **{key: spec[key] for key in _READING}}
+
+
+def describe_autoencoder(autoencoder: Any) -> dict[str, Any]:
+    """Return {"name", "class", "encoder", "statistics"} of an autoencoder, the last two hashes.
+
+    They hold what latents depend on: the decoder is left out, and a `RepresentationAutoencoder` is described by its
+    config, without loading its encoder.
+    """
+    if isinstance(autoencoder, RepresentationAutoencoder):
+        spec = autoencoder.config.encoder or {}
+        reading = {key: spec.get(key) for key in _READING}
+        encoder = _hash_json([autoencoder.config.encoder_fingerprint, reading])
+        statistics = _hash_tensors([autoencoder.latents_mean, autoencoder.latents_std])
+        name = spec.get("name_or_path")
+    else:
+        state = autoencoder.state_dict()
+        encoder = _hash_tensors(state[key] for key in sorted(state) if key.startswith(("encoder.", "quant_conv.")))
+        known = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+        statistics = _hash_json({key: autoencoder.config.get(key) for key in known})
+        name = autoencoder.config.get("_name_or_path")
+    return {"name": name, "class": type(autoencoder).__name__, "encoder": encoder, "statistics": statistics}
+
+
+def refuse_non_finite(values: torch.Tensor, indices: torch.Tensor, dataset: ImageDataset) -> None:
+    """Stop at a sample whose values (B, ...) are not finite, naming it; `indices` (B,) are its places in the dataset.
+
+    Raises:
+        UserError: a value is NaN or infinite.
+    """
+    finite = torch.isfinite(values.flatten(1)).all(1).cpu()
+    if not finite.all():
+        index = int(indices[~finite][0])
+        raise UserError(
+            f"{dataset.describe(index)}: its latent is not finite; look at the image, or encode in float32"
+        )
+
+
+def process_group() -> tuple[int, int]:
+    """Return (this process, number of processes) of the running process group; (0, 1) without one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        value = tensor.detach().float().cpu().contiguous()
+        digest.update(f"{tuple(value.shape)}".encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

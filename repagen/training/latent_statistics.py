@@ -1,0 +1,181 @@
+"""Exact latent statistics of a dataset: mean and population variance of every element of the latent.
+
+The published script keeps a running average that depends on the order of the images (RAE's `calculate_stat.py`). Here
+every latent counts once, in float64: the dataset is cut into 64 fixed stretches, each is summed up in order, and the
+stretches are merged in order (Chan, Golub & LeVeque 1983). The result therefore does not depend on batch size
+or process count beyond the rounding of the encoder itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from repagen.data import ImageDataset, load_in_order
+from repagen.errors import UserError
+from repagen.models.autoencoder_representation import RepresentationAutoencoder
+from repagen.training.checkpoint import sync_file, sync_folder
+from repagen.training.latent_identity import process_group, refuse_non_finite
+
+_STRETCHES = 64
+
+
+@dataclass(frozen=True)
+class ElementMoments:
+    """Number of samples, mean and summed squared deviation of every element, float64."""
+
+    count: int
+    mean: torch.Tensor
+    squares: torch.Tensor
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> ElementMoments:
+        """Return the moments of values (B, ...)."""
+        values = values.double()
+        mean = values.mean(0)
+        return cls(len(values), mean, (values - mean).square().sum(0))
+
+    def merge(self, other: ElementMoments) -> ElementMoments:
+        """Return the moments of both sets together (Chan et al. 1983, eq. 2.1)."""
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        mean = self.mean + shift * (other.count / count)
+        squares = self.squares + other.squares + shift.square() * (self.count * other.count / count)
+        return ElementMoments(count, mean, squares)
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Statistics of a dataset's raw (not standardised) latents.
+
+    Attributes:
+        mean: (C, h, w) float32.
+        variance: (C, h, w) float32, population variance.
+        images: number of images averaged; where mirrored images count too, each gave two latents.
+        encoder: fingerprint of the encoder.
+        dataset: fingerprint of the dataset.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    images: int
+    encoder: str
+    dataset: str
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file with `mean`, `var` and the rest as metadata, whole or not at all."""
+        facts = {"images": str(self.images), "encoder": self.encoder, "dataset": self.dataset}
+        temporary = path.with_name(f".tmp-{path.name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"mean": self.mean, "var": self.variance}, temporary, metadata=facts)
+        sync_file(temporary)
+        temporary.rename(path)
+        sync_folder(path.parent)
+
+    @classmethod
+    def load(cls, path: Path) -> LatentStatistics:
+        """Read a file written by `save`.
+
+        Raises:
+            UserError: the file is missing, damaged or of another kind.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+                images, encoder, dataset = int(facts["images"]), facts["encoder"], facts["dataset"]
+                return cls(file.get_tensor("mean"), file.get_tensor("var"), images, encoder, dataset)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: no statistics of `repagen stats` ({error}); run it again") from error
+
+
+def compute_latent_statistics(
+    autoencoder: RepresentationAutoencoder,
+    dataset: ImageDataset,
+    *,
+    batch_size: int = 32,
+    flips: bool = False,
+    num_workers: int = 0,
+) -> LatentStatistics:
+    """Compute the statistics of a dataset's raw latents; the autoencoder is left as it is.
+
+    Under a process group every process computes its share and all return the same result.
+
+    Args:
+        autoencoder: on its device; statistics it already has do not matter.
+        dataset: the images; they are read once, without random augmentation, and bad ones are left out.
+        batch_size: images per forward pass.
+        flips: count the mirrored image as well, as training with random flips shows both.
+        num_workers: loader processes.
+
+    Raises:
+        UserError: too many bad images, or an image whose latent is not finite.
+    """
+    rank, processes = process_group()
+    bounds = [number * len(dataset) // _STRETCHES for number in range(_STRETCHES + 1)]
+    own: dict[int, ElementMoments | None] = {}
+    progress = tqdm(total=bounds[-1], desc="statistics", unit="image", disable=rank != 0)
+    for number in range(rank, _STRETCHES, processes):
+        stretch = range(bounds[number], bounds[number + 1])
+        batches = load_in_order(dataset, stretch, batch_size, num_workers=num_workers)
+        own[number] = _sum_up(autoencoder, dataset, batches, flips)
+        progress.update(len(stretch))
+    progress.close()
+    total = _merge_stretches(own, rank, processes, autoencoder)
+    return LatentStatistics(
+        total.mean.float().cpu(),
+        (total.squares / total.count).float().cpu(),
+        total.count // (2 if flips else 1),
+        autoencoder.encoder.fingerprint(),
+        dataset.fingerprint(),
+    )
+
+
+def _sum_up(
+    autoencoder: RepresentationAutoencoder, dataset: ImageDataset, batches: Iterator[dict[str, Any]], flips: bool
+) -> ElementMoments | None:
+    """Return the moments of the raw latents of some batches, None when every image of them is bad."""
+    total: ElementMoments | None = None
+    for batch in batches:
+        images = batch["image"].to(autoencoder.device)
+        for view in (images, images.flip(-1)) if flips else (images,):
+            latents = autoencoder.raw_latents(view)
+            refuse_non_finite(latents, batch["index"], dataset)
+            moments = ElementMoments.of(latents)
+            total = moments if total is None else total.merge(moments)
+    return total
+
+
+def _merge_stretches(
+    own: dict[int, ElementMoments | None], rank: int, processes: int, autoencoder: RepresentationAutoencoder
+) -> ElementMoments:
+    """Merge the stretches of all processes in order; every process gets the result."""
+    total: ElementMoments | None = None
+    for number in range(_STRETCHES):
+        moments = own[number] if processes == 1 else _share(own.get(number), number % processes, rank, autoencoder)
+        if moments is not None:
+            total = moments if total is None else total.merge(moments)
+    if total is None:
+        raise UserError("data: no readable image; statistics need at least one")
+    return total
+
+
+def _share(
+    own: ElementMoments | None, owner: int, rank: int, autoencoder: RepresentationAutoencoder
+) -> ElementMoments | None:
+    """Send one stretch's moments from the process that owns it to all."""
+    shape = autoencoder.latent_shape
+    packed = torch.zeros(2 * math.prod(shape) + 1, dtype=torch.float64, device=autoencoder.device)
+    if rank == owner and own is not None:
+        packed = torch.cat([own.mean.flatten(), own.squares.flatten(), packed.new_tensor([own.count])])
+    torch.distributed.broadcast(packed, src=owner)
+    count = int(packed[-1])
+    mean, squares = packed[:-1].view(2, *shape)
+    return ElementMoments(count, mean, squares) if count else None

@@ -1,0 +1,80 @@
+"""`repagen stats`: exact latent statistics of a dataset, put into an autoencoder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from repagen.errors import UserError
+from repagen.models.autoencoder_representation import RepresentationAutoencoder
+from repagen.training.checkpoint import replace_folder
+from repagen.training.dataset_commands import add_dataset_arguments, command_device, open_autoencoder, open_images
+from repagen.training.latent_identity import process_group
+from repagen.training.latent_statistics import LatentStatistics, compute_latent_statistics
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_dataset_arguments(parser)
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="folder for a copy of the autoencoder with the statistics in it, or a .safetensors file for them alone",
+    )
+
+
+def run(args: argparse.Namespace) -> str | None:
+    """Compute and write the statistics. Mirrored images count too where data.horizontal_flip=true.
+
+    Raises:
+        UserError: dataset or autoencoder cannot be used, or an image is bad.
+    """
+    output = Path(args.output).expanduser()
+    _refuse_foreign_folder(output)
+    dataset = open_images(args.data)
+    with command_device() as device:
+        autoencoder = open_autoencoder(args.autoencoder, device)
+        if not isinstance(autoencoder, RepresentationAutoencoder):
+            raise UserError(
+                f"--autoencoder: {args.autoencoder} is a {type(autoencoder).__name__}, which brings its own scaling; "
+                "statistics belong to a RepresentationAutoencoder"
+            )
+        statistics = compute_latent_statistics(
+            autoencoder,
+            dataset,
+            batch_size=args.batch_size,
+            flips=dataset.config.horizontal_flip,
+            num_workers=args.num_workers,
+        )
+        if process_group()[0] != 0:
+            return None
+        write_statistics(statistics, autoencoder, output)
+    views = "images, each mirrored too" if dataset.config.horizontal_flip else "images"
+    return (
+        f"{output}: statistics of {statistics.images} of {len(dataset)} {views}; mean of the variances "
+        f"{statistics.variance.mean():.4g}, smallest {statistics.variance.min():.4g}, largest "
+        f"{statistics.variance.max():.4g}"
+    )
+
+
+def write_statistics(statistics: LatentStatistics, autoencoder: RepresentationAutoencoder, output: Path) -> None:
+    """Write statistics to a .safetensors file, or into a copy of the autoencoder in a folder."""
+    if output.suffix == ".safetensors":
+        statistics.save(output)
+        return
+    autoencoder.set_statistics(statistics.mean, statistics.variance)
+    replace_folder(output, autoencoder.save_pretrained)
+
+
+def _refuse_foreign_folder(output: Path) -> None:
+    """Replace a saved autoencoder, but nothing else."""
+    if output.suffix == ".safetensors" or not output.exists():
+        return
+    try:
+        class_name = json.loads((output / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        class_name = None
+    if class_name != RepresentationAutoencoder.__name__:
+        raise UserError(f"--output: {output} exists and is no saved autoencoder; allowed: a new folder or such a one")
