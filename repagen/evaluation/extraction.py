@@ -62,6 +62,7 @@ def extract(
     batch_size: int = 50,
     max_bad_images: int = 0,
     keep_features: int = 0,
+    expected_size: tuple[int, int] | None = None,
     title: str = "features",
 ) -> Extraction:
     """Compute the features of every image of a source.
@@ -74,11 +75,12 @@ def extract(
         batch_size: images at once, per process.
         max_bad_images: how many unreadable images may be left out; one more stops the run, listing all of them.
         keep_features: keep the features of this many first images.
+        expected_size: (height, width) in pixels that the images must have, those of the other side.
         title: of the progress bar.
 
     Raises:
-        UserError: on too many unreadable images, images of several sizes, or a feature that is not finite; each
-            names the images.
+        UserError: on too many unreadable images, images of another size, or a feature that is not finite; each names
+            the images.
     """
     state = PartialState()
     share = _Share(FeatureMoments(extractor.dimension))
@@ -87,6 +89,7 @@ def extract(
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
             _extract_batch(source, extractor, chosen, share, keep_features)
+            _require_size(share.sizes, expected_size)
             if len(share.unreadable) > max_bad_images:
                 raise _too_many_unreadable(_all_unreadable(source), max_bad_images)
             progress.update(len(chosen))
@@ -131,6 +134,14 @@ def _require_one_size(sizes: dict[int, tuple[int, int]], source: ImageSource) ->
         raise UserError(
             f"images differ in size: {', '.join(shown)}; crop them first, or read them with "
             "data.kind=folder data.path=FOLDER data.image_size=PIXELS"
+        )
+
+
+def _require_size(sizes: dict[int, tuple[int, int]], expected: tuple[int, int] | None) -> None:
+    if sizes and expected and (size := next(iter(sizes.values()))) != expected:
+        raise UserError(
+            f"samples are {size[1]}x{size[0]}, reference images {expected[1]}x{expected[0]}; compare equal sizes, for "
+            f"example --reference data.kind=folder data.path=FOLDER data.image_size={size[1]}"
         )
 
 

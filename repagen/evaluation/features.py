@@ -174,7 +174,7 @@ class EncoderExtractor:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Compute the features of uint8 images (B, 3, H, W)."""
         if images.shape[-2] != images.shape[-1]:
-            raise UserError(f"an encoder sees square images, got {images.shape[-2]} x {images.shape[-1]} px; crop them")
+            raise UserError(f"encoders see square images, got {images.shape[-2]} x {images.shape[-1]} px; crop them")
         pixels = images.to(self.encoder.device).float() / 255
         side = self.encoder.image_size
         if pixels.shape[-2:] != (side, side):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from repagen.errors import UserError
 from repagen.evaluation.extraction import Extraction, extract
 from repagen.evaluation.features import INCEPTION, ExtractorIdentity, FeatureExtractor, is_published_inception
 from repagen.evaluation.frechet import frechet_distance
@@ -135,7 +134,7 @@ def evaluate_generation(
     else:
         real = extract_from(reference, title="reference")
         statistics, facts = real.statistics, _image_facts(reference, real)
-    generated = extract_from(samples, title="samples")
+    generated = extract_from(samples, title="samples", expected_size=real.image_size if real else None)
     near = _precision_recall(generated, real) if real else None
     return GenerationResult(
         frechet_distance=frechet_distance(generated.statistics, statistics),
@@ -154,12 +153,6 @@ def evaluate_generation(
 
 
 def _precision_recall(generated: Extraction, real: Extraction) -> PrecisionRecall | None:
-    if real.image_size != generated.image_size:
-        (height, width), (real_height, real_width) = generated.image_size, real.image_size
-        raise UserError(
-            f"samples are {width}x{height}, reference images {real_width}x{real_height}; compare equal sizes, for "
-            f"example --reference data.kind=folder data.path=FOLDER data.image_size={width}"
-        )
     if min(len(generated.features), len(real.features)) <= _NEIGHBOURS:
         return None
     return precision_recall(generated.features, real.features, _NEIGHBOURS)
