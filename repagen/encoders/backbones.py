@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import nn
 from repagen.encoders.families import EncoderFamily
 from repagen.errors import UserError
 
-# The name under which a saved autoencoder keeps its encoder's weights (`model.frozen.safetensors`). diffusers downloads
-# `model.safetensors` of every sub-folder together with a pipeline; sampling must not download an encoder.
+# The name under which a saved autoencoder keeps its encoder's weights (`model.frozen.safetensors`). diffusers
+# downloads every `model.safetensors` together with a pipeline; sampling must not download an encoder.
 FROZEN_VARIANT = "frozen"
 
 
@@ -23,8 +24,8 @@ class Backbone(nn.Module):
 
     Attributes:
         model: the wrapped transformers or timm module.
-        hidden_size, patch_size, num_layers, prefix_tokens: its widths and counts; prefix tokens are all tokens in front
-            of the patches (class and registers).
+        hidden_size, patch_size, num_layers, prefix_tokens: its widths and counts; prefix tokens are all tokens in
+            front of the patches (class and registers).
         cls_tokens: 1 where the first token is a class token, else 0.
         native_side: input side of the model's own config, in pixels.
         final_norm: the last norm; None where the model has none.
@@ -32,7 +33,7 @@ class Backbone(nn.Module):
         architecture: the JSON-able description it was built from.
     """
 
-    model: nn.Module
+    model: Any
     hidden_size: int
     patch_size: int
     num_layers: int
@@ -44,8 +45,11 @@ class Backbone(nn.Module):
     architecture: dict[str, Any]
 
     def states(self, pixels: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
-        """Return the outputs (B, prefix + N, D), before the final norm, of the blocks `layers` (0-based, ascending)."""
+        """Return the outputs (B, prefix + N, D) of the blocks `layers` (0-based, ascending) before the final norm."""
         raise NotImplementedError
+
+    def set_image_size(self, side: int) -> None:
+        """Make ready for square images of a side in pixels, where the network does not do so by itself."""
 
     def save(self, folder: Path, variant: str | None) -> None:
         """Write config and weights to a folder in the library's own layout."""
@@ -107,7 +111,8 @@ class TransformersBackbone(Backbone):
 
     def save(self, folder: Path, variant: str | None) -> None:
         """See `Backbone.save`."""
-        self.model.save_pretrained(folder, variant=variant)
+        with quiet_transformers():
+            self.model.save_pretrained(folder, variant=variant)
 
 
 class TimmBackbone(Backbone):
@@ -136,6 +141,15 @@ class TimmBackbone(Backbone):
         )  # fmt: skip
         return [torch.cat([prefix, patches], dim=1) for patches, prefix in found] if prefixed else list(found)
 
+    def set_image_size(self, side: int) -> None:
+        """Resample the position table as timm does on loading; the description follows, since the table is saved."""
+        if side == self.native_side:
+            return
+        self.model.set_input_size(img_size=(side, side))
+        arguments = {**self.architecture.get("model_args", {}), "img_size": side}
+        self.architecture = {**self.architecture, "model_args": arguments}
+        self.native_side = side
+
     def save(self, folder: Path, variant: str | None) -> None:
         """See `Backbone.save`."""
         import json
@@ -149,16 +163,32 @@ class TimmBackbone(Backbone):
         save_file(state, folder / name, metadata={"format": "pt"})
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' warnings and bars away: text towers and heads of a checkpoint are left out on purpose."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def architecture_keys(config_class: type) -> set[str]:
-    """Return the keys of a transformers config that describe the network: its own fields, nothing inherited or private.
+    """Return the keys of a transformers config that describe the network: its own fields, not inherited or private.
 
     This is the allow-list for keys read from files: `auto_map`, `trust_remote_code`, `_attn_implementation_internal`
     and every other key that could name code to run is not among them.
     """
     from transformers import PreTrainedConfig
 
-    inherited = {item.name for item in dataclasses.fields(PreTrainedConfig)}  # type: ignore[arg-type]
-    own = {item.name for item in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    inherited = {item.name for item in dataclasses.fields(PreTrainedConfig)}
+    own = {item.name for item in dataclasses.fields(config_class)}
     return {name for name in own - inherited if not name.startswith("_")}
 
 
@@ -190,8 +220,8 @@ def build_transformers(family: EncoderFamily, description: Mapping[str, Any], wh
     return TransformersBackbone(family, getattr(transformers, family.model_class)(config))
 
 
-def build_timm(description: Mapping[str, Any], image_size: int | None, where: str) -> TimmBackbone:
-    """Build a timm vision transformer with random weights at an input side in pixels (None: its own).
+def build_timm(description: Mapping[str, Any], where: str) -> TimmBackbone:
+    """Build a timm vision transformer with random weights at its own input side.
 
     Raises:
         UserError: for an unknown architecture, or one that is no vision transformer with readable blocks.
@@ -212,22 +242,7 @@ def build_timm(description: Mapping[str, Any], image_size: int | None, where: st
             "use a ViT or EVA architecture"
         )
     model.eval()
-    backbone = TimmBackbone(model, description)
-    if image_size is not None and image_size != backbone.native_side:
-        resize_timm(backbone, image_size)
-    return backbone
-
-
-def resize_timm(backbone: TimmBackbone, image_size: int) -> None:
-    """Set the input side of a timm model in pixels; its position table is resampled as timm does on loading.
-
-    The description follows, because the saved position table has the new size.
-    """
-    model: Any = backbone.model
-    model.set_input_size(img_size=(image_size, image_size))
-    arguments = {**backbone.architecture.get("model_args", {}), "img_size": image_size}
-    backbone.architecture = {**backbone.architecture, "model_args": arguments}
-    backbone.native_side = image_size
+    return TimmBackbone(model, description)
 
 
 def _side(value: Any) -> int:

@@ -19,6 +19,12 @@ logger = logging.getLogger(__name__)
 _CONFIG_FILES = ["config.json", "preprocessor_config.json"]
 # Safetensors first; a repository that has none is fetched once more for the older format.
 _WEIGHT_FILES = (["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"], ["pytorch_model.bin"])
+_WEIGHT_NAMES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    f"model.{FROZEN_VARIANT}.safetensors",
+    "pytorch_model.bin",
+)
 _noted: set[str] = set()
 
 
@@ -61,16 +67,26 @@ class EncoderFiles:
         Raises:
             UserError: where there is none, naming the folder.
         """
-        if self.repo_id is not None:
-            note_licence(self.family, self.repo_id)
+        if self.repo_id is None:
+            return weights_file(self.folder, self.name)
+        note_licence(self.family, self.repo_id)
         for patterns in _WEIGHT_FILES:
-            if self.repo_id is not None and not any(self.folder.glob(pattern) for pattern in patterns[:1]):
-                fetch(self.repo_id, self.revision, patterns, self.local_files_only)
-            for name in ("model.safetensors.index.json", "model.safetensors", f"model.{FROZEN_VARIANT}.safetensors",
-                         "pytorch_model.bin"):  # fmt: skip
-                if (self.folder / name).is_file():
-                    return self.folder / name
-        raise UserError(f"{self.folder}: no model.safetensors (nor pytorch_model.bin) of encoder {self.name!r}")
+            fetch(self.repo_id, self.revision, patterns, self.local_files_only)
+            if any((self.folder / name).is_file() for name in _WEIGHT_NAMES):
+                break
+        return weights_file(self.folder, self.name)
+
+
+def weights_file(folder: Path, name: str) -> Path:
+    """Return the file in a folder that holds an encoder's weights, or their index.
+
+    Raises:
+        UserError: where there is none.
+    """
+    for candidate in _WEIGHT_NAMES:
+        if (folder / candidate).is_file():
+            return folder / candidate
+    raise UserError(f"{folder}: no model.safetensors (nor pytorch_model.bin) of encoder {name!r}")
 
 
 def find_encoder(source: str | os.PathLike[str], revision: str | None, local_files_only: bool) -> EncoderFiles:
@@ -82,8 +98,8 @@ def find_encoder(source: str | os.PathLike[str], revision: str | None, local_fil
         local_files_only: use the local cache only.
 
     Raises:
-        UserError: for a folder that is not there, a repository that is closed, unknown or out of reach, or a model type
-            that is not supported.
+        UserError: for a folder that is not there, a repository that is closed, unknown or out of reach, or an
+            unsupported model type.
     """
     name = os.fspath(source)
     folder = Path(name).expanduser()
@@ -122,7 +138,9 @@ def note_licence(family: EncoderFamily, repo_id: str) -> None:
     logger.warning("encoder %s: licence %s%s", repo_id, family.licence, gate)
 
 
-def fetch(repo_id: str, revision: str | None, patterns: list[str], local_files_only: bool) -> Path:
+def fetch(
+    repo_id: str, revision: str | None, patterns: list[str], local_files_only: bool, cache_dir: Path | None = None
+) -> Path:
     """Download matching files of a Hub repository, or find them in the local cache; return the snapshot folder.
 
     Raises:
@@ -143,7 +161,11 @@ def fetch(repo_id: str, revision: str | None, patterns: list[str], local_files_o
     try:
         return Path(
             snapshot_download(
-                repo_id, revision=revision, allow_patterns=patterns, local_files_only=local_files_only
+                repo_id,
+                revision=revision,
+                allow_patterns=patterns,
+                local_files_only=local_files_only,
+                cache_dir=cache_dir,
             )
         )
     except GatedRepoError as error:
@@ -151,15 +173,17 @@ def fetch(repo_id: str, revision: str | None, patterns: list[str], local_files_o
             f"{at}: access is gated; accept its licence at https://huggingface.co/{repo_id} and {log_in}"
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"{at}: no such folder here and no such model on the Hub; check the name, or {log_in}") from error
+        raise UserError(
+            f"{at}: no such folder here and no such model on the Hub; check the name, or {log_in}"
+        ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"{at}: the Hub repository has no such revision") from error
     except HFValidationError as error:
         raise UserError(f"{at}: neither a folder on this machine nor a Hub id such as 'org/name'") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(
-            f"{at}: not in the local cache and the Hub is out of reach; fetch it once with `hf download {repo_id}` on a "
-            "machine that is online, or pass a local folder"
+            f"{at}: not in the local cache and the Hub is out of reach; fetch it once with `hf download {repo_id}` on "
+            "a machine that is online, or pass a local folder"
         ) from error
     except HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", "no status")
@@ -183,5 +207,7 @@ def _repo_id(name: str) -> str:
         hub_id = described.hf_hub_id
         return f"{hub_id}{described.architecture}.{described.tag}" if hub_id.endswith("/") else hub_id
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        raise UserError(f"encoder {name!r}: no such folder (a Hub id has the form 'org/name', a timm model 'timm:NAME')")
+        raise UserError(
+            f"encoder {name!r}: no such folder (a Hub id has the form 'org/name', a timm model 'timm:NAME')"
+        )
     return name

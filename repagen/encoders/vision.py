@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repagen.encoders.backbones import Backbone, TimmBackbone, build_timm, build_transformers, resize_timm
+from repagen.encoders.backbones import Backbone, TimmBackbone, build_timm, build_transformers
 from repagen.encoders.families import FAMILIES, EncoderFamily
-from repagen.encoders.files import find_encoder
+from repagen.encoders.files import find_encoder, weights_file
 from repagen.encoders.weights import load_weights
 from repagen.errors import UserError
 
@@ -99,6 +99,7 @@ class VisionEncoder(nn.Module):
         family = _family(spec)
         side = spec.image_size if spec.image_size is not None else default_image_size(family, backbone)
         check_image_size(side, backbone.patch_size, f"encoder {spec.name_or_path or spec.family}: image_size")
+        backbone.set_image_size(side)
         if spec.combination not in get_args(Combination):
             allowed = ", ".join(get_args(Combination))
             raise UserError(f"encoder.combination: {spec.combination!r} is none of {allowed}")
@@ -127,6 +128,7 @@ class VisionEncoder(nn.Module):
         *,
         revision: str | None = None,
         image_size: int | None = None,
+        grid_size: int | None = None,
         layers: Layers = "last",
         combination: Combination = "last",
         norm_affine: bool = True,
@@ -139,21 +141,24 @@ class VisionEncoder(nn.Module):
             name_or_path: a local folder (Hugging Face or timm layout), a Hub id, or `timm:NAME`.
             revision: branch, tag or commit on the Hub; resolved to a commit before anything is loaded.
             image_size: input side in pixels; by default the family's (see `EncoderFamily.default_side`).
+            grid_size: tokens per row and column wanted, in place of `image_size`.
             layers, combination, norm_affine: see `EncoderSpec`.
             dtype: parameter dtype; float32 by default.
             local_files_only: never touch the network.
 
         Raises:
-            UserError: one line for a wrong path, a closed or unreachable repository, an unsupported model type, weights
-                that are missing, misshapen or not finite, and sizes or layers that do not fit.
+            UserError: one line for a wrong path, a closed or unreachable repository, an unsupported model type,
+                weights that are missing, misshapen or not finite, and sizes or layers that do not fit.
         """
         files = find_encoder(name_or_path, revision, local_files_only)
         mean, std = files.pixel_statistics()
         nested = files.config.get("vision_config")
+        config = nested if isinstance(nested, dict) else files.config
+        backbone = load_weights(files.family, config, files.weights(), files.name)
         spec = EncoderSpec(
             family=files.family.name,
-            config=nested if isinstance(nested, dict) else files.config,
-            image_size=image_size,
+            config=config,
+            image_size=grid_size * backbone.patch_size if grid_size is not None else image_size,
             layers=layers,
             combination=combination,
             norm_affine=norm_affine,
@@ -162,11 +167,17 @@ class VisionEncoder(nn.Module):
             name_or_path=files.repo_id or files.name,
             revision=files.revision,
         )
-        backbone = load_weights(files.family, spec.config, files.weights(), files.name)
-        if isinstance(backbone, TimmBackbone) and image_size not in (None, backbone.native_side):
-            check_image_size(image_size, backbone.patch_size, f"encoder {files.name}: image_size")
-            resize_timm(backbone, image_size)
         return cls(backbone, spec).to(dtype or torch.float32)
+
+    @classmethod
+    def from_spec(cls, spec: EncoderSpec, folder: str | os.PathLike[str]) -> VisionEncoder:
+        """Build the encoder of a spec with the weights that `save_pretrained` wrote to a folder.
+
+        Raises:
+            UserError: for weights that are missing, misshapen or not finite.
+        """
+        weights = weights_file(Path(folder), spec.name_or_path or spec.family)
+        return cls(load_weights(_family(spec), spec.config, weights, os.fspath(folder)), spec)
 
     @classmethod
     def from_config(cls, spec: EncoderSpec | Mapping[str, Any]) -> VisionEncoder:
@@ -198,7 +209,8 @@ class VisionEncoder(nn.Module):
         """Return an encoder over the same weights that is read in another way.
 
         Args:
-            changes: `layers`, `combination` or `norm_affine`. This encoder is left as it is.
+            changes: fields of `EncoderSpec` other than family, config and, for timm, image_size. This encoder is left
+                as it is.
         """
         return VisionEncoder(self.backbone, dataclasses.replace(self.spec(), **changes))
 
@@ -237,7 +249,7 @@ class VisionEncoder(nn.Module):
         return VisionEncoderOutput(patches, (self.grid_size, self.grid_size), cls)
 
     def fingerprint(self) -> str:
-        """Return a sha256 over the weights, the same for float32 and bfloat16 copies and for any naming of the tensors.
+        """Return a sha256 over the weights, the same for float32 and bfloat16 copies and for any tensor names.
 
         Two encoders with equal fingerprints, image sizes and readings give the same tokens.
         """
@@ -297,7 +309,7 @@ def build_backbone(spec: EncoderSpec) -> Backbone:
     """Build the network of a spec with random weights."""
     family, where = _family(spec), "encoder.config"
     if family.name == "timm":
-        return build_timm(spec.config, spec.image_size, where)
+        return build_timm(spec.config, where)
     return build_transformers(family, spec.config, where)
 
 
@@ -317,11 +329,11 @@ def layer_indices(layers: Layers, count: int) -> list[int]:
     if layers == "last":
         return [count - 1]
     asked = [layers] if isinstance(layers, int) else list(layers)
-    indices = sorted({index + count if isinstance(index, int) and index < 0 else index for index in asked})  # type: ignore[operator]
+    indices = sorted({index + count if isinstance(index, int) and index < 0 else index for index in asked})
     valid = all(isinstance(index, int) and 0 <= index < count for index in indices)
     if not valid or len(indices) != len(asked) or not indices:
         raise UserError(f"encoder.layers: {layers!r} must be 'last' or different block indices in [0, {count})")
-    return indices  # type: ignore[return-value]
+    return indices
 
 
 def check_image_size(side: Any, patch_size: int, where: str) -> None:

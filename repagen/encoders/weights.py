@@ -15,6 +15,7 @@ from repagen.encoders.backbones import (
     TimmBackbone,
     TransformersBackbone,
     build_timm,
+    quiet_transformers,
     transformers_config,
 )
 from repagen.encoders.families import EncoderFamily
@@ -47,25 +48,17 @@ def _load_transformers(
     family: EncoderFamily, description: Mapping[str, Any], weights: Path, name: str
 ) -> TransformersBackbone:
     import transformers
-    from transformers.utils import logging
 
     config = transformers_config(family, description, f"{name}:config.json")
     variant = FROZEN_VARIANT if weights.name == f"model.{FROZEN_VARIANT}.safetensors" else None
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    # Text towers and heads of a checkpoint are left out on purpose; what matters is checked below.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        model, report = getattr(transformers, family.model_class).from_pretrained(
-            weights.parent, config=config, variant=variant, dtype=torch.float32, local_files_only=True,
-            use_safetensors=weights.suffix != ".bin", ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+        with quiet_transformers():
+            model, report = getattr(transformers, family.model_class).from_pretrained(
+                weights.parent, config=config, variant=variant, dtype=torch.float32, local_files_only=True,
+                use_safetensors=weights.suffix != ".bin", ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{weights}: encoder {name!r} cannot be read: {' '.join(str(error).split())}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
     if mismatched := sorted(report["mismatched_keys"]):
         key, given, needed = mismatched[0]
         raise UserError(f"{weights}:{key}: shape {tuple(given)} does not fit the config, which needs {tuple(needed)}")
@@ -76,7 +69,7 @@ def _load_transformers(
 def _load_timm(description: Mapping[str, Any], weights: Path, name: str) -> TimmBackbone:
     from timm.models import load_state_dict
 
-    backbone = build_timm(description, None, f"{name}:config.json")
+    backbone = build_timm(description, f"{name}:config.json")
     try:
         state = load_state_dict(str(weights), use_ema=False, weights_only=True)
     except Exception as error:  # safetensors, pickle and the operating system each raise their own kind
@@ -84,9 +77,8 @@ def _load_timm(description: Mapping[str, Any], weights: Path, name: str) -> Timm
     own = backbone.model.state_dict()
     for key, value in own.items():
         if key in state and state[key].shape != value.shape:
-            raise UserError(
-                f"{weights}:{key}: shape {tuple(state[key].shape)} does not fit the config, which needs {tuple(value.shape)}"
-            )
+            given, needed = tuple(state[key].shape), tuple(value.shape)
+            raise UserError(f"{weights}:{key}: shape {given} does not fit the config, which needs {needed}")
     refuse_missing(own.keys() - state.keys(), weights)
     nn.Module.load_state_dict(backbone.model, {key: state[key].float() for key in own})
     return backbone

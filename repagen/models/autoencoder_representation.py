@@ -1,0 +1,581 @@
+"""Representation autoencoder (RAE, arXiv 2510.11690): a frozen vision encoder and a trained ViT decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, EncoderOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+from repagen.encoders import Combination, EncoderSpec, Layers, VisionEncoder
+from repagen.encoders.families import IMAGENET_MEAN, IMAGENET_STD
+from repagen.errors import UserError
+from repagen.layers.attention import AttentionBackendMixin, SelfAttention
+from repagen.layers.embeddings import sincos_position_table, unpatchify
+from repagen.layers.norms import LayerNorm
+from repagen.models import encoder_storage
+
+VARIANCE_EPSILON = 1e-5
+"""Added to the variance before the square root of a standard deviation, as RAE does."""
+
+DECODER_SIZES: dict[str, dict[str, int]] = {
+    "vit-b": {
+        "decoder_hidden_size": 768,
+        "decoder_num_hidden_layers": 12,
+        "decoder_num_attention_heads": 12,
+        "decoder_intermediate_size": 3072,
+    },
+    "vit-l": {
+        "decoder_hidden_size": 1024,
+        "decoder_num_hidden_layers": 24,
+        "decoder_num_attention_heads": 16,
+        "decoder_intermediate_size": 4096,
+    },
+    "vit-xl": {
+        "decoder_hidden_size": 1152,
+        "decoder_num_hidden_layers": 28,
+        "decoder_num_attention_heads": 16,
+        "decoder_intermediate_size": 4096,
+    },
+}
+"""RAE's decoders: 86M, 304M and 415M parameters at latent width 768; the last is the paper's default."""
+
+
+class _Activated(nn.Module):
+    """Linear, then the exact (erf) GELU."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, out_dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.dense(hidden_states))
+
+
+class _Projected(nn.Module):
+    """Linear."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, out_dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dense(hidden_states)
+
+
+class RepresentationDecoderBlock(nn.Module):
+    """Pre-norm ViT block of MAE: x += Attention(LN(x)); x += MLP(LN(x)). The residual stream is float32.
+
+    Parameter names are those of diffusers' `AutoencoderRAE`.
+    """
+
+    def __init__(self, dim: int, heads: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(dim, heads)
+        self.intermediate = _Activated(dim, intermediate_size)
+        self.output = _Projected(intermediate_size, dim)
+        self.layernorm_before = LayerNorm(dim, eps=1e-12)
+        self.layernorm_after = LayerNorm(dim, eps=1e-12)
+
+    def forward(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Apply to (B, L, dim) float32, the matrix products in `dtype`; (B, L, dim) float32."""
+        hidden_states = hidden_states + self.attention(self.layernorm_before(hidden_states).to(dtype))
+        return hidden_states + self.output(self.intermediate(self.layernorm_after(hidden_states).to(dtype)))
+
+
+class RepresentationDecoder(nn.Module):
+    """Tokens to patches of pixels (RAE's GeneralDecoder).
+
+    Linear, a learned class token in front, fixed sine-cosine positions, blocks, LayerNorm, Linear without that token.
+
+    Args:
+        latent_channels: width C of a latent token.
+        grid_size: tokens per row and column.
+        patch_size: side p in pixels of the patch a token becomes.
+        dim, layers, heads, intermediate_size: sizes of the transformer.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        grid_size: int,
+        patch_size: int,
+        dim: int,
+        layers: int,
+        heads: int,
+        intermediate_size: int,
+    ) -> None:
+        super().__init__()
+        self.grid_size = grid_size
+        self.decoder_embed = nn.Linear(latent_channels, dim)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        # Fixed here, but a parameter that is saved: training code un-freezes it, so published tables may be learned.
+        positions = F.pad(sincos_position_table((grid_size, grid_size), dim), (0, 0, 1, 0))
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.decoder_layers = nn.ModuleList(
+            RepresentationDecoderBlock(dim, heads, intermediate_size) for _ in range(layers)
+        )
+        self.decoder_norm = LayerNorm(dim, eps=1e-12)
+        self.decoder_pred = nn.Linear(dim, patch_size**2 * 3)
+
+    def forward(self, tokens: torch.Tensor, run: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
+        """Decode tokens.
+
+        Args:
+            tokens: (B, N, C), row-major on a square grid. A grid other than the decoder's is resized (bilinear, after
+                the first layer), as RAE does.
+            run: calls a block with its arguments; gradient checkpointing.
+
+        Returns:
+            (B, grid_size^2, p * p * 3), the channel running fastest within a patch.
+        """
+        embedded = self._on_own_grid(self.decoder_embed(tokens))
+        dtype = embedded.dtype
+        cls_token = self.trainable_cls_token.expand(len(embedded), -1, -1)
+        hidden_states = torch.cat([cls_token.float(), embedded.float()], dim=1) + self.decoder_pos_embed.float()
+        for block in self.decoder_layers:
+            hidden_states = run(block, hidden_states, dtype) if run else block(hidden_states, dtype)
+        return self.decoder_pred(self.decoder_norm(hidden_states).to(dtype))[:, 1:]
+
+    def _on_own_grid(self, tokens: torch.Tensor) -> torch.Tensor:
+        if tokens.shape[1] == self.grid_size**2:
+            return tokens
+        side = round(tokens.shape[1] ** 0.5)
+        image = tokens.transpose(1, 2).unflatten(2, (side, side))
+        image = F.interpolate(image, size=(self.grid_size, self.grid_size), mode="bilinear", align_corners=False)
+        return image.flatten(2).transpose(1, 2)
+
+
+class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+    """Images to standardised encoder tokens and back.
+
+    The encoder is no sub-module: it is built or fetched on the first `encode`, so that decoding needs neither its
+    files nor access to them, and its weights are in no optimiser and no state dict. It follows `.to(...)`. With random
+    weights (an `encoder` description without `name_or_path`) it is a fixed function of that description.
+
+    Args:
+        encoder: fields of `repagen.encoders.EncoderSpec`; None for an autoencoder that only decodes.
+        latent_channels: channels C of a latent, the encoder's width.
+        latent_size: rows and columns of a latent, the encoder's token grid.
+        decoder_patch_size: side in pixels of the image patch that one token becomes; the image side is
+            `latent_size * decoder_patch_size`.
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: sizes
+            of the ViT decoder; see `DECODER_SIZES`.
+        image_mean, image_std: the decoder's output times std plus mean is the image in [0, 1] (RAE: the encoder's
+            normalisation; zeros and ones for a decoder that speaks pixels).
+        noise_tau: training noise: sigma = noise_tau * u, u ~ U(0, 1) per sample, added to raw tokens in training mode.
+        encoder_fingerprint: `VisionEncoder.fingerprint()` of the encoder the decoder and the statistics belong to.
+        encoder_stored: whether a saved folder holds the encoder's weights (in its sub-folder `encoder`).
+
+    Raises:
+        UserError: for sizes that cannot be, naming the argument.
+    """
+
+    config: Any
+    latents_mean: torch.Tensor
+    latents_std: torch.Tensor
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Any
+    _encoder: Any
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["RepresentationDecoderBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["RepresentationDecoderBlock"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
+        "decoder_embed", "decoder_pos_embed", "trainable_cls_token", "norm", "latents_",
+    ]  # fmt: skip
+    _keep_in_fp32_modules: ClassVar[list[str]] = [
+        "decoder_pos_embed", "layernorm_before", "layernorm_after", "decoder_norm", "latents_mean", "latents_std",
+    ]  # fmt: skip
+
+    @register_to_config
+    def __init__(
+        self,
+        encoder: dict[str, Any] | None = None,
+        latent_channels: int = 768,
+        latent_size: int = 16,
+        decoder_patch_size: int = 16,
+        decoder_hidden_size: int = 1152,
+        decoder_num_hidden_layers: int = 28,
+        decoder_num_attention_heads: int = 16,
+        decoder_intermediate_size: int = 4096,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
+        noise_tau: float = 0.8,
+        encoder_fingerprint: str | None = None,
+        encoder_stored: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(
+            latent_channels=latent_channels,
+            latent_size=latent_size,
+            decoder_patch_size=decoder_patch_size,
+            decoder_hidden_size=decoder_hidden_size,
+            decoder_num_hidden_layers=decoder_num_hidden_layers,
+            decoder_num_attention_heads=decoder_num_attention_heads,
+            decoder_intermediate_size=decoder_intermediate_size,
+        )
+        _check_pixel_statistics(image_mean, image_std)
+        if not isinstance(noise_tau, int | float) or isinstance(noise_tau, bool) or not 0 <= noise_tau < float("inf"):
+            raise UserError(f"noise_tau: {noise_tau!r} must be a number, 0 or more")
+        if encoder is not None:
+            EncoderSpec.from_mapping(encoder)
+        self.decoder = RepresentationDecoder(
+            latent_channels,
+            latent_size,
+            decoder_patch_size,
+            decoder_hidden_size,
+            decoder_num_hidden_layers,
+            decoder_num_attention_heads,
+            decoder_intermediate_size,
+        )
+        shape = (latent_channels, latent_size, latent_size)
+        self.register_buffer("latents_mean", torch.zeros(shape))
+        self.register_buffer("latents_std", torch.ones(shape))
+        self.use_slicing = False
+        self.gradient_checkpointing = False
+        # Outside the module tree on purpose; see the class docstring.
+        object.__setattr__(self, "_encoder", None)
+        self._folder: Path | None = None
+
+    @classmethod
+    def from_encoder(
+        cls,
+        encoder: str | os.PathLike[str] | VisionEncoder,
+        decoder: str | Mapping[str, int] = "vit-xl",
+        image_size: int = 256,
+        decoder_patch_size: int | None = None,
+        noise_tau: float = 0.8,
+        *,
+        revision: str | None = None,
+        layers: Layers = "last",
+        combination: Combination = "last",
+        local_files_only: bool = False,
+    ) -> RepresentationAutoencoder:
+        """Make an autoencoder with a new decoder for an encoder.
+
+        Args:
+            encoder: a folder, a Hub id, `timm:NAME` or an encoder (its weights are shared, not changed).
+            decoder: "vit-b", "vit-l", "vit-xl", or the four `decoder_*` sizes of the constructor.
+            image_size: side in pixels of the images.
+            decoder_patch_size: side in pixels of the patch one token becomes; 16 by default, and
+                `image_size / grid_size` for a given encoder. The token grid is `image_size / decoder_patch_size`, and
+                the encoder sees images of that many of its own patches (RAE: 224 px at patch 14 for 256 px).
+            noise_tau: see the constructor.
+            revision, layers, combination, local_files_only: see `VisionEncoder.from_pretrained`.
+
+        Raises:
+            UserError: for sizes that do not divide, an unknown decoder, or an encoder that cannot be loaded.
+        """
+        if isinstance(encoder, VisionEncoder):
+            encoder = encoder.reading(norm_affine=False)
+            patch = decoder_patch_size or image_size // encoder.grid_size
+            if patch * encoder.grid_size != image_size:
+                raise UserError(
+                    f"image_size: {image_size} px is not the encoder's grid {encoder.grid_size} times the decoder's "
+                    f"patch {patch} px"
+                )
+        else:
+            patch = decoder_patch_size or 16
+            if patch <= 0 or image_size <= 0 or image_size % patch:
+                raise UserError(
+                    f"image_size: {image_size} px is no positive multiple of decoder_patch_size {patch} px"
+                )
+            encoder = VisionEncoder.from_pretrained(
+                encoder,
+                revision=revision,
+                grid_size=image_size // patch,
+                layers=layers,
+                combination=combination,
+                norm_affine=False,
+                local_files_only=local_files_only,
+            )
+        model = cls(
+            encoder=dataclasses.asdict(encoder.spec()),
+            latent_channels=encoder.hidden_size,
+            latent_size=encoder.grid_size,
+            decoder_patch_size=patch,
+            image_mean=encoder.image_mean,
+            image_std=encoder.image_std,
+            noise_tau=noise_tau,
+            encoder_fingerprint=encoder.fingerprint(),
+            **_decoder_sizes(decoder),
+        )
+        object.__setattr__(model, "_encoder", encoder)
+        return model
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the decoded image."""
+        return self.config.latent_size * self.config.decoder_patch_size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of a latent."""
+        return (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
+
+    @property
+    def encoder(self) -> VisionEncoder:
+        """The frozen encoder, loaded or downloaded now if it has not been.
+
+        Raises:
+            UserError: where there is none, it cannot be loaded, or it is another than this autoencoder was made with.
+        """
+        if self._encoder is None:
+            if self.config.encoder is None:
+                raise UserError("encode: this autoencoder was made without an encoder and only decodes")
+            self.attach_encoder(encoder_storage.load_encoder(self.config, self._folder))
+            self._encoder.to(self.dtype)
+        encoder: VisionEncoder = self._encoder
+        return encoder if encoder.device == self.device else encoder.to(self.device)
+
+    def attach_encoder(self, encoder: VisionEncoder) -> None:
+        """Use an encoder that is already loaded, for example a local copy of a gated one.
+
+        Args:
+            encoder: read as this autoencoder's description says; its weights are shared and follow `.to(...)`.
+
+        Raises:
+            UserError: if it is not the encoder that the decoder and the latent statistics were made with.
+        """
+        encoder_storage.check_encoder(self.config, encoder)
+        spec = EncoderSpec.from_mapping(self.config.encoder)
+        wanted = {name: getattr(spec, name) for name in ("layers", "combination", "norm_affine")}
+        object.__setattr__(self, "_encoder", encoder.reading(**wanted))
+
+    def set_statistics(self, mean: torch.Tensor | None, var: torch.Tensor | None) -> None:
+        """Set the statistics of raw latents; `encode` standardises with them and `decode` undoes it.
+
+        Args:
+            mean: (C, h, w), or None for 0.
+            var: (C, h, w) variance, or None for 1; the standard deviation is sqrt(var + 1e-5).
+
+        Raises:
+            UserError: for another shape, negative variances or values that are not finite.
+        """
+        checked = {"mean": mean, "var": var}
+        for name, value in checked.items():
+            if value is None:
+                continue
+            if tuple(value.shape) != self.latent_shape:
+                raise UserError(
+                    f"latent statistics: {name} has shape {tuple(value.shape)}, this autoencoder's latents have "
+                    f"{self.latent_shape}; they belong to another encoder or image size"
+                )
+            if not torch.isfinite(value).all() or (name == "var" and (value < 0).any()):
+                raise UserError(f"latent statistics: {name} holds values that are not finite or negative variances")
+        self.latents_mean.copy_(torch.zeros_like(self.latents_mean) if mean is None else mean)
+        std = torch.ones_like(self.latents_std) if var is None else (var.double() + VARIANCE_EPSILON).sqrt()
+        self.latents_std.copy_(std)
+
+    @apply_forward_hook
+    def encode(
+        self, images: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> EncoderOutput | tuple[torch.Tensor]:
+        """Encode images.
+
+        Args:
+            images: (B, 3, H, H) float in [0, 1], resized to the encoder's input side.
+            return_dict: return an `EncoderOutput` rather than a tuple.
+            generator: of the training noise; in eval mode there is none.
+
+        Returns:
+            `.latent` (B, C, h, w), standardised.
+        """
+        if self.training and self.config.noise_tau > 0:
+            latents = self.training_latents(images, generator=generator)
+        else:
+            latents = self._standardise(self.raw_latents(images))
+        return EncoderOutput(latent=latents) if return_dict else (latents,)
+
+    def raw_latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode images (B, 3, H, H) to latents (B, C, h, w) float32 before noise and standardisation."""
+        encoder = self.encoder
+        batches = images.split(1) if self.use_slicing and len(images) > 1 else [images]
+        tokens = torch.cat([encoder(batch).tokens for batch in batches])
+        return tokens.float().transpose(1, 2).unflatten(2, self.latent_shape[1:])
+
+    def training_latents(
+        self,
+        images: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        noise_level: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Encode images for training a decoder: z + sigma * noise, sigma = noise_tau * u per sample (RAE section 3).
+
+        The noise is added before standardisation.
+
+        Args:
+            images: (B, 3, H, H) float in [0, 1].
+            noise: (B, C, h, w) standard normal; drawn from `generator` if None.
+            noise_level: u (B,) in [0, 1]; drawn from `generator` if None.
+            generator: of the draws that are not given.
+
+        Returns:
+            (B, C, h, w) standardised latents.
+        """
+        raw = self.raw_latents(images)
+        device = generator.device if generator is not None else raw.device
+        if noise_level is None:
+            noise_level = torch.rand(len(raw), generator=generator, device=device)
+        if noise is None:
+            noise = torch.randn(raw.shape, generator=generator, device=device)
+        sigma = self.config.noise_tau * noise_level.to(raw).view(-1, 1, 1, 1)
+        return self._standardise(raw + sigma * noise.to(raw))
+
+    @apply_forward_hook
+    def decode(self, latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """Decode latents; never touches the encoder.
+
+        Args:
+            latents: (B, C, h, w), standardised.
+            return_dict: return a `DecoderOutput` rather than a tuple.
+
+        Returns:
+            `.sample` (B, 3, H, H), about [0, 1], not clamped.
+
+        Raises:
+            UserError: for latents of another shape than `latent_shape`.
+        """
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
+            raise UserError(
+                f"latents must have shape (B, {', '.join(map(str, self.latent_shape))}), got {tuple(latents.shape)}; "
+                "this autoencoder decodes no other grid"
+            )
+        batches = latents.split(1) if self.use_slicing and len(latents) > 1 else [latents]
+        images = torch.cat([self._decode(batch) for batch in batches])
+        return DecoderOutput(sample=images) if return_dict else (images,)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        noise: torch.Tensor | None = None,
+        noise_level: torch.Tensor | None = None,
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Reconstruct images (B, 3, H, H) in [0, 1]; in training mode through the noise of `training_latents`.
+
+        Args:
+            sample: the images.
+            return_dict: return a `DecoderOutput` rather than a tuple.
+            generator, noise, noise_level: see `training_latents`; `noise` and `noise_level` apply in either mode.
+        """
+        if noise is not None or noise_level is not None:
+            latents = self.training_latents(sample, noise, noise_level, generator)
+        else:
+            latents = self.encode(sample, return_dict=False, generator=generator)[0]
+        return self.decode(latents, return_dict=return_dict)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load decoder and statistics; see `ModelMixin.from_pretrained`. The encoder waits for the first `encode`.
+
+        Raises:
+            UserError: for a file that lacks tensors, naming them.
+        """
+        with_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(
+                f"{pretrained_model_name_or_path}: {len(missing)} tensors of the autoencoder are missing, the first "
+                f"is {missing[0]}"
+            )
+        if model.config.encoder_stored:
+            model._folder = encoder_storage.folder_of(pretrained_model_name_or_path, **kwargs)
+        return (model, report) if with_report else model
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, include_encoder: bool | None = None, **kwargs: Any
+    ) -> None:
+        """Save decoder, statistics and the encoder or a reference to it; see `ModelMixin.save_pretrained`.
+
+        Args:
+            save_directory: the folder.
+            args, kwargs: of `ModelMixin.save_pretrained`.
+            include_encoder: save the encoder's weights too (sub-folder `encoder`), or only where they come from. By
+                default they are saved if their licence allows it or they come from nowhere (random weights); an
+                encoder that has not been loaded is saved as it was found.
+
+        Raises:
+            UserError: if the encoder shall be saved and cannot be loaded, or is closed and without a Hub id.
+        """
+        stored = encoder_storage.shall_store(self.config, self._encoder, include_encoder)
+        encoder = self.encoder if stored else self._encoder
+        if self.config.encoder is not None:
+            facts = encoder_storage.saved_facts(self.config, encoder, stored)
+            self.register_to_config(**facts)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if stored and kwargs.get("is_main_process", True):
+            encoder_storage.save_encoder(encoder, Path(save_directory))
+
+    def to_json_string(self) -> str:
+        """Return the config as JSON, without the path it was loaded from."""
+        content = json.loads(super().to_json_string())
+        content.pop("_name_or_path", None)
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RepresentationAutoencoder:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if self._encoder is not None:
+            self._encoder._apply(fn)
+        return self
+
+    def _standardise(self, raw: torch.Tensor) -> torch.Tensor:
+        return ((raw - self.latents_mean.float()) / self.latents_std.float()).to(self.dtype)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        raw = latents.float() * self.latents_std.float() + self.latents_mean.float()
+        checkpointed = torch.is_grad_enabled() and self.gradient_checkpointing
+        run = self._gradient_checkpointing_func if checkpointed else None
+        patches = self.decoder(raw.flatten(2).transpose(1, 2).to(self.dtype), run)
+        grid = self.latent_shape[1:]
+        image = unpatchify(patches, grid, self.config.decoder_patch_size).float()
+        std = image.new_tensor(self.config.image_std).view(1, 3, 1, 1)
+        mean = image.new_tensor(self.config.image_mean).view(1, 3, 1, 1)
+        return (image * std + mean).to(latents.dtype)
+
+
+def _decoder_sizes(decoder: str | Mapping[str, int]) -> dict[str, int]:
+    if isinstance(decoder, str):
+        if decoder not in DECODER_SIZES:
+            raise UserError(
+                f"decoder: {decoder!r} is none of {', '.join(DECODER_SIZES)}, nor the four decoder_* sizes"
+            )
+        return DECODER_SIZES[decoder]
+    names = set(DECODER_SIZES["vit-b"])
+    if set(decoder) != names:
+        raise UserError(
+            f"decoder: needs exactly the keys {', '.join(sorted(names))}, got {', '.join(sorted(decoder))}"
+        )
+    return dict(decoder)
+
+
+def _check_sizes(**sizes: Any) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise UserError(f"{name}: {value!r} must be a positive whole number")
+    width, heads = sizes["decoder_hidden_size"], sizes["decoder_num_attention_heads"]
+    if width % heads or width % 4:
+        raise UserError(f"decoder_hidden_size: {width} must be a multiple of 4 and of its {heads} attention heads")
+
+
+def _check_pixel_statistics(mean: Any, std: Any) -> None:
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        numbers = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
+        if not numbers or len(values) != 3 or (name == "image_std" and min(values) <= 0):
+            raise UserError(
+                f"{name}: {values!r} must be three numbers{', all above 0' if name == 'image_std' else ''}"
+            )

@@ -1,0 +1,136 @@
+"""How an autoencoder keeps its frozen encoder: inside its folder, or by Hub id and commit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repagen.encoders import FAMILIES, EncoderSpec, VisionEncoder
+from repagen.encoders.backbones import FROZEN_VARIANT
+from repagen.encoders.files import fetch
+from repagen.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SUBFOLDER = "encoder"
+
+
+def load_encoder(config: Any, folder: Path | None) -> VisionEncoder:
+    """Load the encoder an autoencoder's config describes.
+
+    Args:
+        config: the autoencoder's config.
+        folder: the folder it was loaded from, if any.
+
+    Raises:
+        UserError: if its files are missing, closed or out of reach.
+    """
+    spec = EncoderSpec.from_mapping(config.encoder)
+    if config.encoder_stored and folder is not None:
+        return VisionEncoder.from_spec(spec, _stored_folder(folder))
+    if spec.name_or_path is None:
+        # A function of the description alone, so that copies by state dict agree in their encoder too.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return VisionEncoder.from_config(spec)
+    found = VisionEncoder.from_pretrained(spec.name_or_path, revision=spec.revision, image_size=spec.image_size)
+    return found.reading(image_mean=spec.image_mean, image_std=spec.image_std)
+
+
+def check_encoder(config: Any, encoder: VisionEncoder) -> None:
+    """Refuse an encoder that an autoencoder was not made with.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if config.encoder is None:
+        raise UserError("encoder: this autoencoder was made without an encoder and only decodes")
+    name = encoder.name_or_path or encoder.family
+    if (encoder.hidden_size, encoder.grid_size) != (config.latent_channels, config.latent_size):
+        raise UserError(
+            f"encoder {name!r} gives latents ({encoder.hidden_size}, {encoder.grid_size}, {encoder.grid_size}), this "
+            f"autoencoder has ({config.latent_channels}, {config.latent_size}, {config.latent_size})"
+        )
+    expected = config.encoder_fingerprint
+    if expected is None:
+        return
+    given = encoder.fingerprint()
+    if given != expected:
+        raise UserError(
+            f"encoder {name!r} has other weights (fingerprint {given[:12]}) than the encoder that this autoencoder's "
+            f"statistics and decoder were made with ({expected[:12]}); use that one or train a decoder for this one"
+        )
+
+
+def shall_store(config: Any, encoder: VisionEncoder | None, include_encoder: bool | None) -> bool:
+    """Say whether an autoencoder is saved with its encoder's weights; see `save_pretrained` of the autoencoder."""
+    if config.encoder is None:
+        return False
+    if include_encoder is not None:
+        return include_encoder
+    if config.encoder["name_or_path"] is None:
+        return True
+    if encoder is None:
+        return config.encoder_stored
+    return FAMILIES[config.encoder["family"]].redistributable
+
+
+def saved_facts(config: Any, encoder: VisionEncoder | None, stored: bool) -> dict[str, Any]:
+    """Return the config entries to save: the encoder's description, its fingerprint and where its weights are."""
+    description = dict(config.encoder)
+    local = description.get("revision") is None and description.get("name_or_path") is not None
+    if stored and local:
+        # The folder on this machine means nothing elsewhere, and the weights go along.
+        description["name_or_path"] = None
+    if not stored and description.get("name_or_path") is None:
+        raise UserError("include_encoder=False: this encoder comes from no Hub id or folder; save it along")
+    if not stored and local:
+        logger.warning(
+            "the encoder is saved as a reference to the local folder %s; elsewhere this autoencoder only decodes "
+            "(include_encoder=True saves the weights along, where their licence allows it)",
+            description["name_or_path"],
+        )
+    fingerprint = encoder.fingerprint() if encoder is not None else config.encoder_fingerprint
+    return {"encoder": description, "encoder_fingerprint": fingerprint, "encoder_stored": stored}
+
+
+def save_encoder(encoder: VisionEncoder, folder: Path) -> None:
+    """Write an encoder's weights below an autoencoder's folder."""
+    encoder.save_pretrained(folder / SUBFOLDER, variant=FROZEN_VARIANT)
+
+
+def folder_of(source: str | os.PathLike[str], **kwargs: Any) -> Path | None:
+    """Return the folder an autoencoder was loaded from: local, or its snapshot in the Hub's cache.
+
+    Args:
+        source: what `from_pretrained` was given.
+        kwargs: what else it was given: subfolder, revision, cache_dir, token, local_files_only.
+    """
+    subfolder = kwargs.get("subfolder") or ""
+    if os.path.isdir(source):
+        return Path(source) / subfolder
+    from huggingface_hub import snapshot_download
+
+    names = ("revision", "cache_dir", "token", "local_files_only")
+    options: Mapping[str, Any] = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    pattern = f"{subfolder}/config.json" if subfolder else "config.json"
+    return Path(snapshot_download(os.fspath(source), allow_patterns=[pattern], **options)) / subfolder
+
+
+def _stored_folder(folder: Path) -> Path:
+    """Return the sub-folder with the encoder, downloading it if the autoencoder lies in the Hub's cache without it."""
+    stored = folder / SUBFOLDER
+    if any(stored.glob(f"model*.{FROZEN_VARIANT}*")) or any(stored.glob("*.safetensors")):
+        return stored
+    for parent in (folder, *folder.parents):
+        if parent.parent.name == "snapshots" and parent.parents[1].name.startswith("models--"):
+            repo_id = parent.parents[1].name.removeprefix("models--").replace("--", "/")
+            pattern = (stored.relative_to(parent) / "*").as_posix()
+            fetch(repo_id, parent.name, [pattern], local_files_only=False, cache_dir=parent.parents[2])
+            return stored
+    return stored
