@@ -17,7 +17,7 @@ from repagen.evaluation.reference import open_reference, save_statistics
 from repagen.evaluation.samples import ImageSource, LabelMode, PipelineImages, open_images
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAMPLING_OPTIONS = ("num_samples", "num_inference_steps", "guidance_scale", "guidance_interval")
+_SAMPLER_OPTIONS = ("num_inference_steps", "guidance_scale", "guidance_interval")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +61,11 @@ def _add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
         help="class i mod num_classes (default), or uniform draws",
     )
     group.add_argument("--seed", type=int, default=0, help="of noise and random labels (default 0)")
-    group.add_argument("--num-inference-steps", type=int)
-    group.add_argument("--guidance-scale", type=float)
-    group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="in t, 1 = noise")
+    group.add_argument("--num-inference-steps", type=int, help="steps of the sampler (default 50)")
+    group.add_argument("--guidance-scale", type=float, help="1 = unguided (default)")
+    group.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="in t, 1 = noise (default 0 1)"
+    )
     group.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the pipeline (default float32)")
 
 
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> str | None:
 
 def _open_samples(args: argparse.Namespace) -> ImageSource:
     if args.model is None:
-        given = [name for name in _SAMPLING_OPTIONS if getattr(args, name) is not None]
+        given = [name for name in ("num_samples", *_SAMPLER_OPTIONS) if getattr(args, name) is not None]
         if given:
             raise UserError(
                 f"--{given[0].replace('_', '-')} is for --model; samples that exist already cannot heed it"
@@ -108,15 +110,9 @@ def _open_samples(args: argparse.Namespace) -> ImageSource:
     from repagen.pipelines.class_to_image import ClassToImagePipeline
 
     pipeline = ClassToImagePipeline.from_pretrained(args.model, torch_dtype=_DTYPES[args.dtype])
-    return PipelineImages(
-        pipeline.to(PartialState().device),
-        args.num_samples,
-        seed=args.seed,
-        label_mode=args.label_mode,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None,
-    )
+    options = {name: getattr(args, name) for name in _SAMPLER_OPTIONS if getattr(args, name) is not None}
+    device = PartialState().device
+    return PipelineImages(pipeline.to(device), args.num_samples, seed=args.seed, label_mode=args.label_mode, **options)
 
 
 def _write(result: GenerationResult, args: argparse.Namespace) -> None:

@@ -132,14 +132,14 @@ def test_an_unconditional_pipeline_gets_no_labels() -> None:
     assert source.protocol["label_mode"] == "unconditional"
 
 
-def test_only_the_options_given_reach_the_pipeline() -> None:
+def test_sampler_options_reach_the_pipeline_and_the_protocol() -> None:
     pipeline = NoisePipeline()
-    PipelineImages(pipeline, 1).load([0])
-    PipelineImages(pipeline, 1, guidance_scale=1.5, guidance_interval=(0.1, 1.0)).load([0])
-    assert pipeline.calls == [
-        {"labels": [0], "output_type": "pt"},
-        {"labels": [0], "output_type": "pt", "guidance_scale": 1.5, "guidance_interval": (0.1, 1.0)},
-    ]
+    options = {"num_inference_steps": 7, "guidance_scale": 1.5, "guidance_interval": (0.1, 1.0)}
+    source = PipelineImages(pipeline, 1, **options)
+    source.load([0])
+    assert pipeline.calls == [{"labels": [0], "output_type": "pt", **options}]
+    assert options.items() <= source.protocol.items()
+    assert source.protocol["dtype"] == "float32" and source.protocol["label_mode"] == "balanced"
 
 
 def test_pixels_that_are_not_finite_name_the_sample() -> None:
