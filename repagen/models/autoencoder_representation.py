@@ -337,8 +337,7 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
                 raise UserError("encode: this autoencoder was made without an encoder and only decodes")
             self.attach_encoder(encoder_storage.load_encoder(self.config, self._folder))
             self._encoder.to(self.dtype)
-        encoder: VisionEncoder = self._encoder
-        return encoder if encoder.device == self.device else encoder.to(self.device)
+        return self._encoder
 
     def attach_encoder(self, encoder: VisionEncoder) -> None:
         """Use an encoder that is already loaded, for example a local copy of a gated one.
@@ -402,6 +401,8 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
     def raw_latents(self, images: torch.Tensor) -> torch.Tensor:
         """Encode images (B, 3, H, H) to latents (B, C, h, w) float32 before noise and standardisation."""
         encoder = self.encoder
+        if encoder.device != images.device:
+            encoder.to(images.device)
         batches = images.split(1) if self.use_slicing and len(images) > 1 else [images]
         tokens = torch.cat([encoder(batch).tokens for batch in batches])
         return tokens.float().transpose(1, 2).unflatten(2, self.latent_shape[1:])

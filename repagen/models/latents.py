@@ -1,0 +1,124 @@
+"""One pair of functions between images and standardised latents, for every autoencoder a generator can train in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderRAE
+
+from repagen.encoders.vision import check_images
+from repagen.errors import UserError
+from repagen.models.autoencoder_representation import RepresentationAutoencoder
+
+Autoencoder: TypeAlias = RepresentationAutoencoder | AutoencoderKL | AutoencoderRAE
+
+
+@torch.no_grad()
+def images_to_latents(
+    autoencoder: Any,
+    images: torch.Tensor,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """Encode images to standardised latents.
+
+    Args:
+        autoencoder: a `RepresentationAutoencoder`, or diffusers' `AutoencoderKL` or `AutoencoderRAE`.
+        images: (B, 3, H, H) float in [0, 1], on the device on which the autoencoder runs.
+        generator: of the draw from `AutoencoderKL`'s posterior: one for the batch, or one per image so that a latent
+            does not depend on its neighbours. The other two encode without chance in eval mode.
+
+    Returns:
+        (B, C, h, w) in the autoencoder's dtype. `AutoencoderKL`: (z - shift_factor) * scaling_factor, or with latent
+        statistics in its config (z - mean) / std * scaling_factor.
+
+    Raises:
+        UserError: for images that are not square float batches, or an autoencoder of another kind.
+    """
+    check_images(images)
+    if isinstance(autoencoder, RepresentationAutoencoder):
+        return autoencoder.encode(images, return_dict=False)[0]
+    images = images.to(autoencoder.dtype)
+    if isinstance(autoencoder, AutoencoderRAE):
+        return autoencoder.encode(images, return_dict=False)[0]
+    if isinstance(autoencoder, AutoencoderKL):
+        streams = list(generator) if isinstance(generator, Sequence) else generator
+        posterior = autoencoder.encode(images * 2 - 1, return_dict=False)[0]
+        mean, std = _kl_statistics(autoencoder, posterior.mean)
+        return (posterior.sample(generator=streams) - mean) / std
+    raise _unknown(autoencoder)
+
+
+@torch.no_grad()
+def latents_to_images(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Decode standardised latents.
+
+    Args:
+        autoencoder: as in `images_to_latents`.
+        latents: (B, C, h, w), on the device on which the autoencoder runs.
+
+    Returns:
+        (B, 3, H, H) float32, clamped to [0, 1].
+
+    Raises:
+        UserError: for latents that do not fit, or an autoencoder of another kind.
+    """
+    if isinstance(autoencoder, RepresentationAutoencoder):
+        return autoencoder.decode(latents, return_dict=False)[0].float().clamp(0, 1)
+    latents = latents.to(autoencoder.dtype)
+    if isinstance(autoencoder, AutoencoderRAE):
+        # Its decoder resizes any other grid without a word.
+        _refuse_other_shape(latents, latent_shape(autoencoder, autoencoder.decoder_image_size))
+        images = autoencoder.decode(latents, return_dict=False)[0]
+    elif isinstance(autoencoder, AutoencoderKL):
+        mean, std = _kl_statistics(autoencoder, latents)
+        images = autoencoder.decode(latents * std + mean, return_dict=False)[0] / 2 + 0.5
+    else:
+        raise _unknown(autoencoder)
+    return images.float().clamp(0, 1)
+
+
+def latent_shape(autoencoder: Any, image_size: int) -> tuple[int, int, int]:
+    """Return the shape (C, h, w) of the latents of square images of a side in pixels.
+
+    Raises:
+        UserError: if the autoencoder does not take that side.
+    """
+    if isinstance(autoencoder, RepresentationAutoencoder):
+        own, shape = autoencoder.image_size, autoencoder.latent_shape
+    elif isinstance(autoencoder, AutoencoderRAE):
+        own, side = autoencoder.decoder_image_size, round(autoencoder.num_patches**0.5)
+        shape = (autoencoder.config.encoder_hidden_size, side, side)
+    elif isinstance(autoencoder, AutoencoderKL):
+        factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        if image_size <= 0 or image_size % factor:
+            raise UserError(f"image_size: {image_size} px is no positive multiple of the autoencoder's {factor} px")
+        side = image_size // factor
+        return (autoencoder.config.latent_channels, side, side)
+    else:
+        raise _unknown(autoencoder)
+    if image_size != own:
+        raise UserError(f"image_size: {image_size} px, but the autoencoder decodes to {own} px only")
+    return shape
+
+
+def _kl_statistics(autoencoder: AutoencoderKL, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return shift and scale of a KL autoencoder's latents, broadcastable over (B, C, h, w)."""
+    config: Any = autoencoder.config
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        channels = (1, -1, 1, 1)
+        return like.new_tensor(mean).view(channels), like.new_tensor(std).view(channels) / config.scaling_factor
+    return like.new_tensor(config.shift_factor or 0.0), like.new_tensor(1 / config.scaling_factor)
+
+
+def _refuse_other_shape(latents: torch.Tensor, expected: tuple[int, int, int]) -> None:
+    if tuple(latents.shape[1:]) != expected:
+        raise UserError(f"latents must have shape (B, {', '.join(map(str, expected))}), got {tuple(latents.shape)}")
+
+
+def _unknown(autoencoder: Any) -> UserError:
+    return UserError(
+        f"autoencoder: {type(autoencoder).__name__} is none of RepresentationAutoencoder, AutoencoderKL, AutoencoderRAE"
+    )
