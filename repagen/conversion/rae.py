@@ -53,8 +53,8 @@ def convert_rae(
     Args:
         decoder_path: `.pt` or `.safetensors` with the decoder (`model.pt` of RAE-collections), or a stage-1 training
             file, of which the averaged weights are taken.
-        encoder: the vision encoder: a folder, a Hub id, or a `VisionEncoder`; None gives an autoencoder that only decodes,
-            and whose decoder's output is taken as pixels.
+        encoder: the vision encoder: a folder, a Hub id, or a `VisionEncoder`; None gives an autoencoder that only
+            decodes, and whose decoder's output is taken as pixels.
         decoder_config: folder of the decoder's `config.json`, that file, or its values. It is needed for the number of
             heads of a width that is not published; all sizes are read off the tensors, and a value that contradicts
             them is refused. (The file's `"patch_size": "SHOULD BE RELOADED"` is no number and is ignored, as
@@ -105,19 +105,19 @@ def from_diffusers(source: str | os.PathLike[str] | AutoencoderRAE, **kwargs: An
     Raises:
         UserError: for an encoder of SigLIP2, which diffusers cannot build with transformers 5, or a scaling factor.
     """
+    loaded: Any = source
     if not isinstance(source, AutoencoderRAE):
-        described = AutoencoderRAE.load_config(source, **kwargs)
-        _refuse_siglip(described, f"{os.fspath(source)}/config.json")
-        source = AutoencoderRAE.from_pretrained(source, **kwargs)
-    old: Any = source.config
+        _refuse_siglip(AutoencoderRAE.load_config(source, **kwargs), f"{os.fspath(source)}/config.json")
+        loaded = AutoencoderRAE.from_pretrained(source, **kwargs)
+    old = loaded.config
     if old.scaling_factor != 1.0:
         raise UserError(f"config.json:scaling_factor: {old.scaling_factor} is not supported, only 1.0")
-    encoder = _encoder_of(source)
+    encoder = _encoder_of(loaded)
     model = RepresentationAutoencoder(
         encoder=dataclasses.asdict(encoder.spec()),
         encoder_fingerprint=encoder.fingerprint(),
         latent_channels=old.encoder_hidden_size,
-        latent_size=round(source.num_patches**0.5),
+        latent_size=round(loaded.num_patches**0.5),
         decoder_patch_size=old.patch_size,
         decoder_hidden_size=old.decoder_hidden_size,
         decoder_num_hidden_layers=old.decoder_num_hidden_layers,
@@ -127,11 +127,11 @@ def from_diffusers(source: str | os.PathLike[str] | AutoencoderRAE, **kwargs: An
         image_std=encoder.image_std,
         noise_tau=old.noise_tau,
     )
-    state = {key: value.float() for key, value in source.decoder.state_dict().items()}
-    state["decoder_pos_embed"] = source.decoder.decoder_pos_embed.float()
+    state = {key: value.float() for key, value in loaded.decoder.state_dict().items()}
+    state["decoder_pos_embed"] = loaded.decoder.decoder_pos_embed.float()
     _load_decoder(model, state, Path("AutoencoderRAE"))
-    model.latents_mean.copy_(source._latents_mean.expand(model.latent_shape))
-    model.latents_std.copy_((source._latents_std + VARIANCE_EPSILON).expand(model.latent_shape))
+    model.latents_mean.copy_(loaded._latents_mean.expand(model.latent_shape))
+    model.latents_std.copy_((loaded._latents_std + VARIANCE_EPSILON).expand(model.latent_shape))
     model.attach_encoder(encoder)
     return model.eval()
 
@@ -145,7 +145,7 @@ def to_diffusers(model: RepresentationAutoencoder) -> AutoencoderRAE:
     """
     encoder = model.encoder
     kind = _diffusers_kind(model, encoder)
-    old = AutoencoderRAE(
+    old: Any = AutoencoderRAE(
         encoder_type=kind,
         encoder_hidden_size=encoder.hidden_size,
         encoder_patch_size=encoder.patch_size,
@@ -164,8 +164,8 @@ def to_diffusers(model: RepresentationAutoencoder) -> AutoencoderRAE:
     table = state.pop("decoder_pos_embed")
     if not torch.allclose(table, old.decoder.decoder_pos_embed, atol=1e-6):
         raise UserError(
-            "to_diffusers: AutoencoderRAE computes its position table as if the grid were 16 x 16 and reads none, so a "
-            f"learned table or a grid of {model.config.latent_size} cannot be kept"
+            "to_diffusers: AutoencoderRAE computes its position table as if the grid were 16 x 16 and reads none, so "
+            f"a learned table or a grid of {model.config.latent_size} cannot be kept"
         )
     old.decoder.load_state_dict(state)
     _refuse_other_architecture(encoder, old.encoder.config.to_dict())
@@ -259,8 +259,8 @@ def _encoder(
     check_image_size(side, encoder.patch_size, "config:encoder_input_size")
     if side != encoder.image_size:
         raise UserError(
-            f"config:encoder_input_size: {side} px gives {side // encoder.patch_size} tokens per side, the decoder in the "
-            f"file has {sizes['latent_size']}"
+            f"config:encoder_input_size: {side} px gives {side // encoder.patch_size} tokens per side, the decoder in "
+            f"the file has {sizes['latent_size']}"
         )
     return encoder
 
@@ -273,9 +273,8 @@ def _load_decoder(model: RepresentationAutoencoder, state: Mapping[str, torch.Te
         raise UserError(f"{path}: {len(extra)} tensors belong to no RAE decoder, the first is {extra[0]}")
     for key, value in own.items():
         if state[key].shape != value.shape:
-            raise UserError(
-                f"{path}:{key}: shape {tuple(state[key].shape)} does not fit the decoder, which needs {tuple(value.shape)}"
-            )
+            given, needed = tuple(state[key].shape), tuple(value.shape)
+            raise UserError(f"{path}:{key}: shape {given} does not fit the decoder, which needs {needed}")
     model.decoder.load_state_dict(state)
 
 
@@ -292,17 +291,17 @@ def _set_statistics(model: RepresentationAutoencoder, path: Path) -> None:
 def _refuse_siglip(config: Mapping[str, Any], where: str) -> None:
     if config.get("encoder_type") == "siglip2":
         raise UserError(
-            f"{where}:encoder_type: diffusers' AutoencoderRAE cannot build 'siglip2' with transformers 5 (it looks for "
-            "'.vision_model'); convert the official decoder with convert_rae instead"
+            f"{where}:encoder_type: diffusers' AutoencoderRAE cannot build 'siglip2' with transformers 5 (it looks "
+            "for '.vision_model'); convert the official decoder with convert_rae instead"
         )
 
 
-def _encoder_of(source: AutoencoderRAE) -> VisionEncoder:
-    old: Any = source.config
+def _encoder_of(source: Any) -> VisionEncoder:
+    old = source.config
     family = {"dinov2": "dinov2_with_registers", "mae": "vit_mae"}.get(old.encoder_type)
     if family is None:
         raise UserError(f"encoder_type {old.encoder_type!r} of AutoencoderRAE is not supported")
-    network: Any = source.encoder
+    network = source.encoder
     spec = EncoderSpec(
         family=family,
         config=network.config.to_dict(),
@@ -339,7 +338,8 @@ def _refuse_other_architecture(encoder: VisionEncoder, built: Mapping[str, Any])
         ours = encoder.backbone.architecture.get(key)
         if ours != built.get(key):
             raise UserError(
-                f"to_diffusers: AutoencoderRAE cannot hold this encoder: it builds it with {key} {built.get(key)}, not {ours}"
+                f"to_diffusers: AutoencoderRAE cannot hold this encoder: it builds one with {key} "
+                f"{built.get(key)}, not {ours}"
             )
 
 

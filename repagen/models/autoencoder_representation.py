@@ -335,8 +335,7 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
         if self._encoder is None:
             if self.config.encoder is None:
                 raise UserError("encode: this autoencoder was made without an encoder and only decodes")
-            self.attach_encoder(encoder_storage.load_encoder(self.config, self._folder))
-            self._encoder.to(self.dtype)
+            self.attach_encoder(encoder_storage.load_encoder(self.config, self._folder).to(self.dtype))
         return self._encoder
 
     def attach_encoder(self, encoder: VisionEncoder) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderRAE
@@ -11,8 +11,6 @@ from diffusers import AutoencoderKL, AutoencoderRAE
 from repagen.encoders.vision import check_images
 from repagen.errors import UserError
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
-
-Autoencoder: TypeAlias = RepresentationAutoencoder | AutoencoderKL | AutoencoderRAE
 
 
 @torch.no_grad()
@@ -37,17 +35,15 @@ def images_to_latents(
         UserError: for images that are not square float batches, or an autoencoder of another kind.
     """
     check_images(images)
-    if isinstance(autoencoder, RepresentationAutoencoder):
+    kind = _kind(autoencoder)
+    if kind != "representation":
+        images = images.to(autoencoder.dtype)
+    if kind != "kl":
         return autoencoder.encode(images, return_dict=False)[0]
-    images = images.to(autoencoder.dtype)
-    if isinstance(autoencoder, AutoencoderRAE):
-        return autoencoder.encode(images, return_dict=False)[0]
-    if isinstance(autoencoder, AutoencoderKL):
-        streams = list(generator) if isinstance(generator, Sequence) else generator
-        posterior = autoencoder.encode(images * 2 - 1, return_dict=False)[0]
-        mean, std = _kl_statistics(autoencoder, posterior.mean)
-        return (posterior.sample(generator=streams) - mean) / std
-    raise _unknown(autoencoder)
+    streams = list(generator) if isinstance(generator, Sequence) else generator
+    posterior = autoencoder.encode(images * 2 - 1, return_dict=False)[0]
+    mean, std = _kl_statistics(autoencoder, posterior.mean)
+    return (posterior.sample(generator=streams) - mean) / std
 
 
 @torch.no_grad()
@@ -64,18 +60,17 @@ def latents_to_images(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
     Raises:
         UserError: for latents that do not fit, or an autoencoder of another kind.
     """
-    if isinstance(autoencoder, RepresentationAutoencoder):
+    kind = _kind(autoencoder)
+    if kind == "representation":
         return autoencoder.decode(latents, return_dict=False)[0].float().clamp(0, 1)
     latents = latents.to(autoencoder.dtype)
-    if isinstance(autoencoder, AutoencoderRAE):
-        # Its decoder resizes any other grid without a word.
-        _refuse_other_shape(latents, latent_shape(autoencoder, autoencoder.decoder_image_size))
-        images = autoencoder.decode(latents, return_dict=False)[0]
-    elif isinstance(autoencoder, AutoencoderKL):
+    if kind == "kl":
         mean, std = _kl_statistics(autoencoder, latents)
         images = autoencoder.decode(latents * std + mean, return_dict=False)[0] / 2 + 0.5
     else:
-        raise _unknown(autoencoder)
+        # Its decoder resizes any other grid without a word.
+        _refuse_other_shape(latents, latent_shape(autoencoder, autoencoder.decoder_image_size))
+        images = autoencoder.decode(latents, return_dict=False)[0]
     return images.float().clamp(0, 1)
 
 
@@ -85,27 +80,25 @@ def latent_shape(autoencoder: Any, image_size: int) -> tuple[int, int, int]:
     Raises:
         UserError: if the autoencoder does not take that side.
     """
-    if isinstance(autoencoder, RepresentationAutoencoder):
-        own, shape = autoencoder.image_size, autoencoder.latent_shape
-    elif isinstance(autoencoder, AutoencoderRAE):
-        own, side = autoencoder.decoder_image_size, round(autoencoder.num_patches**0.5)
-        shape = (autoencoder.config.encoder_hidden_size, side, side)
-    elif isinstance(autoencoder, AutoencoderKL):
+    kind = _kind(autoencoder)
+    if kind == "kl":
         factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
         if image_size <= 0 or image_size % factor:
             raise UserError(f"image_size: {image_size} px is no positive multiple of the autoencoder's {factor} px")
-        side = image_size // factor
-        return (autoencoder.config.latent_channels, side, side)
+        return (autoencoder.config.latent_channels, image_size // factor, image_size // factor)
+    if kind == "representation":
+        own, shape = autoencoder.image_size, autoencoder.latent_shape
     else:
-        raise _unknown(autoencoder)
+        side = round(autoencoder.num_patches**0.5)
+        own, shape = autoencoder.decoder_image_size, (autoencoder.config.encoder_hidden_size, side, side)
     if image_size != own:
         raise UserError(f"image_size: {image_size} px, but the autoencoder decodes to {own} px only")
     return shape
 
 
-def _kl_statistics(autoencoder: AutoencoderKL, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _kl_statistics(autoencoder: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return shift and scale of a KL autoencoder's latents, broadcastable over (B, C, h, w)."""
-    config: Any = autoencoder.config
+    config = autoencoder.config
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and std is not None:
         channels = (1, -1, 1, 1)
@@ -118,7 +111,12 @@ def _refuse_other_shape(latents: torch.Tensor, expected: tuple[int, int, int]) -
         raise UserError(f"latents must have shape (B, {', '.join(map(str, expected))}), got {tuple(latents.shape)}")
 
 
-def _unknown(autoencoder: Any) -> UserError:
-    return UserError(
-        f"autoencoder: {type(autoencoder).__name__} is none of RepresentationAutoencoder, AutoencoderKL, AutoencoderRAE"
-    )
+def _kind(autoencoder: Any) -> Literal["representation", "kl", "rae"]:
+    if isinstance(autoencoder, RepresentationAutoencoder):
+        return "representation"
+    if isinstance(autoencoder, AutoencoderKL):
+        return "kl"
+    if isinstance(autoencoder, AutoencoderRAE):
+        return "rae"
+    name = type(autoencoder).__name__
+    raise UserError(f"autoencoder: {name} is none of RepresentationAutoencoder, AutoencoderKL, AutoencoderRAE")
