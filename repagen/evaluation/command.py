@@ -6,6 +6,7 @@ import argparse
 import json
 import typing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -15,6 +16,9 @@ from repagen.evaluation.features import Pooling, open_extractor
 from repagen.evaluation.generation import GenerationResult, evaluate_generation
 from repagen.evaluation.reference import open_reference, save_statistics
 from repagen.evaluation.samples import ImageSource, LabelMode, PipelineImages, open_images
+
+if TYPE_CHECKING:
+    from repagen.pipelines.class_to_image import ClassToImagePipeline
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLER_OPTIONS = ("num_inference_steps", "guidance_scale", "guidance_interval")
@@ -107,12 +111,22 @@ def _open_samples(args: argparse.Namespace) -> ImageSource:
         return open_images(args.samples, args.max_bad_images)
     if args.num_samples is None:
         raise UserError("--model needs --num-samples; published figures draw 50000")
+    pipeline = _load_pipeline(args.model, _DTYPES[args.dtype])
+    options = {name: getattr(args, name) for name in _SAMPLER_OPTIONS if getattr(args, name) is not None}
+    return PipelineImages(pipeline, args.num_samples, seed=args.seed, label_mode=args.label_mode, **options)
+
+
+def _load_pipeline(name_or_path: str, dtype: torch.dtype) -> ClassToImagePipeline:
     from repagen.pipelines.class_to_image import ClassToImagePipeline
 
-    pipeline = ClassToImagePipeline.from_pretrained(args.model, torch_dtype=_DTYPES[args.dtype])
-    options = {name: getattr(args, name) for name in _SAMPLER_OPTIONS if getattr(args, name) is not None}
-    device = PartialState().device
-    return PipelineImages(pipeline.to(device), args.num_samples, seed=args.seed, label_mode=args.label_mode, **options)
+    try:
+        pipeline = ClassToImagePipeline.from_pretrained(name_or_path, dtype=dtype)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--model: no pipeline at {name_or_path} ({reason}); give a folder with model_index.json, or a Hub id"
+        ) from error
+    return pipeline.to(PartialState().device)
 
 
 def _write(result: GenerationResult, args: argparse.Namespace) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+import repagen
 from repagen.encoders import VisionEncoder
 from repagen.evaluation import EncoderExtractor
 
@@ -33,6 +35,29 @@ def encoder() -> VisionEncoder:
 @pytest.fixture(scope="session")
 def extractor(encoder: VisionEncoder) -> EncoderExtractor:
     return EncoderExtractor(encoder)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(encoder: VisionEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved pipeline of random weights: 10 classes, 16 px."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        decoder = {
+            "decoder_hidden_size": 16,
+            "decoder_num_hidden_layers": 1,
+            "decoder_num_attention_heads": 2,
+            "decoder_intermediate_size": 32,
+        }
+        vae = repagen.RepresentationAutoencoder.from_encoder(encoder, decoder=decoder, image_size=16)
+        transformer = repagen.SiTTransformer2DModel(
+            sample_size=4, patch_size=1, in_channels=16, hidden_size=16, depth=2, num_heads=2, num_classes=10
+        )
+        for parameter in transformer.parameters():  # its zero-initialised head would make every picture the same
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("pipeline")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    repagen.ClassToImagePipeline(transformer.eval(), vae.eval(), scheduler).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

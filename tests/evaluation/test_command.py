@@ -83,6 +83,34 @@ def test_the_held_out_digits_lie_near_the_training_digits(evaluate: Any, tmp_pat
     assert distances[0] < 0.1 * distances[1]
 
 
+def test_a_pipeline_sampled_on_the_fly(
+    evaluate: Any, folders: tuple[str, str], pipeline_folder: Path, tmp_path: Path
+) -> None:
+    results = []
+    for batch_size in ("6", "25"):
+        output = str(tmp_path / f"{batch_size}.json")
+        sampling = ["--num-samples", "25", "--num-inference-steps", "3", "--seed", "4", "--label-mode", "random"]
+        model = ["--model", str(pipeline_folder), *sampling, "--batch-size", batch_size]
+        evaluate(*model, "--reference", folders[1], "--output", output)
+        results.append(json.loads(Path(output).read_text()))
+    one, other = results
+    assert one["samples"] == {
+        "kind": "pipeline",
+        "path": str(pipeline_folder),
+        "label_mode": "random",
+        "seed": 4,
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "shift": 1.0,
+        "dtype": "float32",
+        "num_inference_steps": 3,
+        "guidance_scale": 1.0,
+        "guidance_interval": [0.0, 1.0],
+        "size": "16x16",
+        "pixels_sha256": one["samples"]["pixels_sha256"],
+    }
+    assert one["frechet_distance"] == pytest.approx(other["frechet_distance"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -97,6 +125,7 @@ def test_the_held_out_digits_lie_near_the_training_digits(evaluate: Any, tmp_pat
             "--batch-size must be at least 1",
         ),
         (["--model", "missing", "--reference", *DIGITS], "--model needs --num-samples"),
+        (["--model", "missing", "--num-samples", "9", "--reference", *DIGITS], "--model: no pipeline at missing"),
         (
             ["--samples", *DIGITS, "--reference", "data.kind=digits", "data.image_size=16"],
             "samples are 32x32, reference images 16x16",
@@ -121,12 +150,15 @@ def run_door(processes: int, words: list[str]) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_result_of_one(encoder_folder: Path, folders: tuple[str, str], tmp_path: Path) -> None:
+def test_two_processes_give_the_result_of_one(
+    encoder_folder: Path, pipeline_folder: Path, folders: tuple[str, str], tmp_path: Path
+) -> None:
     results = []
     for processes in (1, 2):
         output = tmp_path / f"{processes}.json"
-        words = ["--samples", folders[0], "--reference", folders[1], "--extractor", str(encoder_folder)]
-        done = run_door(processes, [*words, "--batch-size", "7", "--output", str(output)])
+        sampling = ["--model", str(pipeline_folder), "--num-samples", "31", "--num-inference-steps", "3"]
+        words = [*sampling, "--reference", folders[1], "--extractor", str(encoder_folder)]
+        done = run_door(processes, [*words, "--batch-size", "4", "--output", str(output)])
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Frechet distance") == 1
         results.append(json.loads(output.read_text()))

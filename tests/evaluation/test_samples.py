@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import repagen
 from repagen.errors import UserError
 from repagen.evaluation import FolderImages, NpzImages, PipelineImages, open_images
 from repagen.evaluation.samples import Unreadable, to_uint8
@@ -105,6 +106,16 @@ def test_a_damaged_npz_is_named(tmp_path: Path, random_pictures: Any) -> None:
     path.write_bytes(content[:1000])
     with pytest.raises(UserError, match="not an npz file"):
         NpzImages(path)
+
+
+def test_a_pipelines_samples_do_not_depend_on_the_batch_size(pipeline_folder: Path) -> None:
+    pipeline = repagen.ClassToImagePipeline.from_pretrained(pipeline_folder)
+    source = PipelineImages(pipeline, 21, num_inference_steps=4, guidance_scale=2.0, guidance_interval=(0.2, 0.9))
+    threes, sevens = in_batches(source, 3).int(), in_batches(source, 7).int()
+    assert sevens.float().std(dim=0).mean() > 3  # the pictures differ from each other
+    # Differently shaped matrix products differ in their last digit, which may tip a pixel over a rounding edge.
+    assert (threes - sevens).abs().max() <= 1
+    assert (threes == sevens).float().mean() > 0.9999
 
 
 @pytest.mark.parametrize("label_mode", ["balanced", "random"])
