@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from repagen.registration import LOADER_BASES, register
+
 __version__ = "0.1.0"
 
 # Public name => module that holds it. Published names may be added, never removed (tests/test_public_names.py).
@@ -21,7 +23,9 @@ _PUBLIC_NAMES = {
     "FlowMatchHeunScheduler": "repagen.schedulers.heun",
     "RepresentationAlignment": "repagen.alignment",
     "RepresentationAutoencoder": "repagen.models.autoencoder_representation",
+    "SamplerPreset": "repagen.schedulers.presets",
     "SiTTransformer2DModel": "repagen.models.transformer_sit",
+    "TimeDistribution": "repagen.flow.time",
     "TimeShift": "repagen.flow.time",
     "UserError": "repagen.errors",
     "VisionEncoder": "repagen.encoders",
@@ -34,12 +38,16 @@ __all__ = ["__version__", *sorted(_PUBLIC_NAMES)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC_NAMES:
+    module_name = "diffusers" if name in LOADER_BASES else _PUBLIC_NAMES.get(name)
+    if module_name is None:
         raise AttributeError(f"module 'repagen' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC_NAMES[name]), name)
+    value = getattr(importlib.import_module(module_name), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC_NAMES})
+
+
+register()

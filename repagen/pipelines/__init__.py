@@ -1,0 +1,1 @@
+"""Pipelines of diffusers over repagen's models, and the sampling command."""

@@ -1,0 +1,84 @@
+"""Tiny pipelines of real components with random, non-zero weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from repagen import (
+    ClassToImagePipeline,
+    DiTDHTransformer2DModel,
+    RepresentationAutoencoder,
+    SiTTransformer2DModel,
+)
+
+NUM_CLASSES = 4
+CHANNELS, SIDE, PATCH = 8, 4, 4
+ID2LABEL = {"0": "tabby, tabby cat", "1": "Golden Retriever", "2": "crane", "3": "forklift, crane"}
+
+SIZES = {
+    SiTTransformer2DModel: {"patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2},
+    DiTDHTransformer2DModel: {
+        "hidden_size": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "head_hidden_size": 24,
+        "head_depth": 1,
+        "head_num_heads": 2,
+    },
+}
+
+
+def tiny_transformer(cls: type = SiTTransformer2DModel, seed: int = 0, **overrides: Any) -> Any:
+    """A transformer whose zero-initialised layers are refilled, so that its output depends on every input."""
+    torch.manual_seed(seed)
+    arguments = {"sample_size": SIDE, "in_channels": CHANNELS, "num_classes": NUM_CLASSES, **SIZES[cls], **overrides}
+    model = cls(**arguments)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def tiny_autoencoder(seed: int = 1) -> RepresentationAutoencoder:
+    torch.manual_seed(seed)
+    model = RepresentationAutoencoder(
+        latent_channels=CHANNELS,
+        latent_size=SIDE,
+        decoder_patch_size=PATCH,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+    )
+    model.set_statistics(0.1 * torch.randn(model.latent_shape), 1 + 0.1 * torch.rand(model.latent_shape))
+    return model.eval()
+
+
+def tiny_components(cls: type = SiTTransformer2DModel, **overrides: Any) -> dict[str, Any]:
+    components = {
+        "transformer": tiny_transformer(cls),
+        "vae": tiny_autoencoder(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=2.0),
+    }
+    return {**components, **overrides}
+
+
+def tiny_pipeline(cls: type = SiTTransformer2DModel, **overrides: Any) -> ClassToImagePipeline:
+    pipe = ClassToImagePipeline(**tiny_components(cls, **overrides))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def inputs(**overrides: Any) -> dict[str, Any]:
+    """The call that most tests share."""
+    arguments = {
+        "class_labels": 1,
+        "num_inference_steps": 2,
+        "guidance_scale": 2.0,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "pt",
+    }
+    return {**arguments, **overrides}
