@@ -6,8 +6,10 @@ is VQGAN's (arXiv 2012.09841, eq. 7).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from repagen.errors import UserError
+from repagen.training.config import require
+from repagen.training.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
     from transformers import ViTModel
@@ -27,6 +31,40 @@ DEFAULT_BLOCKS = (2, 5, 8, 11)
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _TRANSLATION = 0.125  # of the image side
+
+
+@dataclass
+class AdversarialConfig:
+    """The adversarial part of the decoder's loss.
+
+    Attributes:
+        weight: of the adversarial loss, times the adaptive weight; RAE 0.75; 0 = without a discriminator.
+        discriminator_start_epoch: epochs of the dataset before the discriminator learns; RAE 6.
+        discriminator_start_step: the same in optimiser steps; takes the place of the epochs.
+        start_epoch: epochs before the decoder sees the adversarial loss; RAE 8.
+        start_step: the same in optimiser steps; takes the place of the epochs.
+        backbone: local folder or Hub id of the frozen ViT.
+        blocks: 0-based blocks that the heads read, besides the last one.
+        kernel_size: of the heads' convolution over tokens; odd.
+        optimizer: of the discriminator; its schedule counts the run's steps, as the decoder's does.
+    """
+
+    weight: float = 0.75
+    discriminator_start_epoch: float = 6.0
+    discriminator_start_step: int | None = None
+    start_epoch: float = 8.0
+    start_step: int | None = None
+    backbone: str = DEFAULT_BACKBONE
+    blocks: list[int] = field(default_factory=lambda: list(DEFAULT_BLOCKS))
+    kernel_size: int = 9
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        require(self.weight >= 0, "weight", self.weight, "at least 0")
+        for name in ("discriminator_start_epoch", "discriminator_start_step", "start_epoch", "start_step"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, value, "at least 0")
 
 
 class LocalBatchNorm(nn.Module):
@@ -127,6 +165,13 @@ class DinoDiscriminator(nn.Module):
         """Stay in eval mode: nothing here depends on it but the spectral norms, which are updated by request."""
         return self
 
+    def backbone_fingerprint(self) -> str:
+        """Return a sha256 over the frozen backbone's weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.backbone.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, heads x tokens) float32 of images (B, 3, H, W) in [0, 1]; higher is more real.
 
@@ -176,8 +221,8 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """Return the decoder's adversarial loss, a scalar: -mean D(x_hat)."""
-    return -fake_logits.mean()
+    """Return the decoder's adversarial loss of each sample (B,): -mean D(x_hat), from logits (B, L)."""
+    return -fake_logits.mean(1)
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:

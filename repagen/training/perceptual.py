@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from repagen.errors import UserError
+from repagen.training.config import require
 
 # File name => sha256 of the published files. A file that bears one of these names must have this content.
 PUBLISHED_SHA256 = {
@@ -30,6 +32,31 @@ TRUNK_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _EPS = 1e-10
+
+
+@dataclass
+class LpipsConfig:
+    """The perceptual part of the decoder's loss.
+
+    Attributes:
+        weight: of LPIPS beside the L1 loss; 0 = without LPIPS, and no weights are needed.
+        start_epoch: epochs of the dataset before it begins; RAE 0.
+        start_step: the same in optimiser steps; takes the place of `start_epoch`.
+        trunk: local VGG16 state dict; None = torchvision's in the torch cache.
+        heads: local file of the linear heads; None = the one in the installed `lpips` package.
+    """
+
+    weight: float = 1.0
+    start_epoch: float = 0.0
+    start_step: int | None = None
+    trunk: str | None = None
+    heads: str | None = None
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        require(self.weight >= 0, "weight", self.weight, "at least 0")
+        require(self.start_epoch >= 0, "start_epoch", self.start_epoch, "at least 0")
+        require(self.start_step is None or self.start_step >= 0, "start_step", self.start_step, "at least 0")
 
 
 class PerceptualDistance(nn.Module):

@@ -7,43 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from decoder_parts import random_lpips, write_lpips
 
 from repagen import UserError
 from repagen.training import perceptual
 from repagen.training.perceptual import PerceptualDistance
 
-VGG16 = [[64, 64], [128, 128], [256, 256, 256], [512, 512, 512], [512, 512, 512]]
-TINY = [[4, 4], [6]]
-
-
-def random_states(stages=TINY, seed=0):
-    """Random state dicts in the layout of torchvision's VGG and of the lpips package's heads."""
-    generator = torch.Generator().manual_seed(seed)
-    trunk, heads, index, channels = {}, {}, 0, 3
-    for number, stage in enumerate(stages):
-        for width in stage:
-            trunk[f"features.{index}.weight"] = (
-                torch.randn(width, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
-            )
-            trunk[f"features.{index}.bias"] = torch.randn(width, generator=generator) * 0.1
-            channels, index = width, index + 2
-        index += 1
-        heads[f"lin{number}.model.1.weight"] = torch.rand(1, channels, 1, 1, generator=generator)
-    return trunk, heads
-
-
-def write_states(folder: Path, stages=TINY, seed=0) -> tuple[Path, Path]:
-    trunk, heads = random_states(stages, seed)
-    torch.save(trunk, folder / "tiny_vgg.pth")
-    torch.save(heads, folder / "tiny_heads.pth")
-    return folder / "tiny_vgg.pth", folder / "tiny_heads.pth"
+VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 @pytest.mark.filterwarnings("ignore:The parameter 'pretrained' is deprecated:UserWarning")
 @pytest.mark.filterwarnings("ignore:Arguments other than a weight enum:UserWarning")
 def test_equals_the_lpips_package_with_the_same_weights():
     lpips = pytest.importorskip("lpips")
-    trunk, heads = random_states(VGG16)
+    trunk, heads = random_lpips(VGG16)
     theirs = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     slices = [theirs.net.slice1, theirs.net.slice2, theirs.net.slice3, theirs.net.slice4, theirs.net.slice5]
     for part in slices:  # their slices keep torchvision's indices as names
@@ -57,7 +34,7 @@ def test_equals_the_lpips_package_with_the_same_weights():
 
 
 def test_distance_is_zero_for_equal_images_symmetric_and_per_image():
-    network = PerceptualDistance(*random_states())
+    network = PerceptualDistance(*random_lpips())
     a, b = torch.rand(3, 3, 16, 16), torch.rand(3, 3, 16, 16)
     assert torch.equal(network(a, a), torch.zeros(3))
     torch.testing.assert_close(network(a, b), network(b, a))
@@ -65,7 +42,7 @@ def test_distance_is_zero_for_equal_images_symmetric_and_per_image():
 
 
 def test_dead_features_give_finite_gradients():
-    trunk, heads = random_states()
+    trunk, heads = random_lpips()
     trunk["features.5.bias"] = trunk["features.5.bias"] - 1e3  # every ReLU of the last stage is off
     images = torch.rand(1, 3, 16, 16, requires_grad=True)
     PerceptualDistance(trunk, heads)(images, torch.rand(1, 3, 16, 16)).sum().backward()
@@ -73,18 +50,18 @@ def test_dead_features_give_finite_gradients():
 
 
 def test_frozen_and_eval_for_good():
-    network = PerceptualDistance(*random_states()).train()
+    network = PerceptualDistance(*random_lpips()).train()
     assert not network.training and not any(p.requires_grad for p in network.parameters())
 
 
 def test_from_files_records_hashes_and_does_not_import_lpips(tmp_path):
-    trunk, heads = write_states(tmp_path)
+    trunk, heads = write_lpips(tmp_path)
     sys.modules.pop("lpips", None)
     network = PerceptualDistance.from_files(trunk, heads)
     assert "lpips" not in sys.modules
     assert sorted(network.files) == ["tiny_heads.pth", "tiny_vgg.pth"]
     assert all(len(digest) == 64 for digest in network.files.values())
-    again = PerceptualDistance(*random_states())
+    again = PerceptualDistance(*random_lpips())
     a, b = torch.rand(2, 1, 3, 16, 16)
     assert torch.equal(network(a, b), again(a, b))
 
@@ -103,7 +80,7 @@ def test_missing_trunk_says_how_to_get_it_or_do_without(monkeypatch, tmp_path):
 
 
 def test_published_name_with_other_content_is_refused(tmp_path):
-    trunk, heads = write_states(tmp_path)
+    trunk, heads = write_lpips(tmp_path)
     impostor = trunk.rename(tmp_path / "vgg16-397923af.pth")
     with pytest.raises(UserError, match="sha256"):
         PerceptualDistance.from_files(impostor, heads)
@@ -118,7 +95,7 @@ class _Payload:
 
 
 def test_a_pickle_runs_no_code(tmp_path):
-    _, heads = write_states(tmp_path)
+    _, heads = write_lpips(tmp_path)
     torch.save({"features.0.weight": _Payload(tmp_path / "marker")}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match=r"evil\.pth"):
         PerceptualDistance.from_files(tmp_path / "evil.pth", heads)
@@ -136,7 +113,7 @@ def test_a_pickle_runs_no_code(tmp_path):
     ],
 )
 def test_other_layouts_are_refused_by_name(change, message):
-    trunk, heads = random_states()
+    trunk, heads = random_lpips()
     change(trunk, heads)
     with pytest.raises(UserError, match=message):
         PerceptualDistance(trunk, heads)

@@ -1,0 +1,104 @@
+"""Tiny real components of decoder training, on disk as users have them, and a configuration that points at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repagen.training.config import save_config
+from repagen.training.decoder_config import DecoderConfig
+
+VGG_STAGES = ((4, 4), (6,))
+
+
+def random_lpips(stages=VGG_STAGES, seed=0):
+    """Random state dicts in the layout of torchvision's VGG and of the lpips package's heads."""
+    generator = torch.Generator().manual_seed(seed)
+    trunk, heads, index, channels = {}, {}, 0, 3
+    for number, stage in enumerate(stages):
+        for width in stage:
+            scale = (2 / (9 * channels)) ** 0.5
+            trunk[f"features.{index}.weight"] = torch.randn(width, channels, 3, 3, generator=generator) * scale
+            trunk[f"features.{index}.bias"] = torch.randn(width, generator=generator) * 0.1
+            channels, index = width, index + 2
+        index += 1
+        heads[f"lin{number}.model.1.weight"] = torch.rand(1, channels, 1, 1, generator=generator)
+    return trunk, heads
+
+
+def write_lpips(folder: Path) -> tuple[Path, Path]:
+    trunk, heads = random_lpips()
+    torch.save(trunk, folder / "tiny_vgg.pth")
+    torch.save(heads, folder / "tiny_heads.pth")
+    return folder / "tiny_vgg.pth", folder / "tiny_heads.pth"
+
+
+def tiny_vit():
+    """A ViT of DINO v1's kind: 3 blocks, 16 tokens."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+    )
+    return ViTModel(config, add_pooling_layer=False)
+
+
+def write_parts(folder: Path) -> Path:
+    """Write encoder, LPIPS and DINO to `folder`."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    write_lpips(folder)
+    tiny_vit().save_pretrained(folder / "dino")
+    torch.manual_seed(0)
+    config = Dinov2WithRegistersConfig(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        num_register_tokens=1,
+    )
+    Dinov2WithRegistersModel(config).save_pretrained(folder / "encoder")
+    return folder
+
+
+def settings(parts: Path) -> dict[str, Any]:
+    """Overrides that put the tiny components into any decoder preset."""
+    return {
+        "data.kind": "digits",
+        "data.path": "null",
+        "data.crop": "center",
+        "data.resize_px": "null",
+        "data.image_size": 32,
+        "data.subset": "train",
+        "autoencoder.encoder": parts / "encoder",
+        "autoencoder.decoder_patch_size": 8,
+        "autoencoder.decoder": "{decoder_hidden_size: 32, decoder_num_hidden_layers: 2, "
+        "decoder_num_attention_heads: 2, decoder_intermediate_size: 64}",
+        "lpips.trunk": parts / "tiny_vgg.pth",
+        "lpips.heads": parts / "tiny_heads.pth",
+        "adversarial.backbone": parts / "dino",
+        "adversarial.blocks": "[0, 1, 2]",
+        "adversarial.kernel_size": 3,
+        "num_workers": 0,
+        "device": "cpu",
+        "progress_bar": "false",
+    }
+
+
+def words(values: dict[str, Any]) -> list[str]:
+    """As `key=value` words of a command line."""
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def write_config(config: DecoderConfig, path: Path) -> Path:
+    save_config(config, path)
+    return path

@@ -1,0 +1,7 @@
+"""Train a decoder: `accelerate launch train/decoder.py --config NAME_OR_PATH [key=value ...]`."""
+
+from repagen.errors import run_as_program
+from repagen.training.decoder import main
+
+if __name__ == "__main__":
+    run_as_program(main)
