@@ -2,7 +2,7 @@
 
     python scripts/train_digits_encoder.py [--output repagen/data/digits_encoder] [--seeds 0 1 2]
 
-Trains one encoder per seed (under a minute each on two cores), keeps the first, and writes the figures of all of them
+Trains one encoder per seed (under a minute each on two free cores), keeps the first, and writes the figures of all of them
 into its README. The same seed, machine type and number of threads give the same file.
 
 Objective: labels from the CLS token and from the mean patch token (semantics in every token), plus the pixels of each
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 IMAGE_PX, PATCH_PX, CLASSES = 32, 8, 10
 MEAN = STD = 0.5
 STEPS, BATCH, WARMUP_STEPS, PEAK_RATE = 1500, 64, 100, 1e-3
-PIXEL_WEIGHT = 1.0
+PIXEL_WEIGHT = 0.1
 CONFIG = {
     "image_size": IMAGE_PX,
     "patch_size": PATCH_PX,

@@ -7,11 +7,13 @@ from repagen.data.dataset import ImageDataset, ImageSample, SampleDataset
 from repagen.data.digits import digits_encoder_path, digits_to_images, load_digits
 from repagen.data.loading import load_batches, load_in_order, open_dataset
 from repagen.data.sampler import StreamBatchSampler, sample_indices
+from repagen.data.shards import LatentShards
 
 __all__ = [
     "DataConfig",
     "ImageDataset",
     "ImageSample",
+    "LatentShards",
     "SampleDataset",
     "StreamBatchSampler",
     "data_config_from_words",

@@ -13,7 +13,7 @@ import bisect
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +124,13 @@ class LatentShards(SampleDataset):
                 )
         if not encoders:
             return
-        names = [[encoder["name"] for encoder in group] for group in (self.manifest["encoders"], encoders)]
-        if [dict(encoder) for encoder in encoders] != self.manifest["encoders"]:
-            raise UserError(
-                f"{self._folder}: these alignment targets were made with other encoders (cache: {names[0]}, now: "
-                f"{names[1]}; name, weights and reading must agree); run `repagen cache` again"
-            )
+        for order, (cached, needed) in enumerate(zip_longest(self.manifest["encoders"], encoders)):
+            if without_names(cached) != without_names(needed):
+                names = [encoder["name"] if encoder else "none" for encoder in (cached, needed)]
+                raise UserError(
+                    f"{self._folder}: alignment target {order} was made by another encoder or read in another way "
+                    f"(cache: {names[0]}, now: {names[1]}); run `repagen cache` again with --encoder"
+                )
 
     def _locate(self, index: int) -> tuple[int, int]:
         number = bisect.bisect_right(self._ends, index)
@@ -148,6 +149,13 @@ class LatentShards(SampleDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # open files do not travel to loader workers
+
+
+def without_names(value: Any) -> Any:
+    """Return a description without the names in it: a folder may lie elsewhere on another machine."""
+    if isinstance(value, Mapping):
+        return {key: without_names(item) for key, item in value.items() if key != "name"}
+    return [without_names(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

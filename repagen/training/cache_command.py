@@ -1,14 +1,16 @@
-"""`repagen cache`: latents and alignment targets of a dataset to safetensors shards; training needs no encoder then."""
+"""`repagen cache`: latents and alignment targets of a dataset to safetensors shards, to train without encoders."""
 
 from __future__ import annotations
 
 import argparse
 from typing import get_args
 
-from repagen.encoders import VisionEncoder
-from repagen.training.dataset_commands import add_dataset_arguments, command_device, open_autoencoder, open_images
+from repagen.models.latents import latent_shape
+from repagen.training.dataset_commands import add_dataset_arguments, command_device, open_images
+from repagen.training.frozen import load_target_encoder
+from repagen.training.generator_config import AlignmentTargetConfig
 from repagen.training.latent_cache import CacheConfig, ShardType, cache_latents
-from repagen.training.latent_identity import process_group
+from repagen.training.latent_identity import open_autoencoder, process_group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="alignment encoder whose tokens are stored as targets, folder or Hub id; may be repeated",
     )
+    parser.add_argument(
+        "--target-grid",
+        type=int,
+        metavar="TOKENS",
+        help="rows and columns of the targets, as many as the generator has tokens: rows of the latent divided by the "
+        "generator's patch size (default: rows of the latent)",
+    )
     parser.add_argument("--shard-rows", type=int, default=defaults.shard_rows, help="images per shard (%(default)s)")
     parser.add_argument(
         "--dtype", choices=get_args(ShardType), default=defaults.dtype, help="stored type (%(default)s)"
@@ -35,7 +44,7 @@ def run(args: argparse.Namespace) -> str | None:
     """Write the cache. Mirrored images are stored too where data.horizontal_flip=true.
 
     Raises:
-        UserError: dataset, autoencoder or an encoder cannot be used, an image is bad, or the folder holds other things.
+        UserError: dataset, autoencoder or an encoder cannot be used, an image is bad, or the folder is taken.
     """
     dataset = open_images(args.data)
     config = CacheConfig(
@@ -46,8 +55,13 @@ def run(args: argparse.Namespace) -> str | None:
         num_workers=args.num_workers,
     )
     with command_device() as device:
-        autoencoder = open_autoencoder(args.autoencoder, device)
-        encoders = [VisionEncoder.from_pretrained(name).to(device) for name in args.encoder]
+        autoencoder = open_autoencoder(args.autoencoder).to(device)
+        grid = (
+            (args.target_grid, args.target_grid)
+            if args.target_grid
+            else latent_shape(autoencoder, dataset.config.image_size)[1:]
+        )
+        encoders = [load_target_encoder(AlignmentTargetConfig(encoder=name), grid).to(device) for name in args.encoder]
         shards = cache_latents(autoencoder, dataset, args.output, encoders=encoders, config=config)
         if process_group()[0] != 0:
             return None

@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -46,28 +45,6 @@ def open_images(words: list[str]) -> ImageDataset:
     if not isinstance(dataset, ImageDataset):
         raise UserError("data.kind=latents holds no images; allowed: folder, datasets, digits")
     return dataset
-
-
-def open_autoencoder(name: str, device: torch.device) -> Any:
-    """Load an autoencoder of this library or of diffusers, from a folder or the Hub.
-
-    Raises:
-        UserError: nothing that can be loaded is there.
-    """
-    from diffusers import AutoModel
-
-    try:
-        autoencoder = AutoModel.from_pretrained(name)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--autoencoder: {name} cannot be loaded ({reason}); allowed: a folder or Hub id of an autoencoder"
-        ) from error
-    if not hasattr(autoencoder, "encode"):
-        raise UserError(f"--autoencoder: {name} is a {type(autoencoder).__name__}; allowed: an autoencoder")
-    return autoencoder.to(device).eval()
 
 
 def _positive(text: str) -> int:

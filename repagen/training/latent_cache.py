@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from repagen.data import ImageDataset, load_in_order
-from repagen.data.shards import FLIPPED, MANIFEST_NAME, SHARD_FORMAT, LatentShards
+from repagen.data.shards import FLIPPED, MANIFEST_NAME, SHARD_FORMAT, LatentShards, without_names
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
-from repagen.models.latents import images_to_latents
+from repagen.models.latents import _kl_statistics, images_to_latents
 from repagen.training.checkpoint import file_digest, folder_lock, sync_file, sync_folder
 from repagen.training.latent_identity import describe_autoencoder, describe_encoder, process_group, refuse_non_finite
 
@@ -142,7 +142,7 @@ class _ShardWriter:
         plan, path = self.plan(), self.folder / _PLAN_NAME
         earlier = _read_json(self.folder / MANIFEST_NAME) or _read_json(path)
         if earlier:
-            different = [key for key in plan if earlier.get(key) != plan[key]]
+            different = [key for key in plan if without_names(earlier.get(key)) != without_names(plan[key])]
             if different:
                 raise UserError(
                     f"{self.folder}: holds latents made with another {', '.join(different)}; choose another --output "
@@ -219,12 +219,13 @@ class _ShardWriter:
 
 
 def _encode_images(autoencoder: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return standardised latents (B, C, h, w), or mean and standard deviation of a KL autoencoder's posterior."""
-    if not isinstance(autoencoder, AutoencoderKL):
+    """Return standardised latents (B, C, h, w); of a KL autoencoder the posterior's mean and standard deviation."""
+    is_kl = isinstance(autoencoder, AutoencoderKL)
+    if not is_kl:
         return images_to_latents(autoencoder, images), None
-    posterior = autoencoder.encode(images.to(autoencoder.dtype) * 2 - 1).latent_dist
-    scale, shift = autoencoder.config.scaling_factor, autoencoder.config.shift_factor or 0.0
-    return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+    posterior = autoencoder.encode(images.to(autoencoder.dtype) * 2 - 1, return_dict=False)[0]
+    shift, scale = _kl_statistics(autoencoder, posterior.mean)
+    return (posterior.mean - shift) / scale, posterior.std / scale
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What identifies latents and alignment targets: hashes of the weights and statistics that made them."""
+"""Opening an autoencoder, and the hashes of weights and statistics that identify latents and alignment targets."""
 
 from __future__ import annotations
 
@@ -16,6 +16,29 @@ from repagen.errors import UserError
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 
 _READING = ("image_size", "layers", "combination", "norm_affine", "image_mean", "image_std")
+
+
+def open_autoencoder(name: str, *, subfolder: str | None = None, revision: str | None = None) -> Any:
+    """Load an autoencoder of this library or of diffusers, from a folder or the Hub, in eval mode.
+
+    Raises:
+        UserError: nothing that can be loaded is there.
+    """
+    from diffusers import AutoModel
+
+    where = f"{name}, subfolder {subfolder}" if subfolder else name
+    try:
+        autoencoder = AutoModel.from_pretrained(name, subfolder=subfolder, revision=revision)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"autoencoder: {where} cannot be loaded ({reason}); allowed: a folder or Hub id of an autoencoder"
+        ) from error
+    if not hasattr(autoencoder, "encode"):
+        raise UserError(f"autoencoder: {where} is a {type(autoencoder).__name__}; allowed: an autoencoder")
+    return autoencoder.eval()
 
 
 def describe_encoder(encoder: VisionEncoder) -> dict[str, Any]:

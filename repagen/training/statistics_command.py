@@ -9,8 +9,8 @@ from pathlib import Path
 from repagen.errors import UserError
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 from repagen.training.checkpoint import replace_folder
-from repagen.training.dataset_commands import add_dataset_arguments, command_device, open_autoencoder, open_images
-from repagen.training.latent_identity import process_group
+from repagen.training.dataset_commands import add_dataset_arguments, command_device, open_images
+from repagen.training.latent_identity import open_autoencoder, process_group
 from repagen.training.latent_statistics import LatentStatistics, compute_latent_statistics
 
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> str | None:
     _refuse_foreign_folder(output)
     dataset = open_images(args.data)
     with command_device() as device:
-        autoencoder = open_autoencoder(args.autoencoder, device)
+        autoencoder = open_autoencoder(args.autoencoder).to(device)
         if not isinstance(autoencoder, RepresentationAutoencoder):
             raise UserError(
                 f"--autoencoder: {args.autoencoder} is a {type(autoencoder).__name__}, which brings its own scaling; "
