@@ -91,6 +91,14 @@ def require(condition: bool, key: str, given: object, allowed: str) -> None:
         raise UserError(f"{key}: must be {allowed}, got {_shown(given)}")
 
 
+def build_value(kind: Any, value: Any, key: str) -> Any:
+    """Check a value against a type annotation as `load_config` does for the field `key`; for a schema's `validate`."""
+    try:
+        return _Builder(object, "", ()).value(kind, value, key)
+    except UserError as error:
+        raise UserError(str(error).removeprefix(":")) from None
+
+
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +110,7 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
         path = importlib.resources.files("repagen.configs") / f"{name_or_path}.yaml"
     elif not path.is_file():
         raise UserError(
-            f"no configuration named {str(name_or_path)!r}{_near(str(name_or_path), presets)}: it is neither a file "
+            f"no configuration named {str(name_or_path)!r}{nearest(str(name_or_path), presets)}: it is neither a file "
             f"nor a preset; presets: {', '.join(presets)}"
         )
     content = path.read_bytes()
@@ -184,7 +192,7 @@ class _Builder:
         self.overridden = overridden
 
     def build(self, tree: Any) -> Any:
-        config = self._value(self.schema, tree, "")
+        config = self.value(self.schema, tree, "")
         self._validate(config, "")
         return config
 
@@ -192,7 +200,7 @@ class _Builder:
         from_command_line = any(path == key or path.startswith(f"{key}.") for key in self.overridden)
         raise UserError(f"{'command line' if from_command_line else self.origin}:{path}: {message}")
 
-    def _value(self, kind: Any, value: Any, path: str) -> Any:
+    def value(self, kind: Any, value: Any, path: str) -> Any:
         if isinstance(value, str) and "${" in value:
             self._refuse(path, f"interpolation is not allowed, got {value!r}; write the value itself")
         if isinstance(value, str) and value == "???":
@@ -208,6 +216,11 @@ class _Builder:
             return self._choice(arguments, value, path)
         if origin is list:
             return self._list(arguments[0], value, path)
+        if origin is tuple:
+            entries = self._list(Any, value, path)
+            if len(entries) != len(arguments):
+                self._refuse(path, f"expected {len(arguments)} entries, got {_shown(value)}")
+            return tuple(self.value(*pair, path) for pair in zip(arguments, entries, strict=True))
         if origin is dict:
             return self._dict(value, path)
         return self._scalar(kind, value, path)
@@ -223,7 +236,7 @@ class _Builder:
         arguments = {}
         for name, field in fields.items():
             if name in value:
-                arguments[name] = self._value(hints[name], value[name], _join(path, name))
+                arguments[name] = self.value(hints[name], value[name], _join(path, name))
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 self._refuse(
                     _join(path, name), f"a value is required; add it to the file or pass {_join(path, name)}=..."
@@ -238,7 +251,7 @@ class _Builder:
 
     def _refuse_unknown(self, kind: type, name: str, path: str) -> typing.NoReturn:
         known = _field_names(kind)
-        hint = _near(name, known)
+        hint = nearest(name, known)
         if not hint:
             elsewhere = [key for key in _all_keys(self.schema) if key.rpartition(".")[2] == name]
             hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known here: {', '.join(known)}"
@@ -249,30 +262,30 @@ class _Builder:
             return None
         kinds = [argument for argument in arguments if argument is not type(None)]
         if len(kinds) == 1:
-            return self._value(kinds[0], value, path)
+            return self.value(kinds[0], value, path)
         for argument in kinds:
             try:
-                return self._value(argument, value, path)
+                return self.value(argument, value, path)
             except UserError:
                 continue
         self._refuse(path, f"expected {_described(kind)}, got {_shown(value)}")
 
     def _choice(self, allowed: tuple[Any, ...], value: Any, path: str) -> Any:
         if value not in allowed or type(value) not in {type(choice) for choice in allowed}:
-            near = _near(str(value), [str(choice) for choice in allowed])
+            near = nearest(str(value), [str(choice) for choice in allowed])
             self._refuse(path, f"expected one of {', '.join(map(str, allowed))}, got {_shown(value)}{near}")
         return value
 
     def _list(self, kind: Any, value: Any, path: str) -> list[Any]:
         if not isinstance(value, list):
             self._refuse(path, f"expected a list, got {_shown(value)}")
-        return [self._value(kind, entry, _join(path, index)) for index, entry in enumerate(value)]
+        return [self.value(kind, entry, _join(path, index)) for index, entry in enumerate(value)]
 
     def _dict(self, value: Any, path: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             self._refuse(path, f"expected a mapping of names to values, got {_shown(value)}")
         for key, entry in flatten(value).items():
-            self._value(Any, entry, _join(path, key))
+            self.value(Any, entry, _join(path, key))
         return {str(key): entry for key, entry in value.items()}
 
     def _scalar(self, kind: Any, value: Any, path: str) -> Any:
@@ -322,7 +335,8 @@ def _all_keys(kind: type, prefix: str = "") -> Iterator[str]:
             yield from _all_keys(typing.cast(type, hints[name]), _join(prefix, name))
 
 
-def _near(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown word: a near one that exists, or nothing."""
     matches = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 

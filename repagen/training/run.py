@@ -20,6 +20,7 @@ a resumed run, another number of processes and another micro-batch size see the 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -217,7 +218,7 @@ class Run:
         Raises:
             UserError: if a key or fact changed that may not, or no checkpoint is whole.
         """
-        self._facts = dict(facts)
+        self._facts = json.loads(json.dumps(facts))  # as it comes back from a checkpoint
         path = self.on_main(self._first_checkpoint_path)
         step = 0
         if path is not None:
@@ -294,7 +295,7 @@ class Run:
             "program": self.program,
             "config": to_plain(self.config),
             "facts": self._facts,
-            "environment": environment,
+            "environment": environment(self.plan.processes),
         }
         self.checkpoints.save(step, states, info)
 
@@ -350,6 +351,10 @@ class Run:
                 for name, child in value.items()
             }
         return [self._to_device(child) for child in value] if isinstance(value, list) else value
+
+    def due(self, every_steps: int, step: int) -> bool:
+        """Whether what happens every so many steps (0: never), and at the end, happens after `step` steps."""
+        return every_steps > 0 and step > 0 and (step % every_steps == 0 or step == self.config.max_steps)
 
     def accumulate(self, module: nn.Module, micro_batches: Iterator[Batch]) -> Iterator[Batch]:
         """Go through a step's micro-batches; gradients of `module` are exchanged only in the last backward pass."""

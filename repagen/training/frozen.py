@@ -1,0 +1,118 @@
+"""The frozen parts of a generator's training: its autoencoder, and the encoders that hidden states are aligned to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repagen.data import LatentShards, SampleDataset, digits_encoder_path
+from repagen.encoders import VisionEncoder
+from repagen.errors import UserError
+from repagen.models.latents import images_to_latents, latent_shape
+from repagen.randomness import normal_per_sample
+from repagen.training.generator_config import AlignmentTargetConfig, GeneratorConfig
+from repagen.training.latent_identity import describe_autoencoder, describe_encoder, open_autoencoder
+from repagen.training.run import Batch, Run
+
+BUNDLED_ENCODERS: dict[str, Callable[[], Path]] = {"digits": digits_encoder_path}
+"""Encoders that ship with the package, by the name a configuration gives them."""
+
+
+class FrozenParts:
+    """Turns batches of images, or of cached latents, into what the objective takes.
+
+    Attributes:
+        autoencoder: decodes the latents; encodes them too unless they are cached.
+        encoders: alignment encoders; none when their tokens are cached.
+        latent_shape: (C, h, w).
+    """
+
+    def __init__(self, config: GeneratorConfig, dataset: SampleDataset, run: Run) -> None:
+        self._run = run
+        place = config.autoencoder
+        autoencoder = open_autoencoder(place.path, subfolder=place.subfolder, revision=place.revision)
+        self.autoencoder = autoencoder.requires_grad_(False).to(run.device)
+        self.latent_shape = latent_shape(self.autoencoder, config.data.image_size)
+        self.encoders: list[VisionEncoder] = []
+        self.fingerprints: dict[str, Any] = {"autoencoder": describe_autoencoder(self.autoencoder)}
+        grid = token_grid(self.latent_shape, config.transformer.patch_size)
+        targets = config.alignment.targets
+        if isinstance(dataset, LatentShards):
+            dataset.require(self.fingerprints["autoencoder"])
+            self.target_dims = _cached_target_dims(dataset, targets)
+        else:
+            self.encoders = [load_target_encoder(target, grid).to(run.device) for target in targets]
+            self.target_dims = [encoder.hidden_size for encoder in self.encoders]
+            self.fingerprints["alignment encoders"] = [describe_encoder(encoder) for encoder in self.encoders]
+
+    @torch.no_grad()
+    def latents(self, batch: Batch) -> torch.Tensor:
+        """Standardised latents (B, C, h, w) float32; a KL autoencoder's are drawn from its posterior anew."""
+        if "latent" not in batch:
+            with self._run.autocast():
+                generators = self._run.generators("posterior", batch)
+                return images_to_latents(self.autoencoder, batch["image"], generator=generators).float()
+        latents = batch["latent"]
+        if "latent_std" in batch:
+            noise = normal_per_sample(self._run.generators("posterior", batch), latents.shape[1:])
+            latents = latents + batch["latent_std"] * noise
+        return latents
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> list[torch.Tensor]:
+        """Tokens (B, N, D_k) of each alignment encoder, of the same (augmented) images as the latents."""
+        if "targets" in batch:
+            return batch["targets"]
+        with self._run.autocast():
+            return [encoder(batch["image"]).tokens for encoder in self.encoders]
+
+
+def encoder_source(name: str) -> str:
+    """Where the encoder that a configuration names is: a bundled one's folder, or the name itself."""
+    return str(BUNDLED_ENCODERS[name]()) if name in BUNDLED_ENCODERS else name
+
+
+def load_target_encoder(target: AlignmentTargetConfig, grid: tuple[int, int]) -> VisionEncoder:
+    """Load an alignment encoder, its final norm with affine (REPA), seeing images that give it the generator's grid.
+
+    Raises:
+        UserError: if it cannot be loaded, or not at that size.
+    """
+    source = encoder_source(target.encoder)
+    if target.image_size is not None:
+        return VisionEncoder.from_pretrained(source, revision=target.revision, image_size=target.image_size)
+    if grid[0] != grid[1]:
+        raise UserError(f"alignment.targets: the generator's grid {grid[0]}x{grid[1]} is not square; set image_size")
+    return VisionEncoder.from_pretrained(source, revision=target.revision, grid_size=grid[0])
+
+
+def token_grid(latent_shape: tuple[int, int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of the generator's tokens.
+
+    Raises:
+        UserError: if the patch does not divide the latent.
+    """
+    _, height, width = latent_shape
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"transformer.patch_size: the latent is {height}x{width}, which patches of {patch_size} do not divide; "
+            "choose a divisor, or another autoencoder or data.image_size"
+        )
+    return height // patch_size, width // patch_size
+
+
+def _cached_target_dims(shards: LatentShards, targets: Sequence[AlignmentTargetConfig]) -> list[int]:
+    """Token width of each cached alignment encoder; the cache must hold those that the configuration names."""
+    if not targets:
+        return []
+    cached = [encoder["name"] for encoder in shards.manifest["encoders"]]
+    named = [encoder_source(target.encoder) for target in targets]
+    if cached != named:
+        raise UserError(
+            f"alignment.targets: the cached latents hold the tokens of {cached or 'no encoder'}, the configuration "
+            f"names {named}; run `repagen cache` again with those encoders, or change alignment.targets"
+        )
+    return [tokens.shape[-1] for tokens in shards.load(0)["targets"]]

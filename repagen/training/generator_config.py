@@ -1,0 +1,232 @@
+"""The configuration of generator training, `repagen.training.generator`."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from repagen.alignment import AlignmentSchedule
+from repagen.data import DataConfig
+from repagen.errors import UserError
+from repagen.training.config import build_value, nearest, require
+from repagen.training.ema import EmaConfig
+from repagen.training.optimizer import OptimizerConfig
+from repagen.training.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+# Constructor arguments that follow from the data, the autoencoder or another key.
+_DERIVED_ARGUMENTS = {
+    "sample_size": "it follows from the latent",
+    "in_channels": "it follows from the latent",
+    "num_classes": "it follows from the dataset",
+    "patch_size": "set transformer.patch_size",
+    "prediction_type": "set transformer.prediction",
+    "class_dropout_prob": "set label_dropout",
+    "time_direction": "new models count as the library does",
+}
+
+
+@dataclass
+class AutoencoderConfig:
+    """The frozen autoencoder whose latents are generated.
+
+    Attributes:
+        path: folder or Hub id of a `RepresentationAutoencoder`, or of diffusers' `AutoencoderKL` or `AutoencoderRAE`.
+        subfolder: where it stands in there, for example `vae` of a pipeline.
+        revision: branch, tag or commit on the Hub.
+    """
+
+    path: str
+    subfolder: str | None = None
+    revision: str | None = None
+
+
+@dataclass
+class TransformerConfig:
+    """The network that is trained.
+
+    Attributes:
+        architecture: `sit` (SiTTransformer2DModel) or `ditdh` (DiTDHTransformer2DModel).
+        size: published width, depth and heads.
+        patch_size: side of a patch of the latent.
+        prediction: what the network puts out. The loss is that of the velocity in both cases; for `sample` it is
+            (x_t - x_hat) / max(t, 0.05), in prediction and target alike (JiT; RAEv2).
+        overrides: further constructor arguments, or other values for those of the size.
+    """
+
+    architecture: Literal["sit", "ditdh"] = "ditdh"
+    size: Literal["S", "B", "L", "XL"] = "S"
+    patch_size: int = 1
+    prediction: Literal["velocity", "sample"] = "velocity"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_class(self) -> type[ModelMixin]:
+        """The class of the architecture."""
+        from repagen.models.transformer_ditdh import DiTDHTransformer2DModel
+        from repagen.models.transformer_sit import SiTTransformer2DModel
+
+        return {"sit": SiTTransformer2DModel, "ditdh": DiTDHTransformer2DModel}[self.architecture]
+
+    def validate(self) -> None:
+        """Check the overrides against the constructor."""
+        require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1")
+        constructor = inspect.unwrap(self.model_class.__init__)
+        kinds = typing.get_type_hints(constructor)
+        names = [name for name in inspect.signature(constructor).parameters if name != "self"]
+        for name, value in self.overrides.items():
+            if name in _DERIVED_ARGUMENTS:
+                raise UserError(f"overrides.{name}: cannot be set here, {_DERIVED_ARGUMENTS[name]}")
+            if name not in names:
+                known = ", ".join(sorted(set(names) - _DERIVED_ARGUMENTS.keys()))
+                raise UserError(f"overrides.{name}: unknown{nearest(name, names) or f'; known: {known}'}")
+            build_value(kinds[name], value, f"overrides.{name}")
+            if kinds[name] in (int, float):
+                require(value > 0, f"overrides.{name}", value, "above 0")
+
+
+@dataclass
+class FlowConfig:
+    """Training times: a law on [0, maximum], then the shift (t = 0 is data, t = 1 is noise).
+
+    Attributes:
+        time: `uniform`, or `logit_normal` with `mean` and `std`.
+        maximum: upper end before the shift (RAE: 0.999).
+        shift: alpha of the time shift, or `auto` = sqrt(C h w / 4096) of the latent (RAE). The sampler of the released
+            pipeline takes the same unless it sets its own.
+    """
+
+    time: Literal["uniform", "logit_normal"] = "uniform"
+    mean: float = 0.0
+    std: float = 1.0
+    maximum: float = 1.0
+    shift: float | Literal["auto"] = "auto"
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        require(self.std > 0, "std", self.std, "above 0")
+        require(0 < self.maximum <= 1, "maximum", self.maximum, "above 0 and at most 1")
+        require(self.shift == "auto" or self.shift > 0, "shift", self.shift, "above 0, or auto")
+
+
+@dataclass
+class AlignmentTargetConfig:
+    """One encoder that the generator's hidden states are aligned with.
+
+    Attributes:
+        encoder: local folder, Hub id, `timm:NAME`, or `digits` for the bundled one.
+        revision: branch, tag or commit on the Hub.
+        image_size: side in pixels the encoder sees; None: so that its tokens stand on the generator's grid.
+        block: whose output is aligned, counted from 1.
+        projector: from the block's width to the encoder's (REPA: mlp; iREPA: conv).
+        projector_dim: hidden width of the mlp.
+        loss: `cosine` (REPA), or `spatial_cosine`, against targets normalised over the image (iREPA).
+    """
+
+    encoder: str
+    revision: str | None = None
+    image_size: int | None = None
+    block: int = 8
+    projector: Literal["mlp", "conv", "linear"] = "mlp"
+    projector_dim: int = 2048
+    loss: Literal["cosine", "spatial_cosine"] = "cosine"
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        require(self.block >= 1, "block", self.block, "at least 1")
+        require(self.projector_dim >= 1, "projector_dim", self.projector_dim, "at least 1")
+
+
+@dataclass
+class AlignmentConfig:
+    """Representation alignment (REPA 2410.06940); no targets, no alignment.
+
+    Attributes:
+        targets: the encoders; their losses are averaged.
+        schedule: weight of the alignment loss over the steps.
+    """
+
+    targets: list[AlignmentTargetConfig] = field(default_factory=list)
+    schedule: AlignmentSchedule = field(default_factory=AlignmentSchedule)
+
+
+@dataclass
+class SamplerConfig:
+    """The sampler of the released pipeline and of the sample grids.
+
+    Attributes:
+        preset: a name of `repagen.sampler_preset`.
+        num_inference_steps: steps of the sample grids; None: the preset's.
+        shift: alpha of the time shift; None: that of training.
+    """
+
+    preset: str = "rae-euler"
+    num_inference_steps: int | None = None
+    shift: float | None = None
+
+    def validate(self) -> None:
+        """Check the preset's name and the ranges."""
+        from repagen.schedulers.presets import SAMPLER_PRESETS
+
+        require(self.preset in SAMPLER_PRESETS, "preset", self.preset, f"one of {', '.join(SAMPLER_PRESETS)}")
+        require(self.shift is None or self.shift > 0, "shift", self.shift, "above 0")
+        if self.num_inference_steps is not None:
+            require(self.num_inference_steps >= 2, "num_inference_steps", self.num_inference_steps, "at least 2")
+
+
+@dataclass
+class SampleConfig:
+    """Sample grids written as PNG during training, from the EMA weights; training is not touched by them.
+
+    Attributes:
+        every_steps: a grid after every so many optimiser steps; 0: none.
+        num_images: images in a grid; classes take turns.
+        guidance_scale: 1 is unguided.
+    """
+
+    every_steps: int = 0
+    num_images: int = 16
+    guidance_scale: float = 1.0
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        require(self.every_steps >= 0, "every_steps", self.every_steps, "at least 0")
+        require(self.num_images >= 1, "num_images", self.num_images, "at least 1")
+        require(self.guidance_scale >= 1, "guidance_scale", self.guidance_scale, "at least 1")
+
+
+@dataclass(kw_only=True)
+class GeneratorConfig(RunConfig):
+    """Everything about one training of a class-conditional (or unconditional) generator.
+
+    Attributes:
+        data: images, or latents cached by `repagen cache`.
+        autoencoder: whose latents are generated.
+        transformer: the network.
+        flow: training times.
+        label_dropout: share of labels replaced by the null label, which classifier-free guidance needs.
+        alignment: REPA and its kin.
+        optimizer, ema: as everywhere.
+        sampler: of the released pipeline.
+        sample: grids during training.
+    """
+
+    data: DataConfig
+    autoencoder: AutoencoderConfig
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    label_dropout: float = 0.1
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        super().validate()
+        require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "at least 0 and below 1")

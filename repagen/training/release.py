@@ -1,0 +1,80 @@
+"""What a training run hands out: sample grids on the way, and a pipeline folder at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repagen.data import SampleDataset
+from repagen.pipelines.class_to_image import ClassToImagePipeline
+from repagen.randomness import generator_for
+from repagen.schedulers.presets import sampler_preset
+from repagen.training.checkpoint import replace_folder
+from repagen.training.generator_config import GeneratorConfig
+
+
+def build_pipeline(
+    config: GeneratorConfig, model: Any, autoencoder: Any, dataset: SampleDataset, shift: float
+) -> ClassToImagePipeline:
+    """A pipeline around the model as it stands, with the recipe's sampler and the dataset's class names.
+
+    Args:
+        config: names the sampler.
+        model: the generator, not wrapped.
+        autoencoder: decodes its latents.
+        dataset: names the classes.
+        shift: alpha of the training's time shift.
+    """
+    scheduler: Any
+    scheduler, _ = sampler_preset(config.sampler.preset, shift=config.sampler.shift or shift)
+    id2label = {str(label): name for label, name in enumerate(dataset.class_names)}
+    pipeline: Any = ClassToImagePipeline(
+        transformer=model, vae=autoencoder, scheduler=scheduler, id2label=id2label or None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def write_sample_grid(config: GeneratorConfig, pipeline: Any, num_classes: int, path: Path) -> None:
+    """Sample a grid with noise keyed by (seed, image) and write it as PNG; no running random stream is touched.
+
+    Args:
+        config: size of the grid, sampler and guidance.
+        pipeline: holds the weights to sample from.
+        num_classes: classes take turns; 0 = unconditional.
+        path: the PNG.
+    """
+    count = config.sample.num_images
+    labels = [index % num_classes for index in range(count)] if num_classes else None
+    steps: dict[str, Any] = (
+        {"num_inference_steps": config.sampler.num_inference_steps} if config.sampler.num_inference_steps else {}
+    )
+    images = pipeline(
+        class_labels=labels,
+        num_images_per_prompt=1 if num_classes else count,
+        guidance_scale=config.sample.guidance_scale,
+        generator=[generator_for(config.seed, "sample grid", index) for index in range(count)],
+        output_type="pt",
+        **steps,
+    ).images
+    save_grid(images, path)
+
+
+def save_grid(images: torch.Tensor | Sequence[torch.Tensor], path: Path) -> None:
+    """Write images (B, 3, H, W) in [0, 1] as one PNG, in as square a grid as their number allows."""
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    stacked = torch.stack(list(images)).float().cpu()
+    columns = min(len(stacked), max(1, round(len(stacked) ** 0.5)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil_image(make_grid(stacked.clamp(0, 1), nrow=columns, padding=2)).save(path)
+
+
+def write_release(pipeline: Any, folder: Path) -> Path:
+    """Save the pipeline into `folder` in one rename; the encoder is referred to, not needed."""
+    replace_folder(folder, lambda temporary: pipeline.save_pretrained(temporary))
+    return folder
