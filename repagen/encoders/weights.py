@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from repagen.encoders.backbones import (
@@ -57,7 +59,7 @@ def _load_transformers(
                 weights.parent, config=config, variant=variant, dtype=torch.float32, local_files_only=True,
                 use_safetensors=weights.suffix != ".bin", ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{weights}: encoder {name!r} cannot be read: {' '.join(str(error).split())}") from error
     if mismatched := sorted(report["mismatched_keys"]):
         key, given, needed = mismatched[0]
@@ -72,7 +74,7 @@ def _load_timm(description: Mapping[str, Any], weights: Path, name: str) -> Timm
     backbone = build_timm(description, f"{name}:config.json")
     try:
         state = load_state_dict(str(weights), use_ema=False, weights_only=True)
-    except Exception as error:  # safetensors, pickle and the operating system each raise their own kind
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{weights}: encoder {name!r} cannot be read: {' '.join(str(error).split())}") from error
     own = backbone.model.state_dict()
     for key, value in own.items():
