@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers.hooks import FasterCacheConfig
 from torch import nn
 
 from repagen.errors import UserError
@@ -94,6 +95,16 @@ class LatentTransformerMixin(AttentionBackendMixin):
         if size not in cls._sizes:
             raise UserError(f"{cls.__name__}: no size {size!r}; allowed are {', '.join(cls._sizes)}")
         return {**cls._sizes[size], **overrides}
+
+    def enable_cache(self, config: Any) -> None:
+        """Cache parts of the network between sampling steps, with one of diffusers' cache configs.
+
+        FasterCache splits a doubled batch, and must be told that the class labels are part of it.
+        """
+        if isinstance(config, FasterCacheConfig):
+            names = config._unconditional_conditional_input_kwargs_identifiers
+            config._unconditional_conditional_input_kwargs_identifiers = list(dict.fromkeys([*names, "class_labels"]))
+        super().enable_cache(config)  # type: ignore[misc]
 
     def _check_latents(self, latents: torch.Tensor) -> None:
         height, width = (n * self.config.patch_size for n in self.token_grid)
