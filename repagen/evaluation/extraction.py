@@ -46,10 +46,10 @@ class Extraction:
 
 @dataclass
 class _Share:
-    """What one process has seen: index => size, hash and (for the first ones) features of each image."""
+    """What one process has seen: index => hash, features (of the first ones) or defect of each image."""
 
     moments: FeatureMoments
-    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    first_size: dict[int, tuple[int, int]] = field(default_factory=dict)  # of its first image alone
     digests: dict[int, bytes] = field(default_factory=dict)
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     unreadable: dict[int, Unreadable] = field(default_factory=dict)
@@ -89,7 +89,7 @@ def extract(
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
             _extract_batch(source, extractor, chosen, share, keep_features)
-            _require_size(share.sizes, expected_size)
+            _require_size(share.first_size, expected_size)
             if len(share.unreadable) > max_bad_images:
                 raise _too_many_unreadable(_all_unreadable(source), max_bad_images)
             progress.update(len(chosen))
@@ -104,10 +104,10 @@ def _extract_batch(
     share.unreadable |= {index: image for index, image in loaded.items() if isinstance(image, Unreadable)}
     if not images:
         return
-    for index, image in images.items():
-        share.sizes[index] = (image.shape[1], image.shape[2])
-        share.digests[index] = _pixel_digest(image)
-    _require_one_size(share.sizes, source)
+    sizes = share.first_size | {index: (image.shape[1], image.shape[2]) for index, image in images.items()}
+    _require_one_size(sizes, source)
+    share.first_size = dict([next(iter(sizes.items()))])
+    share.digests |= {index: _pixel_digest(image) for index, image in images.items()}
     batch = torch.stack(list(images.values()))
     with full_float32(PartialState().device):
         features = extractor(batch).float().cpu()
@@ -137,8 +137,8 @@ def _require_one_size(sizes: dict[int, tuple[int, int]], source: ImageSource) ->
         )
 
 
-def _require_size(sizes: dict[int, tuple[int, int]], expected: tuple[int, int] | None) -> None:
-    if sizes and expected and (size := next(iter(sizes.values()))) != expected:
+def _require_size(first_size: dict[int, tuple[int, int]], expected: tuple[int, int] | None) -> None:
+    if first_size and expected and (size := next(iter(first_size.values()))) != expected:
         raise UserError(
             f"samples are {size[1]}x{size[0]}, reference images {expected[1]}x{expected[0]}; compare equal sizes, for "
             f"example --reference data.kind=folder data.path=FOLDER data.image_size={size[1]}"
@@ -164,19 +164,19 @@ def _join(shares: Sequence[_Share], source: ImageSource, max_bad_images: int) ->
     for number, share in enumerate(shares):
         if number:
             whole.moments.merge(share.moments)
-        whole.sizes |= share.sizes
+        whole.first_size |= share.first_size
         whole.digests |= share.digests
         whole.features |= share.features
         whole.unreadable |= share.unreadable
     unreadable = tuple(whole.unreadable[index] for index in sorted(whole.unreadable))
     if len(unreadable) > max_bad_images:
         raise _too_many_unreadable(unreadable, max_bad_images)
-    _require_one_size(whole.sizes, source)
+    _require_one_size(whole.first_size, source)
     kept = [whole.features[index] for index in sorted(whole.features)]
     return Extraction(
         statistics=whole.moments.statistics(),
         features=torch.stack(kept) if kept else torch.empty(0, whole.moments.mean.shape[0]),
         pixels_sha256=hashlib.sha256(b"".join(whole.digests[index] for index in sorted(whole.digests))).hexdigest(),
-        image_size=next(iter(whole.sizes.values())),
+        image_size=next(iter(whole.first_size.values())),
         unreadable=unreadable,
     )
