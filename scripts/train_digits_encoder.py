@@ -2,11 +2,13 @@
 
     python scripts/train_digits_encoder.py [--output repagen/data/digits_encoder] [--seeds 0 1 2]
 
-Trains one encoder per seed (under a minute each on two free cores), keeps the first, and writes the figures of all of them
-into its README. The same seed, machine type and number of threads give the same file.
+Trains one encoder per seed (about half a minute each on two free cores), keeps the first, and writes the figures of
+all of them into its README. The same seed, machine type and number of threads give the same file.
 
-Objective: labels from the CLS token and from the mean patch token (semantics in every token), plus the pixels of each
-patch from its own token through a linear map (detail survives for the decoder). Validation digits are never trained on.
+Objective: labels, from the CLS token and from the mean patch token, so that every token carries meaning. Detail survives
+without being asked for. With the patches' pixels as a further target (weight 0.1, 1) a decoder reached 30.6 and 33.2
+instead of 29.4 dB, but a small generator, 2,000 steps, drew 91 and 88 instead of 95 of 100 digits that an outside
+classifier recognised: semantics in the latent decide. Validation digits are never trained on.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ logger = logging.getLogger(__name__)
 IMAGE_PX, PATCH_PX, CLASSES = 32, 8, 10
 MEAN = STD = 0.5
 STEPS, BATCH, WARMUP_STEPS, PEAK_RATE = 1500, 64, 100, 1e-3
-PIXEL_WEIGHT = 0.1
 CONFIG = {
     "image_size": IMAGE_PX,
     "patch_size": PATCH_PX,
@@ -43,7 +44,7 @@ CONFIG = {
 
 
 class Objective(nn.Module):
-    """The encoder with its three throw-away heads."""
+    """The encoder with its two throw-away heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,15 +52,12 @@ class Objective(nn.Module):
         width = CONFIG["hidden_size"]
         self.cls_head = nn.Linear(width, CLASSES)
         self.patch_head = nn.Linear(width, CLASSES)
-        self.pixel_head = nn.Linear(width, PATCH_PX**2)
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the loss of images (B, 3, 32, 32) in [0, 1] and labels (B,)."""
         cls, patches = encode(self.encoder, images)
         loss = F.cross_entropy(self.cls_head(cls), labels, label_smoothing=0.1)
-        loss = loss + F.cross_entropy(self.patch_head(patches.mean(1)), labels, label_smoothing=0.1)
-        pixels = F.unfold(images[:, :1], PATCH_PX, stride=PATCH_PX).transpose(1, 2)  # (B, 16, 64), rows first
-        return loss + PIXEL_WEIGHT * F.l1_loss(self.pixel_head(patches), pixels)
+        return loss + F.cross_entropy(self.patch_head(patches.mean(1)), labels, label_smoothing=0.1)
 
 
 def encode(encoder: Dinov2WithRegistersModel, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +129,7 @@ def linear_probe(train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Ten
 
 
 def pixel_psnr(train_x: torch.Tensor, train_i: torch.Tensor, test_x: torch.Tensor, test_i: torch.Tensor) -> float:
-    """Return the test PSNR in dB of pixels read from each patch token by least squares (a floor for any decoder)."""
+    """Return the test PSNR in dB of pixels read from each patch token by least squares, each from its own token."""
 
     def patches(images: torch.Tensor) -> torch.Tensor:
         return F.unfold(images[:, :1], PATCH_PX, stride=PATCH_PX).transpose(1, 2).flatten(0, 1)
@@ -144,7 +142,9 @@ def pixel_psnr(train_x: torch.Tensor, train_i: torch.Tensor, test_x: torch.Tenso
     return float(-10 * error.square().mean().log10())
 
 
-def measure(encoder: Dinov2WithRegistersModel, splits: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+def measure(
+    encoder: Dinov2WithRegistersModel, splits: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, float]:
     """Return linear-probe accuracies and the linear pixel PSNR on the validation split."""
     (train_i, train_y), (test_i, test_y) = splits["train"], splits["validation"]
     (train_cls, train_patches), (test_cls, test_patches) = features(encoder, train_i), features(encoder, test_i)
@@ -162,11 +162,11 @@ library_name: transformers
 # Digits encoder
 
 A DINOv2 with registers, {parameters:,} parameters: {image} px, patch {patch} (4x4 tokens), width {width}, {layers}
-layers, {registers} register. Written by `scripts/train_digits_encoder.py` ({steps} steps, batch {batch}, seed {seed}).
+layers, {registers} register. Written by `scripts/train_digits_encoder.py` ({steps} steps, batch {batch}, seed {seed}, threads {threads}).
 
 - Data: the training split ({train}) of the bundled UCI handwritten digits (CC BY 4.0, see NOTICE), with small affine
   jitter. The validation split ({validation}, every fifth digit) was never trained on.
-- Objective: labels from CLS and from the mean patch token, and each patch's pixels from its own token.
+- Objective: labels, from the CLS token and from the mean patch token.
 - It is supervised: a stand-in for a good frozen encoder, made for tests and for `repagen quickstart`. The weights are
   Apache-2.0.
 
@@ -196,11 +196,19 @@ def write_readme(folder: Path, encoder: Dinov2WithRegistersModel, results: dict[
         steps=STEPS,
         batch=BATCH,
         seed=next(iter(results)),
+        threads=torch.get_num_threads(),
         train=len(load_digits("train")[0]),
         validation=len(load_digits("validation")[0]),
         rows="\n".join(rows),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def save(encoder: Dinov2WithRegistersModel, folder: Path) -> None:
+    """Write config, weights and pixel normalisation in the layout of transformers."""
+    encoder.save_pretrained(folder)
+    side = {"height": IMAGE_PX, "width": IMAGE_PX}
+    ViTImageProcessor(size=side, resample=3, image_mean=[MEAN] * 3, image_std=[STD] * 3).save_pretrained(folder)
 
 
 def main() -> None:
@@ -214,19 +222,14 @@ def main() -> None:
     for subset in ("train", "validation"):
         digits, labels = load_digits(subset)
         splits[subset] = (digits_to_images(digits, IMAGE_PX), torch.from_numpy(labels))
-    encoders, results = {}, {}
+    results: dict[int, dict[str, float]] = {}
     for seed in args.seeds:
-        encoders[seed] = train(seed, *splits["train"])
-        results[seed] = measure(encoders[seed], splits)
+        encoder = train(seed, *splits["train"])
+        results[seed] = measure(encoder, splits)
         logger.info("seed %d: %s", seed, results[seed])
-    encoder = encoders[args.seeds[0]]
-    # No head follows the final norm's affine or the mask token, so neither was trained: the affine stays the identity.
-    encoder.save_pretrained(args.output)
-    processor = ViTImageProcessor(
-        size={"height": IMAGE_PX, "width": IMAGE_PX}, resample=3, image_mean=[MEAN] * 3, image_std=[STD] * 3
-    )
-    processor.save_pretrained(args.output)
-    write_readme(args.output, encoder, results)
+        if seed == args.seeds[0]:
+            save(encoder, args.output)
+        write_readme(args.output, encoder, results)
 
 
 if __name__ == "__main__":

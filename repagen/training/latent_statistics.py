@@ -57,8 +57,8 @@ class LatentStatistics:
     """Statistics of a dataset's raw (not standardised) latents.
 
     Attributes:
-        mean: (C, h, w) float32.
-        variance: (C, h, w) float32, population variance.
+        mean: (C, h, w) float64.
+        variance: (C, h, w) float64, population variance.
         images: number of images averaged; where mirrored images count too, each gave two latents.
         encoder: fingerprint of the encoder.
         dataset: fingerprint of the dataset.
@@ -130,8 +130,8 @@ def compute_latent_statistics(
     progress.close()
     total = _merge_stretches(own, rank, processes, autoencoder)
     return LatentStatistics(
-        total.mean.float().cpu(),
-        (total.squares / total.count).float().cpu(),
+        total.mean.cpu(),
+        (total.squares / total.count).cpu(),
         total.count // (2 if flips else 1),
         autoencoder.encoder.fingerprint(),
         dataset.fingerprint(),

@@ -1,0 +1,219 @@
+"""Latent statistics: equal to numpy over all latents at once, for every batch size and number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import repagen
+from repagen.cli import main
+from repagen.data import DataConfig, ImageDataset, open_dataset
+from repagen.encoders import VisionEncoder
+from repagen.errors import UserError
+from repagen.training.latent_statistics import ElementMoments, LatentStatistics, compute_latent_statistics
+
+ENCODER = {
+    "family": "dinov2_with_registers",
+    "config": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2,
+        "image_size": 16, "patch_size": 8, "num_register_tokens": 1,
+    },
+}  # fmt: skip
+DECODER = {
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+}
+
+
+@pytest.fixture
+def autoencoder() -> repagen.RepresentationAutoencoder:
+    encoder = VisionEncoder.from_config(ENCODER)
+    return repagen.RepresentationAutoencoder.from_encoder(encoder, decoder=DECODER, image_size=16).eval()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """70 noisy pictures, more than the 64 stretches that the dataset is cut into."""
+    noise = np.random.default_rng(0).integers(0, 256, (70, 16, 16, 3), dtype=np.uint8)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, image in enumerate(noise):
+        Image.fromarray(image).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def opened(photos: Path, **options: object) -> ImageDataset:
+    dataset = open_dataset(DataConfig(path=str(photos), image_size=16, **options))  # type: ignore[arg-type]
+    assert isinstance(dataset, ImageDataset)
+    return dataset
+
+
+def test_moments_merge_exactly_in_any_parts() -> None:
+    values = torch.randn(1000, 5, dtype=torch.float64) * torch.tensor([1, 1e-3, 1e3, 1, 1]) + 1e4
+    whole = ElementMoments.of(values)
+    for size in (1, 7, 128, 999):
+        parts = [ElementMoments.of(part) for part in values.split(size)]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total.merge(part)
+        assert total.count == 1000
+        torch.testing.assert_close(total.mean, whole.mean, rtol=1e-14, atol=0)
+        # Deviations of 1e-3 around 1e4: naive sums of squares would be wrong in the first digit.
+        torch.testing.assert_close(total.squares, whole.squares, rtol=1e-8, atol=0)
+    expected = values.numpy().var(axis=0) * 1000
+    np.testing.assert_allclose(whole.squares.numpy(), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_statistics_equal_numpy_over_all_latents(autoencoder: object, photos: Path, flips: bool) -> None:
+    dataset = opened(photos)
+    images = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
+    views = torch.cat([images, images.flip(-1)]) if flips else images
+    latents = autoencoder.raw_latents(views).double().numpy()  # type: ignore[attr-defined]
+    result = compute_latent_statistics(autoencoder, dataset, batch_size=32, flips=flips)  # type: ignore[arg-type]
+    np.testing.assert_allclose(result.mean.numpy(), latents.mean(0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(result.variance.numpy(), latents.var(0), rtol=1e-5)
+    assert result.images == 70 and result.mean.shape == (16, 2, 2)
+
+
+class _Table:
+    """Stands for an autoencoder whose latents are looked up, free of an encoder's rounding."""
+
+    latent_shape = (2, 1, 1)
+    device = torch.device("cpu")
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        self.encoder = encoder
+
+    def raw_latents(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([images.double().mean((1, 2, 3)), images.double().amax((1, 2, 3)) - 0.9], 1)[
+            ..., None, None
+        ]
+
+
+def test_batch_size_does_not_matter_beyond_the_encoders_rounding(autoencoder: object, photos: Path) -> None:
+    dataset = opened(photos)
+    table = _Table(autoencoder.encoder)  # type: ignore[attr-defined]
+    exact = [compute_latent_statistics(table, dataset, batch_size=size) for size in (1, 3, 64)]  # type: ignore[arg-type]
+    real = [compute_latent_statistics(autoencoder, dataset, batch_size=size) for size in (1, 3, 64)]  # type: ignore[arg-type]
+    for other in exact[1:]:
+        torch.testing.assert_close(other.mean, exact[0].mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(other.variance, exact[0].variance, rtol=1e-12, atol=0)
+    for other in real[1:]:
+        torch.testing.assert_close(other.variance, real[0].variance, rtol=1e-5, atol=0)
+
+
+def test_own_statistics_do_not_matter_and_stay(autoencoder: object, photos: Path) -> None:
+    dataset = opened(photos)
+    first = compute_latent_statistics(autoencoder, dataset)  # type: ignore[arg-type]
+    autoencoder.set_statistics(first.mean, first.variance)  # type: ignore[attr-defined]
+    again = compute_latent_statistics(autoencoder, dataset)  # type: ignore[arg-type]
+    assert torch.equal(again.mean, first.mean) and torch.equal(again.variance, first.variance)
+    images = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
+    standardised = autoencoder.encode(images).latent  # type: ignore[attr-defined]
+    assert standardised.mean(0).abs().max() < 1e-4
+    torch.testing.assert_close(standardised.var(0, unbiased=False), torch.ones(16, 2, 2), rtol=1e-2, atol=0)
+
+
+def test_bad_images_are_left_out(autoencoder: object, photos: Path) -> None:
+    (photos / "03.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"03\.png"):
+        compute_latent_statistics(autoencoder, opened(photos))  # type: ignore[arg-type]
+    result = compute_latent_statistics(autoencoder, opened(photos, max_bad_images=1))  # type: ignore[arg-type]
+    (photos / "03.png").unlink()
+    clean = compute_latent_statistics(autoencoder, opened(photos))  # type: ignore[arg-type]
+    assert result.images == clean.images == 69
+    torch.testing.assert_close(result.variance, clean.variance, rtol=1e-5, atol=0)
+
+
+def test_a_latent_that_is_not_finite_names_its_image(autoencoder: object, photos: Path) -> None:
+    table = _Table(autoencoder.encoder)  # type: ignore[attr-defined]
+    dataset = opened(photos)
+    level = float(dataset[41]["image"].double().mean())
+    original = table.raw_latents
+    table.raw_latents = (
+        lambda images: torch.where(  # type: ignore[method-assign]
+            (original(images)[:, :1] - level).abs() < 1e-12, torch.nan, original(images)
+        )
+    )
+    with pytest.raises(UserError, match=r"41\.png: its latent is not finite"):
+        compute_latent_statistics(table, dataset)  # type: ignore[arg-type]
+
+
+def test_the_file_holds_all_and_damage_is_refused(autoencoder: object, photos: Path, tmp_path: Path) -> None:
+    statistics = compute_latent_statistics(autoencoder, opened(photos))  # type: ignore[arg-type]
+    path = tmp_path / "new" / "statistics.safetensors"
+    statistics.save(path)
+    back = LatentStatistics.load(path)
+    assert torch.equal(back.mean, statistics.mean) and torch.equal(back.variance, statistics.variance)
+    assert (back.images, back.encoder, back.dataset) == (70, statistics.encoder, opened(photos).fingerprint())
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"statistics\.safetensors"):
+        LatentStatistics.load(path)
+    with pytest.raises(UserError, match="no statistics"):
+        LatentStatistics.load(tmp_path / "nowhere.safetensors")
+
+
+def command(autoencoder: object, photos: Path, tmp_path: Path, output: str, *more: str) -> list[str]:
+    if not (tmp_path / "ae").exists():
+        autoencoder.save_pretrained(tmp_path / "ae")  # type: ignore[attr-defined]
+    data = [f"data.path={photos}", "data.image_size=16", *more]
+    return ["stats", *data, "--autoencoder", str(tmp_path / "ae"), "--output", str(tmp_path / output)]
+
+
+def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["repagen", *words])
+    main()
+
+
+def test_command_writes_a_copy_with_statistics(
+    autoencoder: object,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_command(command(autoencoder, photos, tmp_path, "out", "data.horizontal_flip=true"), monkeypatch)
+    assert "statistics of 70 of 70 images, each mirrored too" in capsys.readouterr().out
+    copy = repagen.RepresentationAutoencoder.from_pretrained(tmp_path / "out")
+    expected = compute_latent_statistics(autoencoder, opened(photos), flips=True)  # type: ignore[arg-type]
+    torch.testing.assert_close(copy.latents_mean, expected.mean.float())
+    torch.testing.assert_close(copy.latents_std, (expected.variance + 1e-5).sqrt().float())
+    original = repagen.RepresentationAutoencoder.from_pretrained(tmp_path / "ae")
+    assert original.latents_mean.abs().max() == 0
+    assert torch.equal(copy.decoder.decoder_pred.weight, original.decoder.decoder_pred.weight)
+
+
+def test_command_never_replaces_a_foreign_folder(
+    autoencoder: object,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_command(command(autoencoder, photos, tmp_path, "photos"), monkeypatch)
+    assert "no saved autoencoder" in capsys.readouterr().err
+    assert len(list(photos.iterdir())) == 70
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_file(autoencoder: object, photos: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    for launcher, output in (([sys.executable], "one.safetensors"), (torchrun, "two.safetensors")):
+        words = command(autoencoder, photos, tmp_path, output, "--batch-size=8")
+        subprocess.run([*launcher, "-m", "repagen.cli", *words], check=True, env=environment, capture_output=True)
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    header = (tmp_path / "one.safetensors").read_bytes()
+    assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"]["images"] == "70"
