@@ -35,10 +35,11 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 class TestDiffusersChecks:
-    def test_save_load_local(self, make_pipe, tmp_path):
+    @pytest.mark.parametrize("safe_serialization", [True, False])
+    def test_save_load_local(self, make_pipe, tmp_path, safe_serialization):
         pipe = make_pipe()
         before = pipe(**inputs()).images
-        pipe.save_pretrained(tmp_path)
+        pipe.save_pretrained(tmp_path, safe_serialization=safe_serialization)
         loaded = ClassToImagePipeline.from_pretrained(tmp_path)
         loaded.set_progress_bar_config(disable=True)
         assert torch.equal(loaded(**inputs()).images, before)
@@ -224,11 +225,12 @@ class TestDiffusersChecks:
         latents = pipe(**call).images
         assert len(states) == 2 and torch.equal(latents, states[-1])
 
-    def test_serialization_and_loading_with_variants(self, make_pipe, tmp_path):
+    @pytest.mark.parametrize(("safe_serialization", "suffix"), [(True, "safetensors"), (False, "bin")])
+    def test_serialization_and_loading_with_variants(self, make_pipe, tmp_path, safe_serialization, suffix):
         pipe = make_pipe()
-        pipe.save_pretrained(tmp_path, variant="ema")
+        pipe.save_pretrained(tmp_path, variant="ema", safe_serialization=safe_serialization)
         for name in ("transformer", "vae"):
-            assert (tmp_path / name / "diffusion_pytorch_model.ema.safetensors").is_file()
+            assert (tmp_path / name / f"diffusion_pytorch_model.ema.{suffix}").is_file()
         loaded = ClassToImagePipeline.from_pretrained(tmp_path, variant="ema")
         for name in ("transformer", "vae"):
             saved, found = getattr(pipe, name).state_dict(), getattr(loaded, name).state_dict()

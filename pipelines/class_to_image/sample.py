@@ -1,0 +1,26 @@
+"""Draw images of chosen classes from a saved pipeline and save them as one grid.
+
+python sample.py --model org/model --class-labels "golden retriever" 207 --guidance-scale 1.5 --output grid.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from repagen.errors import run_as_program
+from repagen.pipelines.sample_command import add_sampling_arguments, sample_images, save_grid
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sampling_arguments(parser)
+    parser.add_argument("--output", type=Path, default=Path("grid.png"), metavar="PNG", help="default: grid.png")
+    args = parser.parse_args(arguments)
+    save_grid(list(sample_images(args)), args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    run_as_program(main)

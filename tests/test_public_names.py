@@ -1,0 +1,43 @@
+"""Published names: this list may only grow."""
+
+from __future__ import annotations
+
+import pytest
+
+import repagen
+
+PUBLISHED = [
+    "ClassToImagePipeline",
+    "ClassToImagePipelineOutput",
+    "DiTDHTransformer2DModel",
+    "FlowMatchEulerMaruyamaScheduler",
+    "FlowMatchEulerTruncatedScheduler",
+    "FlowMatchHeunScheduler",
+    "RepresentationAlignment",
+    "RepresentationAutoencoder",
+    "SamplerPreset",
+    "SiTTransformer2DModel",
+    "TimeDistribution",
+    "TimeShift",
+    "UserError",
+    "VisionEncoder",
+    "__version__",
+    "convert_checkpoint",
+    "frechet_distance",
+    "sampler_preset",
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_name_is_still_there(name):
+    assert getattr(repagen, name) is not None
+    assert name in repagen.__all__ and name in dir(repagen)
+
+
+def test_no_name_is_public_without_being_published_here():
+    assert sorted(repagen.__all__) == sorted(PUBLISHED)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'repagen' has no attribute 'Transformer'"):
+        _ = repagen.Transformer
