@@ -5,10 +5,10 @@
 Trains one encoder per seed (about half a minute each on two free cores), keeps the first, and writes the figures of
 all of them into its README. The same seed, machine type and number of threads give the same file.
 
-Objective: labels, from the CLS token and from the mean patch token, so that every token carries meaning. Detail survives
-without being asked for. With the patches' pixels as a further target (weight 0.1, 1) a decoder reached 30.6 and 33.2
-instead of 29.4 dB, but a small generator, 2,000 steps, drew 91 and 88 instead of 95 of 100 digits that an outside
-classifier recognised: semantics in the latent decide. Validation digits are never trained on.
+Objective: labels, from the CLS token and from the mean patch token, so that every token carries meaning. Detail
+survives without being asked for. With the patches' pixels as a further target (weight 0.1, 1) a decoder reached 30.6
+and 33.2 instead of 29.4 dB, but of the samples of a small generator (2,000 steps) an outside classifier recognised 91
+and 88 instead of 95 of 100: semantics in the latent decide. Validation digits are never trained on.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ library_name: transformers
 # Digits encoder
 
 A DINOv2 with registers, {parameters:,} parameters: {image} px, patch {patch} (4x4 tokens), width {width}, {layers}
-layers, {registers} register. Written by `scripts/train_digits_encoder.py` ({steps} steps, batch {batch}, seed {seed}, threads {threads}).
+layers, {registers} register. Written by `scripts/train_digits_encoder.py`: {steps} steps, batch {batch}, seed {seed},
+{threads} CPU thread(s).
 
 - Data: the training split ({train}) of the bundled UCI handwritten digits (CC BY 4.0, see NOTICE), with small affine
   jitter. The validation split ({validation}, every fifth digit) was never trained on.
