@@ -17,8 +17,8 @@ def infer_grid(num_tokens: int, like: tuple[int, int]) -> tuple[int, int]:
         UserError: there is none.
     """
     rows = math.isqrt(num_tokens * like[0] // like[1])
-    columns = num_tokens // rows if rows else 0
-    if rows * columns != num_tokens or rows * like[1] != columns * like[0]:
+    columns = num_tokens // max(rows, 1)
+    if rows == 0 or rows * columns != num_tokens or rows * like[1] != columns * like[0]:
         raise UserError(
             f"alignment: {num_tokens} target tokens fit no grid of the shape of the generator's {like[0]}x{like[1]}; "
             "give target_grids, or resize the encoder's input so that its grid has that shape"
