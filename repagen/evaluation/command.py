@@ -6,9 +6,7 @@ import argparse
 import json
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 from accelerate import PartialState
 
 from repagen.errors import UserError
@@ -16,11 +14,8 @@ from repagen.evaluation.features import Pooling, open_extractor
 from repagen.evaluation.generation import GenerationResult, evaluate_generation
 from repagen.evaluation.reference import open_reference, save_statistics
 from repagen.evaluation.samples import ImageSource, LabelMode, PipelineImages, open_images
+from repagen.pipelines.sample_command import load_pipeline
 
-if TYPE_CHECKING:
-    from repagen.pipelines.class_to_image import ClassToImagePipeline
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLER_OPTIONS = ("num_inference_steps", "guidance_scale", "guidance_interval")
 
 
@@ -70,7 +65,12 @@ def _add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="in t, 1 = noise (default 0 1)"
     )
-    group.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the pipeline (default float32)")
+    group.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the pipeline (default float32)",
+    )
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -111,22 +111,9 @@ def _open_samples(args: argparse.Namespace) -> ImageSource:
         return open_images(args.samples, args.max_bad_images)
     if args.num_samples is None:
         raise UserError("--model needs --num-samples; published figures draw 50000")
-    pipeline = _load_pipeline(args.model, _DTYPES[args.dtype])
+    pipeline = load_pipeline(args.model, str(PartialState().device), args.dtype)
     options = {name: getattr(args, name) for name in _SAMPLER_OPTIONS if getattr(args, name) is not None}
     return PipelineImages(pipeline, args.num_samples, seed=args.seed, label_mode=args.label_mode, **options)
-
-
-def _load_pipeline(name_or_path: str, dtype: torch.dtype) -> ClassToImagePipeline:
-    from repagen.pipelines.class_to_image import ClassToImagePipeline
-
-    try:
-        pipeline = ClassToImagePipeline.from_pretrained(name_or_path, dtype=dtype)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--model: no pipeline at {name_or_path} ({reason}); give a folder with model_index.json, or a Hub id"
-        ) from error
-    return pipeline.to(PartialState().device)
 
 
 def _write(result: GenerationResult, args: argparse.Namespace) -> None:

@@ -125,7 +125,7 @@ def test_a_pipeline_sampled_on_the_fly(
             "--batch-size must be at least 1",
         ),
         (["--model", "missing", "--reference", *DIGITS], "--model needs --num-samples"),
-        (["--model", "missing", "--num-samples", "9", "--reference", *DIGITS], "--model: no pipeline at missing"),
+        (["--model", "missing", "--num-samples", "9", "--reference", *DIGITS], "--model missing: no pipeline folder"),
         (
             ["--samples", *DIGITS, "--reference", "data.kind=digits", "data.image_size=16"],
             "samples are 32x32, reference images 16x16",
