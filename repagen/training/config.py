@@ -203,8 +203,6 @@ class _Builder:
     def value(self, kind: Any, value: Any, path: str) -> Any:
         if isinstance(value, str) and "${" in value:
             self._refuse(path, f"interpolation is not allowed, got {value!r}; write the value itself")
-        if isinstance(value, str) and value == "???":
-            self._refuse(path, "a value is required")
         if isinstance(value, float) and not math.isfinite(value):
             self._refuse(path, f"expected a finite number, got {value}")
         if dataclasses.is_dataclass(kind):
@@ -235,7 +233,7 @@ class _Builder:
                 self._refuse_unknown(kind, str(name), path)
         arguments = {}
         for name, field in fields.items():
-            if name in value:
+            if name in value and value[name] != "???":  # OmegaConf's mark of a value that the user has to give
                 arguments[name] = self.value(hints[name], value[name], _join(path, name))
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 self._refuse(

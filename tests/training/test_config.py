@@ -120,7 +120,7 @@ FILES = [
     ("max_steps: 11", "duplicate key max_steps"),
     ("seed: ${oc.env:HOME}", "run.yaml:seed"),
     ("seed: ${oc.env", "run.yaml:seed"),
-    ("seed: ???", "run.yaml:seed"),
+    ("recipe: ???\noutput_dirs: ???", "run.yaml:output_dirs"),
     ("seed: [1", "line"),
     ("seed: !!python/object/apply:os.getcwd []", "constructor"),
     ("log_with: &a [x]\nrecipe: {title: *a}", "aliases"),

@@ -1,0 +1,115 @@
+"""Tiny real components of generator training, on disk as users have them, and a configuration that points at them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repagen.encoders import VisionEncoder
+from repagen.models.autoencoder_representation import RepresentationAutoencoder
+
+ENCODER = {
+    "model_type": "dinov2_with_registers",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+    "image_size": 32,
+    "num_register_tokens": 1,
+    "mlp_ratio": 2,
+}
+DECODER = {
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+}
+DITDH_WIDTHS = {
+    "hidden_size": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "head_hidden_size": 32,
+    "head_depth": 1,
+    "head_num_heads": 2,
+}
+SIT_WIDTHS = {"hidden_size": 16, "depth": 2, "num_heads": 2}
+
+
+def write_parts(folder: Path) -> Path:
+    """Write an encoder, a representation autoencoder (16, 4, 4) and a KL autoencoder (4, 8, 8), both for 32 px."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    encoder = VisionEncoder.from_config({"family": "dinov2_with_registers", "config": ENCODER})
+    encoder.save_pretrained(folder / "encoder")
+    autoencoder = RepresentationAutoencoder.from_encoder(encoder, decoder=DECODER, image_size=32)
+    autoencoder.save_pretrained(folder / "rae")
+    kl = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=32,
+    )
+    kl.save_pretrained(folder / "kl")
+    return folder
+
+
+def settings(parts: Path, output: Path) -> dict[str, Any]:
+    """A tiny aligned DiT^DH on the digits."""
+    return {
+        "output_dir": str(output),
+        "max_steps": 6,
+        "global_batch_size": 8,
+        "device": "cpu",
+        "progress_bar": False,
+        "data": {"kind": "digits", "image_size": 32},
+        "autoencoder": {"path": str(parts / "rae")},
+        "transformer": {"architecture": "ditdh", "prediction": "sample", "overrides": DITDH_WIDTHS},
+        "flow": {"time": "logit_normal"},
+        "alignment": {"targets": [{"encoder": str(parts / "encoder"), "block": 1, "projector_dim": 16}]},
+        "optimizer": {"learning_rate": 1e-3, "schedule": {"kind": "linear", "warmup_steps": 2}},
+        "ema": {"decay": 0.9},
+        "sampler": {"preset": "repa-ode", "num_inference_steps": 2},
+        "checkpoint": {"every_steps": 2},
+    }
+
+
+def write_settings(values: dict[str, Any], path: Path) -> Path:
+    import yaml
+
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def command(config: Path, *words: str, processes: int = 1) -> list[str]:
+    """The command line of generator training, under torchrun for several processes."""
+    module = ["-m", "repagen.training.generator", "--config", str(config), *words]
+    if processes == 1:
+        return [sys.executable, *module]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--no-python"]
+    return [sys.executable, *launcher, sys.executable, *module]
+
+
+def start(config: Path, *words: str, processes: int = 1) -> subprocess.Popen[str]:
+    """Start generator training in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(config, *words, processes=processes),
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a process: => exit code, what it wrote to stderr."""
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
