@@ -159,6 +159,9 @@ def to_diffusers(model: RepresentationAutoencoder) -> AutoencoderRAE:
         encoder_norm_mean=list(encoder.image_mean),
         encoder_norm_std=list(encoder.image_std),
         noise_tau=model.config.noise_tau,
+        # diffusers keeps statistics in its config too, and adds its own 1e-5 to the standard deviation.
+        latents_mean=_config_statistic(model.latents_mean),
+        latents_std=_config_statistic(model.latents_std - VARIANCE_EPSILON),
     )
     state = {key: value.float().cpu() for key, value in model.decoder.state_dict().items()}
     table = state.pop("decoder_pos_embed")
@@ -171,10 +174,14 @@ def to_diffusers(model: RepresentationAutoencoder) -> AutoencoderRAE:
     _refuse_other_architecture(encoder, old.encoder.config.to_dict())
     weights = {key: value.float().cpu() for key, value in encoder.backbone.model.state_dict().items()}
     _load_encoder(old.encoder, weights)
-    # diffusers adds its own 1e-5 to the standard deviation.
-    old._latents_mean = model.latents_mean.detach().float().cpu().clone()
-    old._latents_std = (model.latents_std.detach().float() - VARIANCE_EPSILON).cpu()
     return old.eval()
+
+
+def _config_statistic(value: torch.Tensor) -> list[Any]:
+    """A statistic as nested lists, one number where it is the same everywhere (5 MB of JSON otherwise)."""
+    value = value.float().cpu()
+    same = bool((value == value.flatten()[0]).all())
+    return value.flatten()[:1].tolist() if same else value.tolist()
 
 
 def _decoder_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -165,7 +165,8 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
     weights (an `encoder` description without `name_or_path`) it is a fixed function of that description.
 
     Args:
-        encoder: fields of `repagen.encoders.EncoderSpec`; None for an autoencoder that only decodes.
+        encoder: fields of `repagen.encoders.EncoderSpec` (`norm_affine` is always False: RAE drops the affine part of
+            the encoder's final norm); None for an autoencoder that only decodes.
         latent_channels: channels C of a latent, the encoder's width.
         latent_size: rows and columns of a latent, the encoder's token grid.
         decoder_patch_size: side in pixels of the image patch that one token becomes; the image side is
@@ -230,7 +231,9 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
         if not isinstance(noise_tau, int | float) or isinstance(noise_tau, bool) or not 0 <= noise_tau < float("inf"):
             raise UserError(f"noise_tau: {noise_tau!r} must be a number, 0 or more")
         if encoder is not None:
-            EncoderSpec.from_mapping(encoder)
+            # Completed, and read as RAE reads: without the affine part of the final norm.
+            spec = dataclasses.replace(EncoderSpec.from_mapping(encoder), norm_affine=False)
+            self.register_to_config(encoder=dataclasses.asdict(spec))
         self.decoder = RepresentationDecoder(
             latent_channels,
             latent_size,

@@ -1,0 +1,91 @@
+"""Images to latents and back, for each kind of autoencoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from autoencoder_cases import tiny_autoencoder
+from diffusers import AutoencoderKL, AutoencoderRAE
+
+from repagen.errors import UserError
+from repagen.models.latents import images_to_latents, latent_shape, latents_to_images
+
+
+def tiny_kl(**config: Any) -> AutoencoderKL:
+    torch.manual_seed(0)
+    types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (4, 8), "norm_num_groups": 2, "latent_channels": 4, "sample_size": 16}
+    return AutoencoderKL(**types, **sizes, **config).eval()
+
+
+def tiny_rae() -> AutoencoderRAE:
+    torch.manual_seed(0)
+    return AutoencoderRAE(
+        encoder_hidden_size=64, encoder_num_hidden_layers=1, encoder_patch_size=14, encoder_input_size=56,
+        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=48, patch_size=4,
+    ).eval()  # fmt: skip
+
+
+def test_representation_autoencoder() -> None:
+    model, images = tiny_autoencoder(), torch.rand(2, 3, 16, 16)
+    latents = images_to_latents(model, images)
+    assert torch.equal(latents, model.encode(images).latent)
+    assert latents.shape[1:] == latent_shape(model, 16)
+    assert torch.equal(latents_to_images(model, latents), model.decode(latents).sample.clamp(0, 1))
+    with pytest.raises(UserError, match="decodes to 16 px only"):
+        latent_shape(model, 32)
+
+
+@pytest.mark.parametrize("shift", [None, 0.3])
+def test_kl_speaks_minus_one_to_one_and_is_scaled(shift: float | None) -> None:
+    model, images = tiny_kl(scaling_factor=0.5, shift_factor=shift), torch.rand(2, 3, 16, 16)
+    latents = images_to_latents(model, images, generator=torch.Generator().manual_seed(3))
+    posterior = model.encode(images * 2 - 1).latent_dist
+    draw = posterior.sample(generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(latents, (draw - (shift or 0)) * 0.5)
+    assert latents.shape[1:] == latent_shape(model, 16) == (4, 8, 8)
+    expected = (model.decode(draw).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(latents_to_images(model, latents), expected, atol=1e-6, rtol=0)
+
+
+def test_kl_with_latent_statistics() -> None:
+    mean, std = [0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 1.0, 2.0]
+    model = tiny_kl(scaling_factor=0.5, latents_mean=mean, latents_std=std)
+    images = torch.rand(1, 3, 16, 16)
+    latents = images_to_latents(model, images, generator=torch.Generator().manual_seed(3))
+    draw = model.encode(images * 2 - 1).latent_dist.sample(generator=torch.Generator().manual_seed(3))
+    expected = (draw - torch.tensor(mean).view(1, 4, 1, 1)) * 0.5 / torch.tensor(std).view(1, 4, 1, 1)
+    torch.testing.assert_close(latents, expected)
+    expected_images = (model.decode(draw).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(latents_to_images(model, latents), expected_images, atol=1e-6, rtol=0)
+
+
+def test_kl_draws_depend_on_the_image_alone_with_a_generator_each() -> None:
+    model, images = tiny_kl(), torch.rand(3, 3, 16, 16)
+
+    def draw(chosen: list[int]) -> torch.Tensor:
+        return images_to_latents(model, images[chosen], [torch.Generator().manual_seed(i) for i in chosen])
+
+    torch.testing.assert_close(draw([0, 1, 2])[1:], draw([1, 2]), atol=1e-6, rtol=0)
+
+
+def test_diffusers_rae() -> None:
+    model, images = tiny_rae(), torch.rand(2, 3, 16, 16)
+    latents = images_to_latents(model, images)
+    assert torch.equal(latents, model.encode(images).latent)
+    assert latents.shape[1:] == latent_shape(model, 16) == (64, 4, 4)
+    assert torch.equal(latents_to_images(model, latents), model.decode(latents).sample.clamp(0, 1))
+    with pytest.raises(UserError, match=r"\(B, 64, 4, 4\)"):  # diffusers resizes it without a word
+        latents_to_images(model, torch.zeros(1, 64, 8, 8))
+
+
+def test_wrong_input_is_named() -> None:
+    with pytest.raises(UserError, match="square"):
+        images_to_latents(tiny_kl(), torch.rand(1, 3, 16, 8))
+    with pytest.raises(UserError, match="15 px"):
+        latent_shape(tiny_kl(), 15)
+    with pytest.raises(UserError, match="Linear is none of"):
+        latents_to_images(torch.nn.Linear(1, 1), torch.zeros(1, 4, 8, 8))
