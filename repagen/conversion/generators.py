@@ -115,7 +115,7 @@ class _Source:
 
     def need(self, argument: str, why: str) -> Any:
         if argument not in self.config:
-            raise UserError(f"{self.path}: config needs {argument}, {why}")
+            raise UserError(f"{self.path}: config needs {argument}, which the tensors do not tell: {why}")
         return self.config[argument]
 
     def count(self, prefix: str) -> int:
@@ -134,9 +134,9 @@ class _Source:
         if query_norm is not None:
             return width // query_norm.shape[0]
         published = {sizes["hidden_size"]: sizes["num_heads"] for sizes in SiTTransformer2DModel._sizes.values()}
-        if width not in published:
-            self.need("num_heads", f"which the tensors do not tell for the unpublished width {width}")
-        return published[width]
+        return (
+            published[width] if width in published else self.need("num_heads", f"no published model is {width} wide")
+        )
 
     def classes(self) -> dict[str, Any]:
         """num_classes and class_dropout_prob, which together make the rows of the class table."""
@@ -208,7 +208,7 @@ def _pair(value: Any) -> list[Any]:
 def _ditdh_depths(source: _Source, widths: list[int]) -> list[int]:
     total = source.count("blocks")
     if widths[0] == widths[1]:
-        return list(source.need("depth", "because deep part and head have the same width"))
+        return list(source.need("depth", "deep part and head have the same width"))
     deep = sum(source.tensor(f"blocks.{i}.attn.proj.weight").shape[0] == widths[0] for i in range(total))
     return [deep, total - deep]
 
@@ -226,7 +226,7 @@ def _ditdh_tokens(source: _Source) -> int:
         return source.state["pos_embed"].shape[1]
     if "enc_feat_rope.freqs_cos" in source.state:
         return source.state["enc_feat_rope.freqs_cos"].shape[0]
-    return source.need("input_size", "because the file has no position table") ** 2
+    return source.need("input_size", "the file has no position table") ** 2
 
 
 def _build_alignment(source: _Source, hidden_size: int) -> RepresentationAlignment:
@@ -242,7 +242,7 @@ def _build_alignment(source: _Source, hidden_size: int) -> RepresentationAlignme
     inferred = "mlp" if has_mlp else "conv" if weights[0].ndim == 4 else "linear"
     projector = source.get("projection_layer_type", lambda: inferred)
     kernel_size = weights[0].shape[-1] if weights[0].ndim == 4 else 3
-    block = source.need("encoder_depth", "the block after which it was aligned, which the tensors do not tell")
+    block = source.need("encoder_depth", "the block after which the model was aligned")
     inner_dim = source.get("projector_dim", lambda: weights[0].shape[1] if has_mlp else 2048)
     return RepresentationAlignment(
         hidden_size,
