@@ -15,12 +15,14 @@ __version__ = "0.1.0"
 
 # Public name => module that holds it. Published names may be added, never removed (tests/test_public_names.py).
 _PUBLIC_NAMES = {
+    "AlignmentTarget": "repagen.alignment",
     "ClassToImagePipeline": "repagen.pipelines.class_to_image",
     "ClassToImagePipelineOutput": "repagen.pipelines.class_to_image",
     "DiTDHTransformer2DModel": "repagen.models.transformer_ditdh",
     "FlowMatchEulerMaruyamaScheduler": "repagen.schedulers.euler_maruyama",
     "FlowMatchEulerTruncatedScheduler": "repagen.schedulers.euler_truncated",
     "FlowMatchHeunScheduler": "repagen.schedulers.heun",
+    "GuidanceInterval": "repagen.flow.guidance",
     "RepresentationAlignment": "repagen.alignment",
     "RepresentationAutoencoder": "repagen.models.autoencoder_representation",
     "SamplerPreset": "repagen.schedulers.presets",
@@ -31,6 +33,8 @@ _PUBLIC_NAMES = {
     "VisionEncoder": "repagen.encoders",
     "convert_checkpoint": "repagen.conversion",
     "frechet_distance": "repagen.evaluation.frechet",
+    "images_to_latents": "repagen.models.latents",
+    "latents_to_images": "repagen.models.latents",
     "sampler_preset": "repagen.schedulers.presets",
 }
 

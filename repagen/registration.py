@@ -13,11 +13,10 @@ of which imports anything by itself:
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -87,8 +86,7 @@ class _AfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _LOADING_MODULE:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
@@ -96,6 +94,8 @@ class _AfterImport(MetaPathFinder):
         def execute_and_join(module: ModuleType) -> None:
             execute(module)
             _join_loadable_libraries(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
 
         spec.loader.exec_module = execute_and_join  # type: ignore[method-assign]
         return spec

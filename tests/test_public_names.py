@@ -7,12 +7,14 @@ import pytest
 import repagen
 
 PUBLISHED = [
+    "AlignmentTarget",
     "ClassToImagePipeline",
     "ClassToImagePipelineOutput",
     "DiTDHTransformer2DModel",
     "FlowMatchEulerMaruyamaScheduler",
     "FlowMatchEulerTruncatedScheduler",
     "FlowMatchHeunScheduler",
+    "GuidanceInterval",
     "RepresentationAlignment",
     "RepresentationAutoencoder",
     "SamplerPreset",
@@ -24,6 +26,8 @@ PUBLISHED = [
     "__version__",
     "convert_checkpoint",
     "frechet_distance",
+    "images_to_latents",
+    "latents_to_images",
     "sampler_preset",
 ]
 

@@ -23,6 +23,8 @@ USER_PROGRAM = """
 import json, sys
 import repagen
 assert "transformers" not in sys.modules, "import repagen imports transformers"
+import importlib.util
+importlib.util.find_spec("diffusers.pipelines.pipeline_loading_utils")  # looking must not use the registration up
 from diffusers import AutoModel, DiffusionPipeline
 
 def names(pipe):

@@ -73,6 +73,13 @@ class ClassToImagePipeline(DiffusionPipeline):
     vae: Any
     scheduler: Any
     guidance_transformer: Any
+    # State of the running or last call, read through the properties below.
+    _guidance_scale: float = 1.0
+    _guidance_interval = GuidanceInterval()
+    _attention_kwargs: dict[str, Any] | None = None
+    _num_timesteps: int = 0
+    _current_timestep: torch.Tensor | None = None
+    _interrupt: bool = False
 
     def __init__(
         self,
@@ -196,9 +203,8 @@ class ClassToImagePipeline(DiffusionPipeline):
         device = self._execution_device
         batch_size, labels = self.prepare_class_labels(class_labels, num_images_per_prompt, generator, device)
         latents = self.prepare_latents(batch_size, generator, latents, device)
-        if sigmas is None:
-            sigmas = unshifted_sigmas(self.scheduler, num_inference_steps)
-        self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        own_sigmas = unshifted_sigmas(self.scheduler, num_inference_steps)
+        self.scheduler.set_timesteps(sigmas=own_sigmas if sigmas is None else sigmas, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
 

@@ -10,7 +10,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderRAE, DDIMScheduler, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from tiny_pipelines import (
@@ -247,6 +247,10 @@ class TestDiffusersChecks:
         loaded = ClassToImagePipeline.from_pretrained(tmp_path, dtype=dtypes)
         assert loaded.transformer.dtype == torch.bfloat16 and loaded.vae.dtype == torch.float16
 
+    def test_to_dtype(self, make_pipe):
+        pipe = make_pipe().to(dtype=torch.float16)
+        assert pipe.transformer.dtype == pipe.vae.dtype == torch.float16
+
     def test_device_map(self, make_pipe, tmp_path):
         make_pipe().save_pretrained(tmp_path)
         loaded = ClassToImagePipeline.from_pretrained(tmp_path, device_map="cpu")
@@ -261,12 +265,12 @@ class TestDiffusersChecks:
             assert torch.equal(pipe(**inputs()).images, expected)
         assert all(hasattr(part, "_hf_hook") for part in (pipe.transformer, pipe.guidance_transformer, pipe.vae))
 
-    def test_group_offloading_inference(self, make_pipe):
+    @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+    def test_group_offloading_inference(self, make_pipe, offload_type):
         expected = make_pipe()(**inputs()).images
-        for options in ({"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}):
-            pipe = make_pipe()
-            pipe.transformer.enable_group_offload(torch.device("cpu"), **options)
-            torch.testing.assert_close(pipe(**inputs()).images, expected)
+        pipe = make_pipe()
+        pipe.enable_group_offload(torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1)
+        torch.testing.assert_close(pipe(**inputs()).images, expected)
 
     def test_layerwise_casting_inference(self, make_pipe, tmp_path):
         make_pipe().save_pretrained(tmp_path)
@@ -313,6 +317,22 @@ class TestCaches:
         torch.testing.assert_close(pipe(**inputs(**call)).images, cached)
         pipe.transformer.disable_cache()
         torch.testing.assert_close(pipe(**inputs(**call)).images, expected, rtol=0, atol=1e-5)
+
+    def test_state_advances_with_the_steps_and_is_reset(self, make_pipe):
+        """As diffusers' own check: one iteration of every hook per step, guided or not, none left afterwards."""
+        pipe = make_pipe()
+        pipe.transformer.enable_cache(self.config("pyramid", pipe))
+        registries = [m._diffusers_hook for m in pipe.transformer.modules() if hasattr(m, "_diffusers_hook")]
+        hooks = [hook for hook in (r.get_hook("pyramid_attention_broadcast") for r in registries) if hook is not None]
+        iterations = []
+
+        def look(pipeline, index, timestep, tensors):
+            iterations.append({hook.state.iteration for hook in hooks})
+            return tensors
+
+        pipe(**inputs(callback_on_step_end=look, guidance_interval=(0.0, 0.7)))
+        assert len(hooks) >= 2 and iterations == [{1}, {2}]
+        assert all(hook.state.iteration == 0 and hook.state.cache is None for hook in hooks)
 
     @staticmethod
     def config(name, pipe):
@@ -424,6 +444,26 @@ class TestSampling:
         )  # fmt: skip
         images = tiny_pipeline(vae=vae)(**inputs()).images
         assert images.shape == (1, 3, 2 * SIDE, 2 * SIDE) and images.min() >= 0 and images.max() <= 1
+
+    def test_autoencoder_rae(self):
+        torch.manual_seed(0)
+        width = 64  # diffusers gives its encoder heads of 64 channels
+        vae = AutoencoderRAE(
+            encoder_type="mae", encoder_hidden_size=width, encoder_patch_size=PATCH, encoder_num_hidden_layers=1,
+            decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+            decoder_intermediate_size=32, patch_size=PATCH, encoder_input_size=SIDE * PATCH,
+        )  # fmt: skip
+        images = tiny_pipeline(vae=vae, transformer=tiny_transformer(in_channels=width))(**inputs()).images
+        assert images.shape == (1, *OUTPUT_SHAPE) and images.min() >= 0 and images.max() <= 1
+
+    def test_compiled_transformer(self, tmp_path):
+        pipe = tiny_pipeline()
+        expected = pipe(**inputs()).images
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+        torch.testing.assert_close(pipe(**inputs()).images, expected)
+        pipe.save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        assert index["transformer"] == ["repagen", "SiTTransformer2DModel"]
 
     def test_attention_kwargs_reach_the_transformer(self, make_pipe):
         pipe = make_pipe()
@@ -554,6 +594,11 @@ def test_wrong_arguments_are_named_in_one_line(call, message):
     with pytest.raises(UserError, match=message) as error:
         tiny_pipeline()(**inputs(**call))
     assert "\n" not in str(error.value)
+
+
+def test_a_scheduler_without_explicit_times_is_refused():
+    with pytest.raises(UserError, match="DDIMScheduler takes no explicit grid"):
+        tiny_pipeline(scheduler=DDIMScheduler())(**inputs())
 
 
 def test_guidance_needs_a_null_class_or_a_second_model():

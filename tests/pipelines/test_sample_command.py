@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import runpy
+import string
 import sys
 from pathlib import Path
 
@@ -123,8 +124,9 @@ def test_entry_file_loads_as_a_custom_pipeline(model):
 def test_model_card_names_the_library_and_the_import():
     import yaml
 
-    card = (DOOR / "model_card.md").read_text()
-    _, front_matter, text = card.split("---\n", 2)
-    metadata = yaml.safe_load(front_matter.format(license="apache-2.0"))
+    template = (DOOR / "model_card.md").read_text()
+    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name}
+    _, front_matter, text = template.format(**dict.fromkeys(fields, "x")).split("---\n", 2)
+    metadata = yaml.safe_load(front_matter)
     assert metadata["library_name"] == "repagen" and "diffusers" in metadata["tags"]
     assert "import repagen" in text and "trust_remote_code=True" not in text
