@@ -13,7 +13,12 @@ from typing import Any, Literal
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
 from torch import nn
 
 from repagen.errors import UserError
@@ -49,7 +54,7 @@ def check_attention_backend(backend: str) -> None:
     """Refuse an attention backend that cannot run on this machine, before any forward pass.
 
     Raises:
-        UserError: (a ValueError) no backend of that name, or it needs CUDA and there is none.
+        UserError: (a ValueError) no backend of that name, it needs CUDA and there is none, or its package is too old.
         ModuleNotFoundError: its package is not installed.
     """
     names = sorted(member.value for member in AttentionBackendName)
@@ -67,6 +72,10 @@ def check_attention_backend(backend: str) -> None:
             f"attention backend {backend!r} runs on CUDA only, and torch.cuda.is_available() is False; "
             "use 'native' or 'auto'"
         )
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(backend))
+    except RuntimeError as error:
+        raise UserError(f"attention backend {backend!r}: {error}") from error
 
 
 class SelfAttentionProcessor:
