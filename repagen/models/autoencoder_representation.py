@@ -148,6 +148,27 @@ class RepresentationDecoder(nn.Module):
             hidden_states = run(block, hidden_states, dtype) if run else block(hidden_states, dtype)
         return self.decoder_pred(self.decoder_norm(hidden_states).to(dtype))[:, 1:]
 
+    def load_exactly(self, state: Mapping[str, torch.Tensor], where: str) -> None:
+        """Load tensors by name, all of them and no others.
+
+        Args:
+            state: this module's state dict.
+            where: the file or class they come from, for messages.
+
+        Raises:
+            UserError: naming a tensor that is missing, left over or of another shape.
+        """
+        own = self.state_dict()
+        if missing := sorted(own.keys() - state.keys()):
+            raise UserError(f"{where}: {len(missing)} tensors of the decoder are missing, the first is {missing[0]}")
+        if extra := sorted(state.keys() - own.keys()):
+            raise UserError(f"{where}: {len(extra)} tensors belong to no RAE decoder, the first is {extra[0]}")
+        for key, value in own.items():
+            given, needed = tuple(state[key].shape), tuple(value.shape)
+            if given != needed:
+                raise UserError(f"{where}:{key}: shape {given} does not fit the decoder, which needs {needed}")
+        self.load_state_dict(state)
+
     def _on_own_grid(self, tokens: torch.Tensor) -> torch.Tensor:
         if tokens.shape[1] == self.grid_size**2:
             return tokens
@@ -317,6 +338,32 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
         )
         object.__setattr__(model, "_encoder", encoder)
         return model
+
+    @classmethod
+    def from_diffusers(cls, source: Any, **kwargs: Any) -> RepresentationAutoencoder:
+        """Read a diffusers `AutoencoderRAE`: a folder, a Hub id, or the model; outputs stay equal.
+
+        Args:
+            source: the folder, id or model.
+            kwargs: of `AutoencoderRAE.from_pretrained`.
+
+        Raises:
+            UserError: for an encoder of SigLIP2, which diffusers cannot build with transformers 5.
+        """
+        from repagen.models.diffusers_rae import from_diffusers
+
+        return from_diffusers(source, **kwargs)
+
+    def to_diffusers(self) -> Any:
+        """Return as a diffusers `AutoencoderRAE`, whose `save_pretrained` writes its folder; outputs stay equal.
+
+        Raises:
+            UserError: for what that class cannot express: encoders other than DINOv2 with four registers and MAE,
+                several layers, attention heads of another width than 64, a position table that it does not compute.
+        """
+        from repagen.models.diffusers_rae import to_diffusers
+
+        return to_diffusers(self)
 
     @property
     def image_size(self) -> int:

@@ -1,4 +1,4 @@
-"""Official RAE autoencoders and diffusers' AutoencoderRAE, both ways."""
+"""Official RAE autoencoders."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderRAE
 from safetensors.torch import load_file, save_file
 
 from repagen import RepresentationAutoencoder, VisionEncoder, convert_checkpoint
-from repagen.conversion.rae import convert_rae, from_diffusers, to_diffusers
+from repagen.conversion.rae import convert_rae
 from repagen.errors import UserError
 
 CASES = ["rae_dinov2", "rae_mae", "rae_siglip2"]
@@ -142,65 +141,6 @@ def test_pickled_code_is_refused(golden: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="refused"):
         convert(golden / "rae_dinov2", statistics=tmp_path / "stat.pt")
     assert not (tmp_path / "ran").exists()
-
-
-def diffusers_rae(encoder_type: str) -> AutoencoderRAE:
-    """A tiny AutoencoderRAE with statistics, a 16 x 16 grid and an encoder of 64-wide heads."""
-    torch.manual_seed(0)
-    patch = 14 if encoder_type == "dinov2" else 16
-    model = AutoencoderRAE(
-        encoder_type=encoder_type, encoder_hidden_size=64, encoder_num_hidden_layers=1, encoder_patch_size=patch,
-        encoder_input_size=16 * patch, decoder_hidden_size=32, decoder_num_hidden_layers=2,
-        decoder_num_attention_heads=2, decoder_intermediate_size=48, patch_size=2, noise_tau=0.8,
-        encoder_norm_mean=[0.4, 0.5, 0.6], latents_mean=torch.randn(64, 16, 16),
-        latents_std=torch.rand(64, 16, 16) + 0.5,
-    )  # fmt: skip
-    return model.eval()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("encoder_type", ["dinov2", "mae"])
-def test_diffusers_both_ways(encoder_type: str, tmp_path: Path) -> None:
-    theirs = diffusers_rae(encoder_type)
-    ours = from_diffusers(theirs)
-    images, latents = torch.rand(1, 3, 40, 40), torch.randn(1, 64, 16, 16)
-
-    def check(one: Any, two: Any) -> None:
-        torch.testing.assert_close(one.encode(images).latent, two.encode(images).latent, atol=1e-5, rtol=0)
-        torch.testing.assert_close(one.decode(latents).sample, two.decode(latents).sample, atol=1e-5, rtol=0)
-
-    check(ours, theirs)
-    assert (ours.config.noise_tau, ours.image_size) == (0.8, 32)
-    ours.save_pretrained(tmp_path / "ours")
-    back = to_diffusers(RepresentationAutoencoder.from_pretrained(tmp_path / "ours"))
-    check(back, theirs)
-    for name, value in theirs.state_dict().items():
-        torch.testing.assert_close(back.state_dict()[name], value, atol=1e-6, rtol=0, msg=name)
-    back.save_pretrained(tmp_path / "theirs")
-    check(AutoencoderRAE.from_pretrained(tmp_path / "theirs"), theirs)
-
-
-def test_what_diffusers_cannot_hold_is_named(golden: Path) -> None:
-    with pytest.raises(UserError, match="SigLIP2"):
-        to_diffusers(convert(golden / "rae_siglip2"))
-    with pytest.raises(UserError, match="a grid of 4"):
-        to_diffusers(convert(golden / "rae_dinov2"))
-    wide_heads = VisionEncoder.from_pretrained(golden / "rae_dinov2" / "encoder", grid_size=16)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    decoder = {f"decoder_{key}": value for key, value in sizes.items()}
-    with pytest.raises(UserError, match="num_attention_heads 1, not 2"):
-        to_diffusers(RepresentationAutoencoder.from_encoder(wide_heads, decoder, image_size=32))
-    ours = from_diffusers(diffusers_rae("dinov2"))
-    ours.decoder.decoder_pos_embed.data += 0.1
-    with pytest.raises(UserError, match="learned table"):
-        to_diffusers(ours)
-
-
-def test_siglip_folders_of_diffusers_are_refused_by_name(tmp_path: Path) -> None:
-    config = {"_class_name": "AutoencoderRAE", "encoder_type": "siglip2"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"cannot build 'siglip2' with transformers 5"):
-        from_diffusers(tmp_path)
 
 
 def test_an_encoder_object_is_shared(golden: Path) -> None:
