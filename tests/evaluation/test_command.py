@@ -60,8 +60,8 @@ def test_a_set_against_itself_is_perfect(evaluate: Any, folders: tuple[str, str]
     assert (result["precision"], result["recall"]) == (1, 1)
 
 
-def test_saved_reference_statistics_give_the_same_distance(
-    evaluate: Any, folders: tuple[str, str], tmp_path: Path
+def test_saved_reference_statistics_give_the_same_distance_to_the_same_extractor_only(
+    evaluate: Any, folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples, statistics, first, second = folders[0], *(str(tmp_path / name) for name in ("s.npz", "1.json", "2.json"))
     evaluate("--samples", samples, "--reference", folders[1], "--save-reference", statistics, "--output", first)
@@ -70,6 +70,9 @@ def test_saved_reference_statistics_give_the_same_distance(
     assert results[0]["frechet_distance"] == pytest.approx(results[1]["frechet_distance"], rel=1e-9)
     assert results[1]["num_reference"] == 80 and results[1]["recall"] is None
     assert results[1]["reference"]["of"] == results[0]["reference"]
+    with pytest.raises(SystemExit):
+        evaluate("--samples", samples, "--reference", statistics, "--pooling", "cls")
+    assert "but the extractor is" in capsys.readouterr().err
 
 
 def test_the_held_out_digits_lie_near_the_training_digits(evaluate: Any, tmp_path: Path) -> None:
