@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 
 from repagen.encoders import VisionEncoder
+from repagen.errors import run_as_program
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
+from repagen.training.generator import main
 
 ENCODER = {
     "model_type": "dinov2_with_registers",
@@ -107,6 +110,23 @@ def start(config: Path, *words: str, processes: int = 1) -> subprocess.Popen[str
         stdout=subprocess.DEVNULL,
         text=True,
     )
+
+
+def fork(config: Path, *words: str) -> multiprocessing.Process:
+    """Start generator training in a child of this process, which has loaded everything already."""
+
+    def program() -> None:
+        run_as_program(main, ["--config", str(config), *words])
+
+    process = multiprocessing.get_context("fork").Process(target=program)
+    process.start()
+    return process
+
+
+def join(process: multiprocessing.Process) -> int | None:
+    """Wait for a forked program: => exit code."""
+    process.join(timeout=300)
+    return process.exitcode
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Every preset of a generator: its sizes on the meta device, and one training step with widths reduced by overrides."""
+"""Every preset of a generator: its sizes on the meta device, and one training step with reduced widths."""
 
 from __future__ import annotations
 
