@@ -25,7 +25,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         UserError: no such file, an unreadable one, one that holds code, no state dict inside, or a tensor that holds
             NaN or infinity, by name.
     """
-    content = _read(path)
+    content = read_checkpoint(path)
     for wrapper in _WRAPPERS:
         if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -43,7 +43,12 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """Read the outermost mapping of a `.safetensors` file, or of a `.pt` file with `weights_only`.
+
+    Raises:
+        UserError: no such file, an unreadable one, one that holds code, or something that is no mapping.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a .pt or .safetensors checkpoint")
     try:

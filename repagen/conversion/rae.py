@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from repagen.conversion.checkpoint_file import _read as read_checkpoint
-from repagen.conversion.checkpoint_file import read_state_dict
+from repagen.conversion.checkpoint_file import read_checkpoint, read_state_dict
 from repagen.encoders import VisionEncoder
 from repagen.encoders.files import read_json
 from repagen.encoders.vision import check_image_size

@@ -131,7 +131,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
 
     def __init__(self, dim: int, heads: int, bias: bool = True, qk_norm: QKNorm | None = None) -> None:
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise UserError(f"attention: the width {dim} is not a multiple of the number of heads {heads}")
         self.heads = heads
         self.head_dim = dim // heads
