@@ -547,14 +547,25 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
             model._folder = encoder_storage.folder_of(pretrained_model_name_or_path, **kwargs)
         return (model, report) if with_report else model
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, include_encoder: bool | None = None, **kwargs: Any
+    def save_pretrained(  # the parameters by name: pipelines read them from the signature
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        *,
+        include_encoder: bool | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Save decoder, statistics and the encoder or a reference to it; see `ModelMixin.save_pretrained`.
+        """Save decoder, statistics and the encoder or a reference to it.
 
         Args:
             save_directory: the folder.
-            args, kwargs: of `ModelMixin.save_pretrained`.
+            is_main_process, save_function, safe_serialization, variant, max_shard_size, push_to_hub, kwargs: see
+                `ModelMixin.save_pretrained`.
             include_encoder: save the encoder's weights too (sub-folder `encoder`), or only where they come from. By
                 default they are saved if their licence allows it or they come from nowhere (random weights); an
                 encoder that has not been loaded is saved as it was found.
@@ -567,8 +578,17 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
         if self.config.encoder is not None:
             facts = encoder_storage.saved_facts(self.config, encoder, stored)
             self.register_to_config(**facts)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if stored and kwargs.get("is_main_process", True):
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory,
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
+        if stored and is_main_process:
             encoder_storage.save_encoder(encoder, Path(save_directory))
 
     def to_json_string(self) -> str:

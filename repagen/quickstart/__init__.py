@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from repagen.data import DataConfig, digits_encoder_path, open_dataset
-from repagen.data.digits import digits_to_images, load_digits
+from repagen.data import DataConfig, digits_encoder_path
+from repagen.data.digits import DigitsDataset, digits_to_images, load_digits
 from repagen.encoders import VisionEncoder
 from repagen.evaluation.features import EncoderExtractor
 from repagen.evaluation.generation import GenerationResult, evaluate_generation
@@ -138,8 +138,7 @@ def train_digits(
     clock.begin("cache", "cache: latents and alignment targets of the training digits")
     autoencoder = RepresentationAutoencoder.from_pretrained(autoencoder_folder)
     encoder = VisionEncoder.from_pretrained(digits_encoder_path())
-    digits = open_dataset(config.data)
-    cache_latents(autoencoder, digits, output / "latents", encoders=[encoder])
+    cache_latents(autoencoder, DigitsDataset(config.data), output / "latents", encoders=[encoder])
     clock.begin("generator", "generator: train a DiT^DH on the latents, aligned with the encoder (REPA)")
     sources = (f"autoencoder.path={autoencoder_folder}", "data.kind=latents", f"data.path={output / 'latents'}")
     return generator.train(
@@ -166,7 +165,7 @@ def judge_digits(
 
     clock.begin("evaluation", "evaluation: an independent classifier, Frechet distance, recall, nearest neighbours")
     extractor = EncoderExtractor(VisionEncoder.from_pretrained(digits_encoder_path()))
-    reference = DatasetImages(open_dataset(DataConfig(kind="digits", image_size=32)))
+    reference = DatasetImages(DigitsDataset(DataConfig(kind="digits", image_size=32)))
     result = evaluate_generation(NpzImages(output / "samples.npz"), reference, extractor)
     train_x, train_y = _pictures("train")
     held_x, held_y = _pictures("validation")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -26,7 +26,7 @@ def save_sample_grid(images: Sequence[Image.Image], path: Path, *, columns: int,
     make_image_grid(enlarged, rows=len(enlarged) // columns, cols=columns).save(path)
 
 
-def save_loss_plot(curves: dict[str, tuple[Path, Sequence[str]]], path: Path) -> None:
+def save_loss_plot(curves: Mapping[str, tuple[Path, Sequence[str]]], path: Path) -> None:
     """Plot columns of training logs over optimiser steps, one panel a run.
 
     Args:
