@@ -77,6 +77,13 @@ def test_fewer_samples_than_features_are_exact(counts: tuple[int, int]) -> None:
     assert frechet_distance(*map(statistics_of, high)) == pytest.approx(inside, rel=1e-8)
 
 
+def test_the_statistics_of_few_samples_know_their_rank() -> None:
+    """The zero eigenvalues of a singular covariance come out as 1e-16; by their roots they would cost 1e-8 each."""
+    few, many = torch.randn(20, 256, dtype=torch.float64), torch.randn(600, 256, dtype=torch.float64)
+    exact = frechet_distance(few, many)
+    assert frechet_distance(statistics_of(few), statistics_of(many)) == pytest.approx(exact, rel=1e-11)
+
+
 def test_features_and_their_statistics_agree() -> None:
     a, b = torch.randn(500, 16), torch.randn(400, 16) * 2
     assert frechet_distance(a, statistics_of(b)) == pytest.approx(frechet_distance(a, b), rel=1e-12)
