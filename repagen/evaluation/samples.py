@@ -211,9 +211,9 @@ class DatasetImages(ImageSource):
     def protocol(self) -> dict[str, Any]:
         """Kind, where the images are, and how they are cropped."""
         config = self.dataset.config
-        source = {"kind": config.kind, "path": config.path, "split": config.split, "subset": config.subset}
-        crop = {"image_size": config.image_size, "crop": config.crop}
-        return {name: value for name, value in {**source, **crop}.items() if value is not None}
+        part = {"digits": {"subset": config.subset}, "datasets": {"path": config.path, "split": config.split}}
+        source = part.get(config.kind, {"path": config.path})
+        return {"kind": config.kind, **source, "image_size": config.image_size, "crop": config.crop}
 
 
 class PipelineImages(ImageSource):

@@ -172,7 +172,6 @@ def test_the_bundled_digits_are_opened_by_their_settings() -> None:
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     assert source.protocol == {
         "kind": "digits",
-        "split": "train",
         "subset": "validation",
         "image_size": 32,
         "crop": "center",
