@@ -211,8 +211,11 @@ class DatasetImages(ImageSource):
     def protocol(self) -> dict[str, Any]:
         """Kind, where the images are, and how they are cropped."""
         config = self.dataset.config
-        part = {"digits": {"subset": config.subset}, "datasets": {"path": config.path, "split": config.split}}
-        source = part.get(config.kind, {"path": config.path})
+        source = {"path": config.path}
+        if config.kind == "digits":
+            source = {"subset": config.subset}
+        elif config.kind == "datasets":
+            source |= {"split": config.split, "revision": config.revision}
         return {"kind": config.kind, **source, "image_size": config.image_size, "crop": config.crop}
 
 
