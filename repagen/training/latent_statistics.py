@@ -8,6 +8,7 @@ or process count beyond the rounding of the encoder itself.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from repagen.training.checkpoint import sync_file, sync_folder
 from repagen.training.latent_identity import process_group, refuse_non_finite
 
 _STRETCHES = 64
+_METADATA_KEY = "repagen_statistics"
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,11 @@ class LatentStatistics:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file with `mean`, `var` and the rest as metadata, whole or not at all."""
-        facts = {"images": str(self.images), "encoder": self.encoder, "dataset": self.dataset}
+        # One key: safetensors writes several in an order that changes from run to run.
+        facts = json.dumps({"images": self.images, "encoder": self.encoder, "dataset": self.dataset})
         temporary = path.with_name(f".tmp-{path.name}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"mean": self.mean, "var": self.variance}, temporary, metadata=facts)
+        save_file({"mean": self.mean, "var": self.variance}, temporary, metadata={_METADATA_KEY: facts})
         sync_file(temporary)
         temporary.rename(path)
         sync_folder(path.parent)
@@ -89,9 +92,9 @@ class LatentStatistics:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-                images, encoder, dataset = int(facts["images"]), facts["encoder"], facts["dataset"]
-                return cls(file.get_tensor("mean"), file.get_tensor("var"), images, encoder, dataset)
+                facts = json.loads((file.metadata() or {})[_METADATA_KEY])
+                identity = facts["images"], facts["encoder"], facts["dataset"]
+                return cls(file.get_tensor("mean"), file.get_tensor("var"), *identity)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path}: no statistics of `repagen stats` ({error}); run it again") from error
 
