@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,16 @@ class FrozenParts:
         self.autoencoder = autoencoder.requires_grad_(False).to(run.device)
         self.latent_shape = latent_shape(self.autoencoder, config.data.image_size)
         self.encoders: list[VisionEncoder] = []
-        self.fingerprints: dict[str, Any] = {"autoencoder": describe_autoencoder(self.autoencoder)}
+        self.fingerprints: dict[str, Any] = {"autoencoder": _without_name(describe_autoencoder(self.autoencoder))}
         grid = token_grid(self.latent_shape, config.transformer.patch_size)
         targets = config.alignment.targets
         if isinstance(dataset, LatentShards):
-            dataset.require(self.fingerprints["autoencoder"])
+            dataset.require(describe_autoencoder(self.autoencoder))
             self.target_dims = _cached_target_dims(dataset, targets)
         else:
             self.encoders = [load_target_encoder(target, grid).to(run.device) for target in targets]
             self.target_dims = [encoder.hidden_size for encoder in self.encoders]
-            self.fingerprints["alignment encoders"] = [describe_encoder(encoder) for encoder in self.encoders]
+            self.fingerprints["alignment encoders"] = [_without_name(describe_encoder(e)) for e in self.encoders]
 
     @torch.no_grad()
     def latents(self, batch: Batch) -> torch.Tensor:
@@ -104,13 +104,26 @@ def token_grid(latent_shape: tuple[int, int, int], patch_size: int) -> tuple[int
     return height // patch_size, width // patch_size
 
 
+def _without_name(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a model wherever it lies."""
+    return {key: value for key, value in description.items() if key != "name"}
+
+
+def _same_encoder(cached: Mapping[str, Any], name: str) -> bool:
+    """Whether a cache's encoder is the one a configuration names; a bundled one lies elsewhere on every machine."""
+    if name in BUNDLED_ENCODERS:
+        return cached["weights"] == VisionEncoder.from_pretrained(encoder_source(name)).fingerprint()
+    return cached["name"] == name
+
+
 def _cached_target_dims(shards: LatentShards, targets: Sequence[AlignmentTargetConfig]) -> list[int]:
     """Token width of each cached alignment encoder; the cache must hold those that the configuration names."""
     if not targets:
         return []
     cached = [encoder["name"] for encoder in shards.manifest["encoders"]]
-    named = [encoder_source(target.encoder) for target in targets]
-    if cached != named:
+    named = [target.encoder for target in targets]
+    found = [_same_encoder(*pair) for pair in zip(shards.manifest["encoders"], named, strict=False)]
+    if len(cached) != len(named) or not all(found):
         raise UserError(
             f"alignment.targets: the cached latents hold the tokens of {cached or 'no encoder'}, the configuration "
             f"names {named}; run `repagen cache` again with those encoders, or change alignment.targets"

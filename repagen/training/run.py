@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -66,6 +67,8 @@ _MAY_CHANGE = (
     "progress_bar",
     "recipe",
 )
+# Where data and frozen models lie; the facts that the program compares say whether they are the same.
+_PLACES = re.compile(r"data\.path|autoencoder\.(path|subfolder|revision)|alignment\.targets\.\d+\.(encoder|revision)")
 
 
 class Savable(Protocol):
@@ -255,7 +258,7 @@ class Run:
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) == new.get(key):
                 continue
-            if key.split(".")[0] not in _MAY_CHANGE:
+            if key.split(".")[0] not in _MAY_CHANGE and not _PLACES.fullmatch(key):
                 raise UserError(
                     f"{key}: {old.get(key)!r} in {checkpoint.path} but {new.get(key)!r} now; a run cannot continue "
                     "with it changed: set it back, or choose another output_dir"

@@ -247,6 +247,12 @@ def test_another_autoencoder_of_the_same_name_is_refused(parts: Path, tmp_path: 
         shutil.copytree(tmp_path / "kept", parts / "rae", dirs_exist_ok=True)
 
 
+def test_moved_data_and_models_are_the_same(parts: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    shutil.copytree(parts, tmp_path / "moved")
+    continue_with(tmp_path / "moved", uninterrupted, tmp_path, "max_steps=7")
+    assert rows(tmp_path / "run")[:6] == rows(uninterrupted)
+
+
 def test_resume_never_refuses_a_used_folder(parts: Path, tmp_path: Path, uninterrupted: Path) -> None:
     with pytest.raises(UserError, match="already holds checkpoints"):
         continue_with(parts, uninterrupted, tmp_path, "resume=never")
