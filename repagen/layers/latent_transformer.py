@@ -140,7 +140,7 @@ class LatentTransformerMixin(AttentionBackendMixin):
         self, blocks: nn.ModuleList, tokens: torch.Tensor, conditioning: torch.Tensor, rope: RotaryTable | None = None
     ) -> torch.Tensor:
         """Pass tokens (B, N, D) float32 through blocks, under gradient checkpointing where it is on."""
-        cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+        cos, sin = (None, None) if rope is None else rope()
         for block in blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning, cos, sin)

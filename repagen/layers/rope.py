@@ -58,3 +58,7 @@ class RotaryTable(nn.Module):
         cos, sin = rotary_table(grid, head_dim)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of cos and sin; asked for by a call, so that offloading hooks bring the tables along."""
+        return self.cos.clone(), self.sin.clone()

@@ -74,6 +74,23 @@ class _Projected(nn.Module):
         return self.dense(hidden_states)
 
 
+class _LatentStatistics(nn.Module):
+    """Mean and standard deviation of raw latents; a module, so that offloading hooks bring them along for `decode`."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
+
+    def forward(self, latents: torch.Tensor, undo: bool = False) -> torch.Tensor:
+        """Standardise latents (B, C, h, w), or undo it; float32."""
+        mean, std = self.mean.float(), self.std.float()
+        return latents.float() * std + mean if undo else (latents.float() - mean) / std
+
+
 class RepresentationDecoderBlock(nn.Module):
     """Pre-norm ViT block of MAE: x += Attention(LN(x)); x += MLP(LN(x)). The residual stream is float32.
 
@@ -205,8 +222,6 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
     """
 
     config: Any
-    latents_mean: torch.Tensor
-    latents_std: torch.Tensor
     gradient_checkpointing: bool
     _gradient_checkpointing_func: Any
     _encoder: Any
@@ -214,11 +229,13 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["RepresentationDecoderBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["RepresentationDecoderBlock"]
+    # `decode` calls these without the model's own forward, on which group offloading would wait.
+    _group_offload_block_modules: ClassVar[list[str]] = ["latent_statistics", "decoder"]
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
-        "decoder_embed", "decoder_pos_embed", "trainable_cls_token", "norm", "latents_",
+        "decoder_embed", "decoder_pos_embed", "trainable_cls_token", "norm", "latent_statistics",
     ]  # fmt: skip
     _keep_in_fp32_modules: ClassVar[list[str]] = [
-        "decoder_pos_embed", "layernorm_before", "layernorm_after", "decoder_norm", "latents_mean", "latents_std",
+        "decoder_pos_embed", "layernorm_before", "layernorm_after", "decoder_norm", "latent_statistics",
     ]  # fmt: skip
 
     @register_to_config
@@ -265,8 +282,7 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
             decoder_intermediate_size,
         )
         shape = (latent_channels, latent_size, latent_size)
-        self.register_buffer("latents_mean", torch.zeros(shape))
-        self.register_buffer("latents_std", torch.ones(shape))
+        self.latent_statistics = _LatentStatistics(shape)
         self.use_slicing = False
         self.gradient_checkpointing = False
         # Outside the module tree on purpose; see the class docstring.
@@ -364,6 +380,16 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
         from repagen.models.diffusers_rae import to_diffusers
 
         return to_diffusers(self)
+
+    @property
+    def latents_mean(self) -> torch.Tensor:
+        """Mean of the raw latents, (C, h, w)."""
+        return self.latent_statistics.mean
+
+    @property
+    def latents_std(self) -> torch.Tensor:
+        """Standard deviation of the raw latents, (C, h, w)."""
+        return self.latent_statistics.std
 
     @property
     def image_size(self) -> int:
@@ -566,8 +592,8 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
             save_directory: the folder.
             is_main_process, save_function, safe_serialization, variant, max_shard_size, push_to_hub, kwargs: see
                 `ModelMixin.save_pretrained`.
-            include_encoder: save the encoder's weights too (sub-folder `encoder`), or only where they come from. By
-                default they are saved if their licence allows it or they come from nowhere (random weights); an
+            include_encoder: save the encoder's weights too (sub-folder `encoder.frozen`), or only where they come from.
+                By default they are saved if their licence allows it or they come from nowhere (random weights); an
                 encoder that has not been loaded is saved as it was found.
 
         Raises:
@@ -578,6 +604,8 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
         if self.config.encoder is not None:
             facts = encoder_storage.saved_facts(self.config, encoder, stored)
             self.register_to_config(**facts)
+        if stored and is_main_process:  # first, since the rest may upload the folder
+            encoder_storage.save_encoder(encoder, Path(save_directory))
         super().save_pretrained(  # type: ignore[misc]
             save_directory,
             is_main_process=is_main_process,
@@ -588,8 +616,6 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
             push_to_hub=push_to_hub,
             **kwargs,
         )
-        if stored and is_main_process:
-            encoder_storage.save_encoder(encoder, Path(save_directory))
 
     def to_json_string(self) -> str:
         """Return the config as JSON, without the path it was loaded from."""
@@ -604,10 +630,10 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
         return self
 
     def _standardise(self, raw: torch.Tensor) -> torch.Tensor:
-        return ((raw - self.latents_mean.float()) / self.latents_std.float()).to(self.dtype)
+        return self.latent_statistics(raw).to(self.dtype)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        raw = latents.float() * self.latents_std.float() + self.latents_mean.float()
+        raw = self.latent_statistics(latents, undo=True)
         checkpointed = torch.is_grad_enabled() and self.gradient_checkpointing
         run = self._gradient_checkpointing_func if checkpointed else None
         patches = self.decoder(raw.flatten(2).transpose(1, 2).to(self.dtype), run)

@@ -17,7 +17,7 @@ from repagen.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SUBFOLDER = "encoder"
+SUBFOLDER = "encoder.frozen"  # diffusers splits the names in a component's folder at their dots
 
 
 def load_encoder(config: Any, folder: Path | None) -> VisionEncoder:

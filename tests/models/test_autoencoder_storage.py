@@ -45,7 +45,7 @@ def test_decoding_touches_no_encoder(tmp_path: Path, request: pytest.FixtureRequ
     model = tiny_autoencoder()
     expected = model.decode(torch.ones(1, 32, 4, 4)).sample
     model.save_pretrained(tmp_path)
-    shutil.rmtree(tmp_path / "encoder")
+    shutil.rmtree(tmp_path / "encoder.frozen")
     request.getfixturevalue("no_encoder")
     loaded = RepresentationAutoencoder.from_pretrained(tmp_path)
     assert torch.equal(loaded.to("cpu").decode(torch.ones(1, 32, 4, 4)).sample, expected)
@@ -69,7 +69,7 @@ def test_a_free_encoder_goes_inside_and_travels(golden: Path, tmp_path: Path, im
     model.save_pretrained(tmp_path / "first")
     config = json.loads((tmp_path / "first" / "config.json").read_text())
     assert config["encoder_stored"] and config["encoder"]["name_or_path"] is None
-    assert sorted(path.name for path in (tmp_path / "first" / "encoder").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "first" / "encoder.frozen").iterdir()) == [
         "config.json", "model.frozen.safetensors", "preprocessor_config.json",
     ]  # fmt: skip
     shutil.move(tmp_path / "first", tmp_path / "moved")
@@ -77,9 +77,9 @@ def test_a_free_encoder_goes_inside_and_travels(golden: Path, tmp_path: Path, im
     assert torch.equal(moved.encode(images).latent, model.encode(images).latent)
     # Saved again without ever encoding, the encoder goes along.
     RepresentationAutoencoder.from_pretrained(tmp_path / "moved").save_pretrained(tmp_path / "second")
-    assert (tmp_path / "second" / "encoder" / "model.frozen.safetensors").is_file()
+    assert (tmp_path / "second" / "encoder.frozen" / "model.frozen.safetensors").is_file()
     # The sub-folder is an ordinary encoder folder.
-    alone = VisionEncoder.from_pretrained(tmp_path / "second" / "encoder", image_size=56)
+    alone = VisionEncoder.from_pretrained(tmp_path / "second" / "encoder.frozen", image_size=56)
     assert alone.fingerprint() == model.encoder.fingerprint()
 
 
@@ -90,7 +90,7 @@ def test_a_restricted_encoder_is_a_reference(
     with caplog.at_level(logging.WARNING, logger="repagen"):
         model.save_pretrained(tmp_path / "reference")
     assert "reference to the local folder" in caplog.text
-    assert not (tmp_path / "reference" / "encoder").exists()
+    assert not (tmp_path / "reference" / "encoder.frozen").exists()
     loaded = RepresentationAutoencoder.from_pretrained(tmp_path / "reference")
     assert torch.equal(loaded.encode(images).latent, model.encode(images).latent)
     model.save_pretrained(tmp_path / "inside", include_encoder=True)
@@ -142,7 +142,7 @@ def test_an_encoder_offline_is_one_line(golden: Path, tmp_path: Path, images: to
 
 def test_another_encoder_is_refused(golden: Path, tmp_path: Path, images: torch.Tensor) -> None:
     make(golden).save_pretrained(tmp_path)
-    weights = tmp_path / "encoder" / "model.frozen.safetensors"
+    weights = tmp_path / "encoder.frozen" / "model.frozen.safetensors"
     state = load_file(weights)
     state["layernorm.weight"] += 1
     save_file(state, weights, metadata={"format": "pt"})
@@ -155,8 +155,8 @@ def test_another_encoder_is_refused(golden: Path, tmp_path: Path, images: torch.
 
 def test_a_stored_encoder_that_is_gone_is_named(golden: Path, tmp_path: Path, images: torch.Tensor) -> None:
     make(golden).save_pretrained(tmp_path)
-    shutil.rmtree(tmp_path / "encoder")
-    with pytest.raises(UserError, match=r"encoder: no model\.safetensors"):
+    shutil.rmtree(tmp_path / "encoder.frozen")
+    with pytest.raises(UserError, match=r"encoder\.frozen: no model\.safetensors"):
         RepresentationAutoencoder.from_pretrained(tmp_path).encode(images)
 
 
@@ -174,12 +174,12 @@ def test_from_the_hub_the_encoder_comes_on_encode(
     assert set(downloaded) == {"vae/diffusion_pytorch_model.safetensors"}
 
     snapshot = tmp_path / "hub" / "models--org--pipe" / "snapshots" / "0123456789abcdef"
-    shutil.copytree(tmp_path / "saved" / "vae", snapshot / "vae", ignore=shutil.ignore_patterns("encoder"))
+    shutil.copytree(tmp_path / "saved" / "vae", snapshot / "vae", ignore=shutil.ignore_patterns("encoder.frozen"))
     asked: list[Any] = []
 
     def stand_in(repo_id: str, **options: Any) -> str:
         asked.append((repo_id, options["revision"], options["allow_patterns"], options["cache_dir"]))
-        shutil.copytree(tmp_path / "saved" / "vae" / "encoder", snapshot / "vae" / "encoder")
+        shutil.copytree(tmp_path / "saved" / "vae" / "encoder.frozen", snapshot / "vae" / "encoder.frozen")
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
@@ -187,16 +187,18 @@ def test_from_the_hub_the_encoder_comes_on_encode(
     loaded.decode(torch.zeros(1, 64, 4, 4))
     assert asked == []
     assert torch.equal(loaded.encode(images).latent, model.encode(images).latent)
-    assert asked == [("org/pipe", "0123456789abcdef", ["vae/encoder/*"], tmp_path / "hub")]
+    assert asked == [("org/pipe", "0123456789abcdef", ["vae/encoder.frozen/*"], tmp_path / "hub")]
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
     tiny_autoencoder().save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
-    del state["latents_std"]
+    del state["latent_statistics.std"]
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="1 tensors of the autoencoder are missing, the first is latents_std"):
+    with pytest.raises(
+        UserError, match=r"1 tensors of the autoencoder are missing, the first is latent_statistics\.std"
+    ):
         RepresentationAutoencoder.from_pretrained(tmp_path)
 
 

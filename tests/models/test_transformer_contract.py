@@ -164,6 +164,17 @@ def test_group_offload(case: Case, options: dict[str, Any]) -> None:
     assert torch.equal(output(model, case), expected)
 
 
+@pytest.mark.parametrize(
+    "options", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}], ids=["leaf", "block"]
+)
+def test_group_offload_to_disk(case: Case, options: dict[str, Any], tmp_path: Path) -> None:
+    # What a hook does not bring back from the disk is garbage, which offloading to memory would not show on a CPU.
+    expected = output(build(case), case)
+    model = build(case)
+    model.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path), **options)
+    assert torch.equal(output(model, case), expected)
+
+
 def test_compiles_whole_without_graph_breaks(case: Case) -> None:
     model = build(case)
     expected = output(model, case)
