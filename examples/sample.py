@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers.utils import make_image_grid
 
 import repagen
+from repagen.pipelines.grid import save_image_grid
 from repagen.quickstart import train_digits
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,6 +36,5 @@ images = pipe(
     guidance_interval=(0.1, 1.0),  # t = 0 is data, t = 1 is noise; outside it no null pass is made
     generator=[torch.Generator().manual_seed(seed) for seed in range(len(names))],
 ).images
-args.output.mkdir(parents=True, exist_ok=True)
-make_image_grid(images, rows=1, cols=len(images)).save(args.output / "grid.png")
+save_image_grid(images, args.output / "grid.png", columns=len(images))
 print(f"{', '.join(names)}: {args.output / 'grid.png'}")

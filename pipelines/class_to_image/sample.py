@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repagen.errors import run_as_program
-from repagen.pipelines.sample_command import add_sampling_arguments, sample_images, save_grid
+from repagen.pipelines.grid import save_image_grid
+from repagen.pipelines.sample_command import add_sampling_arguments, sample_images
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     add_sampling_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("grid.png"), metavar="PNG", help="default: grid.png")
     args = parser.parse_args(arguments)
-    save_grid(list(sample_images(args)), args.output)
+    save_image_grid(list(sample_images(args)), args.output)
     print(f"wrote {args.output}")
 
 

@@ -592,9 +592,9 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
             save_directory: the folder.
             is_main_process, save_function, safe_serialization, variant, max_shard_size, push_to_hub, kwargs: see
                 `ModelMixin.save_pretrained`.
-            include_encoder: save the encoder's weights too (sub-folder `encoder.frozen`), or only where they come from.
-                By default they are saved if their licence allows it or they come from nowhere (random weights); an
-                encoder that has not been loaded is saved as it was found.
+            include_encoder: save the encoder's weights too (sub-folder `encoder.frozen`), or only where they come
+                from. By default they are saved if their licence allows it or they come from nowhere (random
+                weights); an encoder that has not been loaded is saved as it was found.
 
         Raises:
             UserError: if the encoder shall be saved and cannot be loaded, or is closed and without a Hub id.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 from repagen.errors import UserError
+from repagen.pipelines.grid import save_image_grid
 from repagen.randomness import generator_for
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `repagen sample`."""
     add_sampling_arguments(parser)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder for PNGs and grid.png")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="new folder for images/*.png and grid.png"
+    )
 
 
 def run(args: argparse.Namespace) -> str:
@@ -59,12 +61,14 @@ def run(args: argparse.Namespace) -> str:
         raise UserError(f"--output {args.output} exists and is no empty folder; name a new one")
     images = sample_images(args)
     first = list(islice(images, _GRID_IMAGES))
-    save_grid(first, args.output / "grid.png")
+    save_image_grid(first, args.output / "grid.png")
+    folder = args.output / "images"
+    folder.mkdir()
     count = 0
     for image in (*first, *images):
-        image.save(args.output / f"{count:06d}.png")
+        image.save(folder / f"{count:06d}.png")
         count += 1
-    return f"{count} images and grid.png are in {args.output}"
+    return f"{count} images are in {folder}, the first of them together in {args.output / 'grid.png'}"
 
 
 def sample_images(args: argparse.Namespace) -> Iterator[Image.Image]:
@@ -128,18 +132,6 @@ def choose_labels(
         return [None] * (number or 16)
     choices: list[int | str] = [_label(pipe, word) for word in words] if words else list(range(num_classes))
     return [choices[index % len(choices)] for index in range(number or len(choices))]
-
-
-def save_grid(images: Sequence[Image.Image], path: Path) -> None:
-    """Write equally sized images as one PNG, about as many rows as columns, row by row; missing ones are black."""
-    from diffusers.utils import make_image_grid
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    missing = [Image.new("RGB", images[0].size)] * (rows * columns - len(images))
-    make_image_grid([*images, *missing], rows=rows, cols=columns).save(path)
 
 
 def _class_name(model: str) -> str:

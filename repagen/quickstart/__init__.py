@@ -29,7 +29,8 @@ from repagen.evaluation.generation import GenerationResult, evaluate_generation
 from repagen.evaluation.samples import DatasetImages, NpzImages, PipelineImages
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
-from repagen.quickstart.figures import save_loss_plot, save_sample_grid
+from repagen.pipelines.grid import save_image_grid
+from repagen.quickstart.figures import save_loss_plot
 from repagen.quickstart.judge import agreement, nearest_distance, to_small, train_digit_classifier
 from repagen.training import decoder, generator
 from repagen.training.config import load_config
@@ -156,7 +157,7 @@ def judge_digits(
     samples, labels = _draw(drawn), torch.arange(NUM_SAMPLES) % 10
     np.savez(output / "samples.npz", arr_0=samples.permute(0, 2, 3, 1).numpy())
     shown = [Image.fromarray(samples[i].permute(1, 2, 0).numpy()) for i in labels[:100].argsort(stable=True)]
-    save_sample_grid(shown, output / "samples.png", columns=_GRID_COLUMNS)
+    save_image_grid(shown, output / "samples.png", columns=_GRID_COLUMNS, enlarge=2)
     curves = {
         "decoder": (output / "decoder" / "metrics.jsonl", ["l1"]),
         "generator": (output / "generator" / "metrics.jsonl", ["loss_flow", "loss_alignment"]),

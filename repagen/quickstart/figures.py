@@ -1,29 +1,10 @@
-"""The pictures a quickstart leaves behind: a grid of samples and the curves of both trainings."""
+"""Curves of training runs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from PIL import Image
-
-
-def save_sample_grid(images: Sequence[Image.Image], path: Path, *, columns: int, enlarge: int = 2) -> None:
-    """Write equally sized images as one PNG, row by row.
-
-    Args:
-        images: a multiple of `columns` pictures.
-        path: the PNG to write.
-        columns: pictures a row.
-        enlarge: integer factor by which each pixel is repeated.
-    """
-    from diffusers.utils import make_image_grid
-
-    enlarged = [
-        image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST) for image in images
-    ]
-    make_image_grid(enlarged, rows=len(enlarged) // columns, cols=columns).save(path)
 
 
 def save_loss_plot(curves: Mapping[str, tuple[Path, Sequence[str]]], path: Path) -> None:

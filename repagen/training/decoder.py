@@ -18,6 +18,7 @@ import torch
 from repagen.data import SampleDataset, open_dataset
 from repagen.errors import UserError, run_as_program
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
+from repagen.pipelines.grid import save_image_grid
 from repagen.training.checkpoint import replace_folder
 from repagen.training.decoder_config import DecoderConfig, ReconstructionConfig, TrainedAutoencoderConfig
 from repagen.training.decoder_step import DecoderStep
@@ -28,7 +29,6 @@ from repagen.training.latent_identity import describe_encoder
 from repagen.training.latent_statistics import compute_latent_statistics
 from repagen.training.launch import program_main
 from repagen.training.perceptual import PerceptualDistance
-from repagen.training.release import save_grid
 from repagen.training.run import Run, open_run
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def write_reconstructions(
     images = torch.stack(chosen).to(run.device)
     with run.autocast():
         reconstructions = autoencoder.decode(autoencoder.raw_latents(images)).sample.float()
-    save_grid(torch.cat([images, reconstructions], dim=2), path)
+    save_image_grid(torch.cat([images, reconstructions], dim=2), path)
 
 
 def release(config: DecoderConfig, run: Run, autoencoder: RepresentationAutoencoder, dataset: Any) -> Path:

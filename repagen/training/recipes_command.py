@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """List the presets, or print one."""
     if args.name:
-        return (importlib.resources.files("repagen.configs") / f"{args.name}.yaml").read_text(encoding="utf-8").rstrip()
+        return (
+            (importlib.resources.files("repagen.configs") / f"{args.name}.yaml").read_text(encoding="utf-8").rstrip()
+        )
     return "\n\n".join(_describe(name) for name in preset_names())
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from repagen.data import SampleDataset
 from repagen.pipelines.class_to_image import ClassToImagePipeline
+from repagen.pipelines.grid import save_image_grid
 from repagen.randomness import generator_for
 from repagen.schedulers.presets import sampler_preset
 from repagen.training.checkpoint import replace_folder
@@ -60,18 +58,7 @@ def write_sample_grid(config: GeneratorConfig, pipeline: Any, num_classes: int, 
         output_type="pt",
         **steps,
     ).images
-    save_grid(images, path)
-
-
-def save_grid(images: torch.Tensor | Sequence[torch.Tensor], path: Path) -> None:
-    """Write images (B, 3, H, W) in [0, 1] as one PNG, in as square a grid as their number allows."""
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
-
-    stacked = torch.stack(list(images)).float().cpu()
-    columns = min(len(stacked), max(1, round(len(stacked) ** 0.5)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(make_grid(stacked.clamp(0, 1), nrow=columns, padding=2)).save(path)
+    save_image_grid(images, path)
 
 
 def write_release(pipeline: Any, folder: Path) -> Path:
