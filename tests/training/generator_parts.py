@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,11 @@ def start(config: Path, *words: str, processes: int = 1) -> subprocess.Popen[str
     )
 
 
-def fork(config: Path, *words: str) -> multiprocessing.Process:
-    """Start generator training in a child of this process, which has loaded everything already."""
+def fork(config: Path, *words: str, prepare: Callable[[], None] = lambda: None) -> multiprocessing.Process:
+    """Start generator training, after `prepare`, in a child of this process, which has loaded everything already."""
 
     def program() -> None:
+        prepare()
         run_as_program(main, ["--config", str(config), *words])
 
     process = multiprocessing.get_context("fork").Process(target=program)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,14 @@ def test_accumulation_equals_the_large_batch(
 def test_gradient_checkpointing_changes_nothing(parts: Path, tmp_path: Path, uninterrupted: Path) -> None:
     checkpointed = run(parts, tmp_path, "gradient_checkpointing=true")
     assert torch.allclose(losses(checkpointed), losses(uninterrupted), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")  # dynamo
+@pytest.mark.parametrize("words", [[], ["gradient_checkpointing=true"]])
+def test_compiled_blocks_change_nothing(parts: Path, tmp_path: Path, uninterrupted: Path, words: list[str]) -> None:
+    compiled = run(parts, tmp_path, "compile=true", *words)
+    assert torch.allclose(losses(compiled), losses(uninterrupted), atol=1e-5, rtol=1e-5)
 
 
 def test_bf16_stays_near_fp32_and_saves_fp32(parts: Path, tmp_path: Path, uninterrupted: Path) -> None:
@@ -402,50 +411,51 @@ def test_run_killed_again_and_again_ends_with_the_same_rows_and_bytes(parts: Pat
     kill_test(parts, tmp_path, 400, (torch.rand(12, generator=generator) * 1.5).tolist())
 
 
-KILLED_WRITE = """
-import os, sys
-from pathlib import Path
-points, target = 0, int(sys.argv[1])
-def point():
-    global points
-    points += 1
-    if points == target:
-        os._exit(9)
-for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "chmod"), (Path, "write_text"),
-                    (os, "truncate"), (os, "rmdir"), (os, "unlink")):
-    def wrap(function):
-        def wrapped(*arguments, **options):
+def die_at(target: int, count: Path) -> None:
+    """End this process like a kill at file operation number `target`, before (odd) or after it; write their count."""
+    points = 0
+
+    def point() -> None:
+        nonlocal points
+        points += 1
+        if points == target:
+            os._exit(9)
+        os.write(descriptor, b".")
+
+    def watched(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             point()
             result = function(*arguments, **options)
             point()
             return result
-        return wrapped
-    setattr(owner, name, wrap(getattr(owner, name)))
-from repagen.errors import run_as_program
-from repagen.training.generator import main
-run_as_program(main, sys.argv[2:])
-print(points)
-"""
+
+        return call
+
+    descriptor = os.open(count, os.O_CREAT | os.O_WRONLY)
+    for owner, name in FILE_OPERATIONS:
+        setattr(owner, name, watched(getattr(owner, name)))
+
+
+FILE_OPERATIONS = [
+    *((os, name) for name in ("fsync", "truncate", "rmdir", "unlink")),
+    *((Path, name) for name in ("rename", "mkdir", "chmod", "write_text")),
+]
 
 
 @pytest.mark.slow
 def test_killed_before_and_after_every_file_operation(parts: Path, tmp_path: Path, uninterrupted: Path) -> None:
-    import subprocess
-    import sys
-
-    def attempt(target: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    def attempt(folder: Path, target: int) -> int | None:
+        folder.mkdir(exist_ok=True)
         config = write_settings(settings(parts, folder / "run"), folder / "config.yaml")
-        words = [sys.executable, "-c", KILLED_WRITE, str(target), "--config", str(config)]
-        return subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return join(fork(config, prepare=partial(die_at, target, folder / "count")))
 
-    (tmp_path / "count").mkdir()
-    total = int(attempt(-1, tmp_path / "count").stdout)
-    assert total > 40
-    for target in range(1, total + 1, 5):
+    assert attempt(tmp_path / "count", -1) == 0
+    total = (tmp_path / "count" / "count").stat().st_size
+    assert total > 100
+    for target in range(1, total + 1, 2):
         folder = tmp_path / str(target)
-        folder.mkdir()
-        assert attempt(target, folder).returncode == 9
-        assert attempt(-1, folder).returncode == 0, target
+        assert attempt(folder, target) == 9
+        assert attempt(folder, -1) == 0, target
         assert rows(folder / "run") == rows(uninterrupted), target
         assert final_bytes(folder / "run") == final_bytes(uninterrupted), target
 
