@@ -46,7 +46,7 @@ SIT = [
     "transformer.architecture=sit",
     "transformer.patch_size=2",
     "transformer.prediction=velocity",
-    "transformer.overrides={hidden_size: 128, num_layers: 4, num_attention_heads: 4, learn_sigma: false}",
+    "transformer.overrides={hidden_size: 128, depth: 4, num_heads: 4, learn_sigma: false}",
     "flow.shift=1.0",
     "sampler.preset=repa-ode",
 ]

@@ -32,7 +32,7 @@ targets = encoder(images).tokens  # (N, 16, D); REPA keeps the affine of the fin
 
 model = repagen.SiTTransformer2DModel(
     sample_size=8, patch_size=2, in_channels=1, num_classes=10,
-    hidden_size=96, num_layers=4, num_attention_heads=4, learn_sigma=False,
+    hidden_size=96, depth=4, num_heads=4, learn_sigma=False,
 )  # fmt: skip
 alignment = repagen.RepresentationAlignment(
     model.config.hidden_size, [AlignmentTarget(dim=targets.shape[-1], block=2, projector_dim=128)]

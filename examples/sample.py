@@ -28,7 +28,7 @@ model = args.model or train_digits(
 )
 pipe = repagen.ClassToImagePipeline.from_pretrained(model)
 
-names = list(pipe.id2label.values())[:8]
+names = list(pipe.config.id2label.values())[:8]
 images = pipe(
     class_labels=names,  # ids, or a mixture of both, work as well
     num_inference_steps=25,

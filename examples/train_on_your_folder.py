@@ -50,4 +50,4 @@ pipeline = generator.train(
     )
 )
 pipe = repagen.ClassToImagePipeline.from_pretrained(pipeline)
-print(f"{pipeline} knows {', '.join(pipe.id2label.values())}")
+print(f"{pipeline} knows {', '.join(pipe.config.id2label.values())}")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from repagen.data import SampleDataset, open_dataset
+from repagen.data import ImageDataset, SampleDataset, open_dataset
 from repagen.errors import UserError, run_as_program
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 from repagen.pipelines.grid import save_image_grid
@@ -83,7 +83,7 @@ def train(config: DecoderConfig) -> Path:
         autoencoder.latents_mean.copy_(statistics[0])
         autoencoder.latents_std.copy_(statistics[1])
         with ema.swapped(decoder):
-            return release(config, run, autoencoder, dataset)
+            return release(config, run, autoencoder)
 
 
 def build_autoencoder(config: TrainedAutoencoderConfig, image_size: int) -> RepresentationAutoencoder:
@@ -145,12 +145,17 @@ def write_reconstructions(
     save_image_grid(torch.cat([images, reconstructions], dim=2), path)
 
 
-def release(config: DecoderConfig, run: Run, autoencoder: RepresentationAutoencoder, dataset: Any) -> Path:
-    """Put the statistics in, if they are asked for, and save the autoencoder into `output_dir/autoencoder`."""
+def release(config: DecoderConfig, run: Run, autoencoder: RepresentationAutoencoder) -> Path:
+    """Put the statistics in, if they are asked for, and save the autoencoder into `output_dir/autoencoder`.
+
+    The statistics are those of centre crops, which generators are trained on, whatever crops the decoder saw.
+    """
     if config.statistics:
+        images = open_dataset(replace(config.data, crop="center", resize_px=None))
+        assert isinstance(images, ImageDataset), "validated"
         found = compute_latent_statistics(
             autoencoder,
-            dataset,
+            images,
             batch_size=run.plan.micro_size,
             flips=config.data.horizontal_flip,
             num_workers=config.num_workers,

@@ -113,7 +113,7 @@ def _same_encoder(cached: Mapping[str, Any], name: str) -> bool:
     """Whether a cache's encoder is the one a configuration names; a bundled one lies elsewhere on every machine."""
     if name in BUNDLED_ENCODERS:
         return cached["weights"] == VisionEncoder.from_pretrained(encoder_source(name)).fingerprint()
-    return cached["name"] == name
+    return cached["name"] in (name, name.replace("timm:", "timm/", 1))  # a cache names the Hub's repository
 
 
 def _cached_target_dims(shards: LatentShards, targets: Sequence[AlignmentTargetConfig]) -> list[int]:

@@ -53,7 +53,8 @@ def program_main(schema: type[ConfigT], train: Callable[[ConfigT], Path], name: 
     except RunStopped as stop:
         logger.info("%s", stop)
         raise SystemExit(EXIT_CODE_STOPPED) from None
-    logger.info("finished: %s", result)
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.info("finished: %s", result)
 
 
 # --- machine -------------------------------------------------------------------------------------------------------
