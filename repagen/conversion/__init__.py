@@ -31,8 +31,9 @@ def convert_checkpoint(
         family: "sit" (SiT), "sit_repa" (REPA), "irepa" (iREPA), "ditdh" (RAE's DiT^DH) or "rae" (RAE's autoencoder).
         path: a `.pt` state dict, bare or under "ema", "model" or "state_dict" (the first of them that is there), or
             `.safetensors`. Read with `weights_only`; `module.` and `_orig_mod.` prefixes are dropped.
-        config: the official constructor's arguments. What is left out is read off the tensors' shapes; the number of
-            attention heads can be only where there are rotary or query norms, or for a published width.
+        config: the official constructor's arguments ("rae": `noise_tau`; sizes are checked). What is left out is read
+            off the tensors' shapes; the number of attention heads can be only where there are rotary or query norms,
+            or for a published width.
         with_projectors: also return the alignment (sit_repa, irepa) with the projectors of the file.
         encoder: ("rae") the vision encoder: a folder, a Hub id or a `VisionEncoder`.
         decoder_config: ("rae") the decoder's config folder, file or values.
@@ -49,11 +50,11 @@ def convert_checkpoint(
     if family not in FAMILIES:
         raise UserError(f"family {family!r} is unknown; allowed are {', '.join(FAMILIES)}")
     if family == "rae":
-        if config is not None or with_projectors:
-            raise UserError("family 'rae' takes encoder, decoder_config and statistics, not config or with_projectors")
+        if with_projectors:
+            raise UserError("family 'rae' has no projectors; drop with_projectors")
         from repagen.conversion.rae import convert_rae
 
-        return convert_rae(path, encoder=encoder, decoder_config=decoder_config, statistics=statistics)
+        return convert_rae(path, encoder=encoder, decoder_config=decoder_config, statistics=statistics, config=config)
     given = {"encoder": encoder, "decoder_config": decoder_config, "statistics": statistics}
     if unused := [name for name, value in given.items() if value is not None]:
         raise UserError(f"family {family!r} has no {', '.join(unused)}; give the constructor's arguments as config")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from repagen.data.config import DataConfig, data_config_from_words
 from repagen.data.dataset import ImageDataset, ImageSample, SampleDataset
 from repagen.data.digits import digits_encoder_path, digits_to_images, load_digits
-from repagen.data.loading import load_batches, load_in_order, open_dataset
+from repagen.data.loading import load_batches, load_in_order, open_dataset, open_image_dataset
 from repagen.data.sampler import StreamBatchSampler, sample_indices
 from repagen.data.shards import LatentShards
 
@@ -23,5 +23,6 @@ __all__ = [
     "load_digits",
     "load_in_order",
     "open_dataset",
+    "open_image_dataset",
     "sample_indices",
 ]

@@ -37,6 +37,18 @@ def open_dataset(config: DataConfig) -> SampleDataset:
     return FolderDataset(config)
 
 
+def open_image_dataset(config: DataConfig) -> ImageDataset:
+    """Open the dataset a config names, which must hold images.
+
+    Raises:
+        UserError: as `open_dataset`; and for latents.
+    """
+    dataset = open_dataset(config)
+    if not isinstance(dataset, ImageDataset):
+        raise UserError(f"data.kind={config.kind} holds no images; allowed: folder, datasets, digits")
+    return dataset
+
+
 class KeyedSamples(Dataset[Any]):
     """A dataset addressed by (sample, position); the position in the stream keys the augmentations.
 

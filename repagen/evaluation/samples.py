@@ -5,16 +5,14 @@ from __future__ import annotations
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from repagen.data import DataConfig, ImageDataset, open_dataset
+from repagen.data import ImageDataset, data_config_from_words, open_image_dataset
 from repagen.data.images import EXTENSIONS, BadImageError, decode_image
 from repagen.errors import UserError
 from repagen.randomness import generator_for
@@ -317,27 +315,16 @@ def open_images(words: Sequence[str], max_bad_images: int = 0) -> FolderImages |
 
     Args:
         words: one path of a folder or an npz; or the settings of a dataset, `data.kind=digits data.subset=train`.
-        max_bad_images: given to a dataset that does not say otherwise; elsewhere `extract` decides.
+        max_bad_images: a dataset's own, where that is not larger; elsewhere `extract` decides.
 
     Raises:
         UserError: when there is nothing there, or a setting is unknown.
     """
     if all(word.startswith("data.") and "=" in word for word in words):
-        return _open_dataset_images(words, max_bad_images)
+        config = data_config_from_words(words)
+        allowed = max(config.max_bad_images, max_bad_images)
+        return DatasetImages(open_image_dataset(replace(config, max_bad_images=allowed)))
     if len(words) > 1:
         raise UserError(f"give one path, or settings of a dataset (data.KEY=VALUE ...), got {' '.join(words)}")
     path = Path(words[0])
     return NpzImages(path) if path.suffix == ".npz" else FolderImages(path)
-
-
-def _open_dataset_images(words: Sequence[str], max_bad_images: int) -> DatasetImages:
-    try:
-        schema = OmegaConf.structured(DataConfig(max_bad_images=max_bad_images))
-        settings = OmegaConf.from_dotlist([word.removeprefix("data.") for word in words])
-        config = cast(DataConfig, OmegaConf.to_object(OmegaConf.merge(schema, settings)))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{' '.join(words)}: {error}") from error
-    dataset = open_dataset(config)
-    if not isinstance(dataset, ImageDataset):
-        raise UserError(f"data.kind={config.kind} holds no images; allowed: folder, datasets, digits")
-    return DatasetImages(dataset)

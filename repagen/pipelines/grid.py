@@ -11,27 +11,33 @@ from PIL import Image
 
 
 def save_image_grid(
-    images: Sequence[Image.Image] | torch.Tensor, path: Path, *, columns: int | None = None, enlarge: int = 1
+    images: Sequence[Image.Image] | torch.Tensor,
+    path: Path,
+    *,
+    columns: int | None = None,
+    enlarge: int = 1,
+    gap_px: int = 0,
 ) -> None:
-    """Write equally sized images as one PNG, row by row; missing ones at its end are black.
+    """Write equally sized images as one PNG, row by row; what they do not cover is black.
 
     Args:
         images: PIL images, or a tensor (B, 3, H, W) in [0, 1].
         path: the PNG; its folder is made if needed.
         columns: images a row; None: about as many as rows.
         enlarge: integer factor by which every pixel is repeated.
+        gap_px: pixels between neighbours.
     """
-    from diffusers.utils import make_image_grid
     from torchvision.transforms.functional import to_pil_image
 
     if isinstance(images, torch.Tensor):
         images = [to_pil_image(image) for image in images.detach().float().cpu().clamp(0, 1)]
-    width, height = images[0].size
-    if enlarge > 1:
-        size = (width * enlarge, height * enlarge)
-        images = [image.resize(size, Image.Resampling.NEAREST) for image in images]
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    missing = [Image.new("RGB", images[0].size)] * (rows * columns - len(images))
+    width, height = (side * enlarge for side in images[0].size)
+    grid = Image.new("RGB", (columns * (width + gap_px) - gap_px, rows * (height + gap_px) - gap_px))
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(enlarged, (column * (width + gap_px), row * (height + gap_px)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid([*images, *missing], rows=rows, cols=columns).save(path)
+    grid.save(path)

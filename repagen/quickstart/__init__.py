@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 NUM_SAMPLES = 500
 _SAMPLE_BATCH = 100
-_GRID_COLUMNS = 20
+_GRID_COLUMNS = 10  # one row a class
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def judge_digits(
     samples, labels = _draw(drawn), torch.arange(NUM_SAMPLES) % 10
     np.savez(output / "samples.npz", arr_0=samples.permute(0, 2, 3, 1).numpy())
     shown = [Image.fromarray(samples[i].permute(1, 2, 0).numpy()) for i in labels[:100].argsort(stable=True)]
-    save_image_grid(shown, output / "samples.png", columns=_GRID_COLUMNS, enlarge=2)
+    save_image_grid(shown, output / "samples.png", columns=_GRID_COLUMNS, enlarge=2, gap_px=8)
     curves = {
         "decoder": (output / "decoder" / "metrics.jsonl", ["l1"]),
         "generator": (output / "generator" / "metrics.jsonl", ["loss_flow", "loss_alignment"]),

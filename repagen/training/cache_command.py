@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
+from repagen.data import data_config_from_words, open_image_dataset
 from repagen.models.latents import latent_shape
-from repagen.training.dataset_commands import add_dataset_arguments, command_device, open_images
+from repagen.training.dataset_commands import add_dataset_arguments, command_device
 from repagen.training.frozen import load_target_encoder
 from repagen.training.generator_config import AlignmentTargetConfig
 from repagen.training.latent_cache import CacheConfig, ShardType, cache_latents
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> str | None:
     Raises:
         UserError: dataset, autoencoder or an encoder cannot be used, an image is bad, or the folder is taken.
     """
-    dataset = open_images(args.data)
+    dataset = open_image_dataset(data_config_from_words(args.data))
     config = CacheConfig(
         batch_size=args.batch_size,
         shard_rows=args.shard_rows,

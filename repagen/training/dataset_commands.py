@@ -1,4 +1,4 @@
-"""What `repagen stats` and `repagen cache` share: their arguments, and opening what these name."""
+"""What `repagen stats` and `repagen cache` share: their arguments and their process group."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-
-from repagen.data import ImageDataset, data_config_from_words, open_dataset
-from repagen.errors import UserError
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,18 +30,6 @@ def command_device() -> Iterator[torch.device]:
         yield state.device
     finally:
         state.destroy_process_group()  # a process that leaves it standing aborts at exit
-
-
-def open_images(words: list[str]) -> ImageDataset:
-    """Open the dataset that `data.KEY=VALUE` words describe.
-
-    Raises:
-        UserError: as `open_dataset`; and for a dataset that holds no images.
-    """
-    dataset = open_dataset(data_config_from_words(words))
-    if not isinstance(dataset, ImageDataset):
-        raise UserError("data.kind=latents holds no images; allowed: folder, datasets, digits")
-    return dataset
 
 
 def _positive(text: str) -> int:

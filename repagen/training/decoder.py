@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from repagen.data import ImageDataset, SampleDataset, open_dataset
+from repagen.data import SampleDataset, open_dataset, open_image_dataset
 from repagen.errors import UserError, run_as_program
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 from repagen.pipelines.grid import save_image_grid
@@ -151,11 +151,9 @@ def release(config: DecoderConfig, run: Run, autoencoder: RepresentationAutoenco
     The statistics are those of centre crops, which generators are trained on, whatever crops the decoder saw.
     """
     if config.statistics:
-        images = open_dataset(replace(config.data, crop="center", resize_px=None))
-        assert isinstance(images, ImageDataset), "validated"
         found = compute_latent_statistics(
             autoencoder,
-            images,
+            open_image_dataset(replace(config.data, crop="center", resize_px=None)),
             batch_size=run.plan.micro_size,
             flips=config.data.horizontal_flip,
             num_workers=config.num_workers,

@@ -58,7 +58,7 @@ def write_sample_grid(config: GeneratorConfig, pipeline: Any, num_classes: int, 
         output_type="pt",
         **steps,
     ).images
-    save_image_grid(images, path)
+    save_image_grid(images, path, gap_px=2)
 
 
 def write_release(pipeline: Any, folder: Path) -> Path:

@@ -6,10 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
+from repagen.data import data_config_from_words, open_image_dataset
 from repagen.errors import UserError
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 from repagen.training.checkpoint import replace_folder
-from repagen.training.dataset_commands import add_dataset_arguments, command_device, open_images
+from repagen.training.dataset_commands import add_dataset_arguments, command_device
 from repagen.training.latent_identity import open_autoencoder, process_group
 from repagen.training.latent_statistics import LatentStatistics, compute_latent_statistics
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> str | None:
     """
     output = Path(args.output).expanduser()
     _refuse_foreign_folder(output)
-    dataset = open_images(args.data)
+    dataset = open_image_dataset(data_config_from_words(args.data))
     with command_device() as device:
         autoencoder = open_autoencoder(args.autoencoder).to(device)
         if not isinstance(autoencoder, RepresentationAutoencoder):
