@@ -313,8 +313,8 @@ def test_wrong_calls_are_refused(golden: Path, tmp_path: Path) -> None:
         convert_checkpoint("sit", weights, {"num_heads": 2}, with_projectors=True)
     with pytest.raises(UserError, match="family 'sit' has no encoder"):
         convert_checkpoint("sit", weights, encoder="somewhere")
-    with pytest.raises(UserError, match="family 'rae' takes encoder"):
-        convert_checkpoint("rae", weights, {"depth": 1})
+    with pytest.raises(UserError, match="family 'rae' has no projectors"):
+        convert_checkpoint("rae", weights, with_projectors=True)
     case = GoldenCase(golden / "irepa", "irepa")
     path = damaged(case, tmp_path / "bare.safetensors", lambda s: [s.pop(k) for k in list(s) if "projectors" in k])
     assert convert_checkpoint("irepa", path, case.config)

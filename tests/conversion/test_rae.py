@@ -146,3 +146,14 @@ def test_pickled_code_is_refused(golden: Path, tmp_path: Path) -> None:
 def test_an_encoder_object_is_shared(golden: Path) -> None:
     encoder = VisionEncoder.from_pretrained(golden / "rae_dinov2" / "encoder", image_size=56)
     assert convert(golden / "rae_dinov2", encoder=encoder).encoder.backbone is encoder.backbone
+
+
+def test_takes_the_official_constructors_arguments(golden: Path) -> None:
+    folder = golden / "rae_dinov2"
+    official = json.loads((folder / "case.json").read_text())["config"]
+    files = {"encoder": folder / "encoder", "decoder_config": folder / "decoder_config"}
+    model = convert_checkpoint("rae", folder / "weights.safetensors", official, **files)
+    assert model.config.noise_tau == official["noise_tau"]
+    wrong = {**official, "decoder_patch_size": 8}
+    with pytest.raises(UserError, match="decoder_patch_size"):
+        convert_checkpoint("rae", folder / "weights.safetensors", wrong, **files)
