@@ -187,7 +187,10 @@ def test_a_folder_is_cropped_when_it_is_opened_as_a_dataset(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.kind=digits", "data.imagesize=3"], "data.imagesize=3: not a known setting; allowed: KEY=VALUE with KEY one of .*data.image_size"),
+        (
+            ["data.kind=digits", "data.imagesize=3"],
+            "data.imagesize=3: not a known setting; allowed: .*data.image_size",
+        ),
         (["data.kind=digit"], "expected one of"),
         (["data.kind=digits", "samples"], "give one path"),
         (["missing"], "no such folder of images: missing"),
