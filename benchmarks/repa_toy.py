@@ -6,8 +6,8 @@ The paper's setting (2410.06940) in small: a SiT in the latents of a little Auto
 digits with and without REPA towards the bundled encoder; same seeds, same steps, same batches. Both are measured on
 held-out digits, from EMA weights:
 
-- patch cosine: a fresh projector of REPA's form is fitted to the frozen block's tokens on training digits, for both
-  runs alike, and its mean cosine to the encoder's tokens is taken on held-out digits (times uniform in [0, 1]).
+- patch cosine: a linear probe is fitted to the frozen block's tokens on training digits, for both runs alike, and its
+  mean cosine to the encoder's tokens is taken on held-out digits (times uniform in [0, 1]).
 - Frechet distance of unguided samples to all real digits, in the mean patch token of the encoder.
 
 Writes results.json and curves.png to --output, and prints a table.
@@ -102,7 +102,7 @@ def noisy_tokens(
 
 
 def held_out_patch_cosine(pipeline: Path, seed: int) -> float:
-    """Fit a projector to the frozen tokens on the training digits; mean cosine on the held-out ones."""
+    """Fit a linear probe to the frozen tokens on the training digits; mean cosine on the held-out ones."""
     pipe = repagen.ClassToImagePipeline.from_pretrained(pipeline)
     encoder = repagen.VisionEncoder.from_pretrained(digits_encoder_path())
     split = {}
@@ -114,7 +114,7 @@ def held_out_patch_cosine(pipeline: Path, seed: int) -> float:
         split[subset] = latents, torch.from_numpy(labels), encoder(images).tokens
     torch.manual_seed(seed)
     width, dim = pipe.transformer.config.hidden_size, split["train"][2].shape[-1]
-    probe = repagen.RepresentationAlignment(width, [AlignmentTarget(dim, BLOCK, projector_dim=PROJECTOR_DIM)])
+    probe = repagen.RepresentationAlignment(width, [AlignmentTarget(dim, BLOCK, projector="linear")])
     projector, grid = probe.projectors[0], pipe.transformer.token_grid
     optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3)
     draws = generator_for(seed, "probe")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from accelerate import Accelerator
 
-from repagen.errors import run_as_program
+from repagen.errors import OneLineParser, run_as_program
 from repagen.evaluation.command import add_arguments, run
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     add_arguments(parser)
     accelerator = Accelerator()
     accelerator.print(run(parser.parse_args(arguments)))

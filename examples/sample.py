@@ -19,7 +19,7 @@ from repagen.quickstart import train_digits
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model")
 parser.add_argument("--output", type=Path, default=Path("runs/example_sample"))
-parser.add_argument("--steps", type=int, default=600, help="training steps of the small generator")
+parser.add_argument("--steps", type=int, default=400, help="training steps of the small generator")
 args = parser.parse_args()
 
 model = args.model or train_digits(

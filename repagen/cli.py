@@ -6,7 +6,7 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-from repagen.errors import run_as_program
+from repagen.errors import OneLineParser, run_as_program
 
 # Command => (module with add_arguments(parser) and run(args) -> text to print or None, one line of help).
 COMMANDS = {
@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="repagen", description=__doc__.split(". ")[0] + ".")
+    parser = OneLineParser(prog="repagen", description=__doc__.split(". ")[0] + ".")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = next((word for word in arguments if not word.startswith("-")), None)

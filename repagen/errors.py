@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -14,22 +17,55 @@ class UserError(ValueError):
     """
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser of command lines whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a `UserError`."""
+        raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn what a library raises over a user's file into one line: `what (the reason)`.
+
+    Raises:
+        UserError: in place of the library's error.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{what} ({reason or type(error).__name__})") from error
+
+
+def _close_progress_bars() -> None:
+    """End the bars that an error left open, so that its message starts a line."""
+    from tqdm import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
 def run_as_program(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
-    """Run a command-line program: print a `UserError` as one line and exit with code 2.
+    """Run a command-line program: print a `UserError`, or a path that cannot be used, as one line; exit with code 2.
 
     Args:
         main: the program; takes the command-line arguments without the program's name and without `--debug`.
         arguments: the arguments; `sys.argv[1:]` by default. `--debug` among them shows the full traceback.
 
     Raises:
-        SystemExit: with code 2 on a `UserError`.
+        SystemExit: with code 2 on a `UserError` or an `OSError`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
         main([word for word in words if word != "--debug"])
-    except UserError as error:
+    except (UserError, OSError) as error:
         if debug:
             raise
+        _close_progress_bars()
         sys.stderr.write(f"repagen: error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None

@@ -9,13 +9,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from repagen.errors import run_as_program
+from repagen.errors import OneLineParser, run_as_program
 from repagen.pipelines.grid import save_image_grid
 from repagen.pipelines.sample_command import add_sampling_arguments, sample_images
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sampling_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("grid.png"), metavar="PNG", help="default: grid.png")
     args = parser.parse_args(arguments)

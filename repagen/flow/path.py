@@ -65,8 +65,8 @@ def to_velocity(
         x_t: the network's input (B, ...).
         t: its times in [0, 1].
         prediction_type: "velocity" is returned as it is; "sample" gives (x_t - prediction) / max(t, minimum_time);
-            "epsilon" gives (prediction - x_t) / (1 - t), which is infinite at t = 1 where noise tells nothing of data.
-        minimum_time: floor of t in the division by t.
+            "epsilon" gives (prediction - x_t) / max(1 - t, minimum_time).
+        minimum_time: floor of t and of 1 - t in the divisions by them.
 
     Raises:
         UserError: unknown `prediction_type`.
@@ -77,7 +77,7 @@ def to_velocity(
     if prediction_type == "sample":
         return (x_t - prediction) / t.clamp(min=minimum_time)
     if prediction_type == "epsilon":
-        return (prediction - x_t) / (1 - t)
+        return (prediction - x_t) / (1 - t).clamp(min=minimum_time)
     raise _unknown_prediction_type(prediction_type)
 
 

@@ -67,8 +67,8 @@ class LatentTransformerMixin(AttentionBackendMixin):
 
     _sizes: ClassVar[dict[str, dict[str, int]]]
     _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["ModulatedBlock"]
-    _repeated_blocks: ClassVar[list[str]] = ["ModulatedBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["ModulatedBlock", "HeadBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["ModulatedBlock", "HeadBlock"]
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
         "patch_embed",
         "time_embedder",

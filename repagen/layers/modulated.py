@@ -98,6 +98,21 @@ class ModulatedBlock(nn.Module):
         return hidden_states + ff_gate * transformed
 
 
+class HeadBlock(ModulatedBlock):
+    """A `ModulatedBlock` whose conditioning has one row per token: the wide head of DiT^DH."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        rotary_cos: torch.Tensor | None = None,
+        rotary_sin: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Apply the block as `ModulatedBlock` does."""
+        # A forward of its own gives torch.compile a second code object; one for both kinds would be compiled twice.
+        return super().forward(hidden_states, conditioning, rotary_cos, rotary_sin)
+
+
 def _register_for_caching() -> None:
     """Tell diffusers' caches (FirstBlockCache, MagCache, FasterCache ...) what block and processor return."""
     try:
@@ -110,7 +125,8 @@ def _register_for_caching() -> None:
     except ImportError:  # private names of diffusers: without them everything but these caches works
         logger.info("this version of diffusers has no registry of blocks; its caches will not know repagen's")
         return
-    TransformerBlockRegistry.register(ModulatedBlock, TransformerBlockMetadata())  # returns one tensor
+    for block_class in (ModulatedBlock, HeadBlock):
+        TransformerBlockRegistry.register(block_class, TransformerBlockMetadata())  # returns one tensor
     AttentionProcessorRegistry.register(
         SelfAttentionProcessor,
         AttentionProcessorMetadata(skip_processor_output_fn=lambda _, hidden_states, *args, **kwargs: hidden_states),

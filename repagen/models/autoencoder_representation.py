@@ -215,7 +215,7 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
             normalisation; zeros and ones for a decoder that speaks pixels).
         noise_tau: training noise: sigma = noise_tau * u, u ~ U(0, 1) per sample, added to raw tokens in training mode.
         encoder_fingerprint: `VisionEncoder.fingerprint()` of the encoder the decoder and the statistics belong to.
-        encoder_stored: whether a saved folder holds the encoder's weights (in its sub-folder `encoder`).
+        encoder_stored: whether a saved folder holds the encoder's weights (sub-folder `encoder.frozen`).
 
     Raises:
         UserError: for sizes that cannot be, naming the argument.
@@ -320,14 +320,14 @@ class RepresentationAutoencoder(AttentionBackendMixin, ModelMixin, AttentionMixi
         """
         if isinstance(encoder, VisionEncoder):
             encoder = encoder.reading(norm_affine=False)
-            patch = decoder_patch_size or image_size // encoder.grid_size
+            patch = image_size // encoder.grid_size if decoder_patch_size is None else decoder_patch_size
             if patch * encoder.grid_size != image_size:
                 raise UserError(
                     f"image_size: {image_size} px is not the encoder's grid {encoder.grid_size} times the decoder's "
                     f"patch {patch} px"
                 )
         else:
-            patch = decoder_patch_size or 16
+            patch = 16 if decoder_patch_size is None else decoder_patch_size
             if patch <= 0 or image_size <= 0 or image_size % patch:
                 raise UserError(
                     f"image_size: {image_size} px is no positive multiple of decoder_patch_size {patch} px"

@@ -17,7 +17,7 @@ from torch import nn
 
 from repagen.layers.embeddings import FourierTimeEmbedding, LabelEmbedding, PatchEmbedding, sincos_position_table
 from repagen.layers.latent_transformer import LatentTransformerMixin, TimeDirection, grid_of, xavier_, zero_
-from repagen.layers.modulated import FeedForwardKind, ModulatedBlock, NormKind, make_norm
+from repagen.layers.modulated import FeedForwardKind, HeadBlock, ModulatedBlock, NormKind, make_norm
 from repagen.layers.rope import RotaryTable
 
 _HEAD = {"head_hidden_size": 2048, "head_depth": 2, "head_num_heads": 16}
@@ -103,14 +103,13 @@ class DiTDHTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases dis
         norm: NormKind = "rms" if use_rmsnorm else "layer"
         feed_forward: FeedForwardKind = "swiglu" if use_swiglu else "gelu"
 
-        def make_blocks(width: int, heads: int, count: int) -> nn.ModuleList:
-            block = (width, heads, mlp_ratio, norm, feed_forward, norm if qk_norm else None)
-            return nn.ModuleList(ModulatedBlock(*block) for _ in range(count))
-
-        self.blocks = make_blocks(hidden_size, num_heads, depth)
+        kinds = (mlp_ratio, norm, feed_forward, norm if qk_norm else None)
+        self.blocks = nn.ModuleList(ModulatedBlock(hidden_size, num_heads, *kinds) for _ in range(depth))
         self.condition_proj = nn.Linear(hidden_size, head_hidden_size) if hidden_size != head_hidden_size else None
         # Apart from `blocks`: diffusers' caches may skip the deep part between steps, never the head.
-        self.head_blocks = make_blocks(head_hidden_size, head_num_heads, head_depth)
+        self.head_blocks = nn.ModuleList(
+            HeadBlock(head_hidden_size, head_num_heads, *kinds) for _ in range(head_depth)
+        )
         self.norm_out = make_norm(head_hidden_size, norm)
         self.modulation_out = nn.Linear(head_hidden_size, 2 * head_hidden_size)
         self.proj_out = nn.Linear(head_hidden_size, patch_size**2 * in_channels)

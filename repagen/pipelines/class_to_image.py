@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -239,6 +240,8 @@ class ClassToImagePipeline(DiffusionPipeline):
             UserError: names the argument and what is allowed.
         """
         config = self.transformer.config
+        if not math.isfinite(self.guidance_scale):
+            raise UserError(f"guidance_scale is {self.guidance_scale}; give a finite number")
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}")
         if num_images_per_prompt < 1:

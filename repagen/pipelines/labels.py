@@ -7,11 +7,12 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from repagen.errors import UserError
 
-ClassLabels: TypeAlias = int | str | torch.Tensor | Sequence[Any]
+ClassLabels: TypeAlias = int | str | torch.Tensor | np.ndarray | Sequence[Any]
 
 
 def resolve_class_labels(
@@ -20,7 +21,7 @@ def resolve_class_labels(
     """Return the class ids that `class_labels` stands for, in order.
 
     Args:
-        class_labels: an id in [0, num_classes), a class name, an integer tensor, or a list of these, nested or not.
+        class_labels: an id in [0, num_classes), a class name, an integer tensor or array, or lists of these.
         num_classes: of the model.
         id2label: id (as a string) => name; commas separate synonyms, as in ImageNet's labels. Case does not matter.
 
@@ -38,10 +39,12 @@ def _flatten(labels: ClassLabels) -> list[int | str]:
         return labels.reshape(-1).tolist()
     if isinstance(labels, str):
         return [labels]
-    if isinstance(labels, (list, tuple)):
+    if isinstance(labels, np.ndarray):
+        labels = labels.reshape(-1).tolist()
+    if isinstance(labels, Sequence):
         return [single for label in labels for single in _flatten(label)]
     try:
-        return [operator.index(labels)]  # type: ignore[arg-type]  # also numpy's integers
+        return [operator.index(labels)]  # also numpy's integers
     except TypeError:
         raise UserError(
             f"class_labels has {labels!r} of type {type(labels).__name__}; give class ids, names, or lists of them"

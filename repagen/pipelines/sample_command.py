@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
-from repagen.errors import UserError
+from repagen.errors import UserError, refusing
 from repagen.pipelines.grid import save_image_grid
 from repagen.randomness import generator_for
 
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> str:
     """
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UserError(f"--output {args.output} exists and is no empty folder; name a new one")
+    args.output.mkdir(parents=True, exist_ok=True)
     images = sample_images(args)
     first = list(islice(images, _GRID_IMAGES))
     save_image_grid(first, args.output / "grid.png")
@@ -105,12 +106,17 @@ def load_pipeline(model: str, device: str | None, dtype: str) -> ClassToImagePip
 
     from repagen.pipelines.class_to_image import ClassToImagePipeline
 
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with refusing(f"--device {device} cannot be used"):
+        torch.zeros(1, device=device).item()
     kind = _class_name(model)
     if kind != "ClassToImagePipeline":
         raise UserError(f"--model {model} holds a {kind}; a ClassToImagePipeline is needed")
-    pipe = ClassToImagePipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    with refusing(f"--model {model} cannot be loaded"):
+        pipe = ClassToImagePipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(device)
 
 
 def choose_labels(
@@ -136,12 +142,12 @@ def choose_labels(
 
 def _class_name(model: str) -> str:
     index = Path(model) / "model_index.json"
-    try:
+    if not Path(model).is_dir() and (Path(model).exists() or Path(model).is_absolute()):
+        raise UserError(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id")
+    with refusing(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id"):
         if not Path(model).is_dir():
             index = Path(hf_hub_download(model, index.name))
         return json.loads(index.read_text())["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id; {error}") from error
 
 
 def _label(pipe: ClassToImagePipeline, word: str) -> int | str:

@@ -7,7 +7,7 @@ from typing import get_args
 
 from repagen.data import data_config_from_words, open_image_dataset
 from repagen.models.latents import latent_shape
-from repagen.training.dataset_commands import add_dataset_arguments, command_device
+from repagen.training.dataset_commands import add_dataset_arguments, command_device, positive
 from repagen.training.frozen import load_target_encoder
 from repagen.training.generator_config import AlignmentTargetConfig
 from repagen.training.latent_cache import CacheConfig, ShardType, cache_latents
@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows and columns of the targets, as many as the generator has tokens: rows of the latent divided by the "
         "generator's patch size (default: rows of the latent)",
     )
-    parser.add_argument("--shard-rows", type=int, default=defaults.shard_rows, help="images per shard (%(default)s)")
+    parser.add_argument(
+        "--shard-rows", type=positive, default=defaults.shard_rows, help="images per shard (%(default)s)"
+    )
     parser.add_argument(
         "--dtype", choices=get_args(ShardType), default=defaults.dtype, help="stored type (%(default)s)"
     )
@@ -57,11 +59,8 @@ def run(args: argparse.Namespace) -> str | None:
     )
     with command_device() as device:
         autoencoder = open_autoencoder(args.autoencoder).to(device)
-        grid = (
-            (args.target_grid, args.target_grid)
-            if args.target_grid
-            else latent_shape(autoencoder, dataset.config.image_size)[1:]
-        )
+        latent_grid = latent_shape(autoencoder, dataset.config.image_size)[1:]  # refuses images of another size
+        grid = (args.target_grid, args.target_grid) if args.target_grid else latent_grid
         encoders = [load_target_encoder(AlignmentTargetConfig(encoder=name), grid).to(device) for name in args.encoder]
         shards = cache_latents(autoencoder, dataset, args.output, encoders=encoders, config=config)
         if process_group()[0] != 0:

@@ -15,8 +15,8 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare dataset, autoencoder and how both are run through."""
     parser.add_argument("data", nargs="+", metavar="data.KEY=VALUE", help="the dataset, such as data.path=photos")
     parser.add_argument("--autoencoder", required=True, metavar="PATH", help="folder or Hub id of the autoencoder")
-    parser.add_argument("--batch-size", type=_positive, default=32, help="images per forward pass (%(default)s)")
-    parser.add_argument("--num-workers", type=int, default=0, help="loader processes (%(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images per forward pass (%(default)s)")
+    parser.add_argument("--num-workers", type=_not_negative, default=0, help="loader processes (%(default)s)")
 
 
 @contextmanager
@@ -32,8 +32,16 @@ def command_device() -> Iterator[torch.device]:
         state.destroy_process_group()  # a process that leaves it standing aborts at exit
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a number above 0, as a type of argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} given; allowed: 1 or more")
     return value
+
+
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number

@@ -25,7 +25,7 @@ from repagen.training.decoder_step import DecoderStep
 from repagen.training.discriminator import DinoDiscriminator
 from repagen.training.ema import Ema
 from repagen.training.frozen import BUNDLED_ENCODERS
-from repagen.training.latent_identity import describe_encoder
+from repagen.training.latent_identity import describe_encoder, open_autoencoder
 from repagen.training.latent_statistics import compute_latent_statistics
 from repagen.training.launch import program_main
 from repagen.training.perceptual import PerceptualDistance
@@ -93,7 +93,12 @@ def build_autoencoder(config: TrainedAutoencoderConfig, image_size: int) -> Repr
         UserError: something is not there or does not fit.
     """
     if config.pretrained is not None:
-        autoencoder = RepresentationAutoencoder.from_pretrained(config.pretrained)
+        autoencoder = open_autoencoder(config.pretrained)
+        if not isinstance(autoencoder, RepresentationAutoencoder):
+            raise UserError(
+                f"autoencoder.pretrained: {config.pretrained} is a {type(autoencoder).__name__}; allowed: a "
+                "RepresentationAutoencoder"
+            )
         autoencoder.register_to_config(noise_tau=config.noise_tau)
     else:
         assert config.encoder is not None, "the config's validate saw to it"

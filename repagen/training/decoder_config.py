@@ -51,6 +51,12 @@ class TrainedAutoencoderConfig:
         if isinstance(self.decoder, dict):
             names = sorted(DECODER_SIZES["vit-b"])
             require(sorted(self.decoder) == names, "decoder", sorted(self.decoder), f"sizes for {', '.join(names)}")
+        require(
+            self.decoder_patch_size is None or self.decoder_patch_size >= 1,
+            "decoder_patch_size",
+            self.decoder_patch_size,
+            "at least 1",
+        )
         require(self.noise_tau >= 0, "noise_tau", self.noise_tau, "at least 0")
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from repagen.data import ImageDataset
 from repagen.encoders import VisionEncoder
-from repagen.errors import UserError
+from repagen.errors import UserError, refusing
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 
 _READING = ("image_size", "layers", "combination", "norm_affine", "image_mean", "image_std")
@@ -27,15 +28,10 @@ def open_autoencoder(name: str, *, subfolder: str | None = None, revision: str |
     from diffusers import AutoModel
 
     where = f"{name}, subfolder {subfolder}" if subfolder else name
-    try:
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(f"autoencoder: no such folder: {name}; allowed: a folder or Hub id of an autoencoder")
+    with refusing(f"autoencoder: {where} cannot be loaded; allowed: a folder or Hub id of an autoencoder"):
         autoencoder = AutoModel.from_pretrained(name, subfolder=subfolder, revision=revision)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"autoencoder: {where} cannot be loaded ({reason}); allowed: a folder or Hub id of an autoencoder"
-        ) from error
     if not hasattr(autoencoder, "encode"):
         raise UserError(f"autoencoder: {where} is a {type(autoencoder).__name__}; allowed: an autoencoder")
     return autoencoder.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import platform
@@ -20,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 import repagen
-from repagen.errors import UserError
+from repagen.errors import OneLineParser, UserError
 from repagen.training.config import load_config
 from repagen.training.run_config import RunConfig
 
@@ -41,7 +40,7 @@ def program_main(schema: type[ConfigT], train: Callable[[ConfigT], Path], name: 
         UserError: for a wrong configuration.
         SystemExit: with code 75 when a signal stopped the run after a checkpoint.
     """
-    parser = argparse.ArgumentParser(prog=name, description=f"Train a {name}; the same command again continues.")
+    parser = OneLineParser(prog=name, description=f"Train a {name}; the same command again continues.")
     parser.add_argument(
         "--config", required=True, metavar="NAME_OR_PATH", help="a preset (see `repagen recipes`) or a YAML"
     )

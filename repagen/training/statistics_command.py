@@ -9,6 +9,7 @@ from pathlib import Path
 from repagen.data import data_config_from_words, open_image_dataset
 from repagen.errors import UserError
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
+from repagen.models.latents import latent_shape
 from repagen.training.checkpoint import replace_folder
 from repagen.training.dataset_commands import add_dataset_arguments, command_device
 from repagen.training.latent_identity import open_autoencoder, process_group
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> str | None:
                 f"--autoencoder: {args.autoencoder} is a {type(autoencoder).__name__}, which brings its own scaling; "
                 "statistics belong to a RepresentationAutoencoder"
             )
+        latent_shape(autoencoder, dataset.config.image_size)  # refuses images of another size
         statistics = compute_latent_statistics(
             autoencoder,
             dataset,

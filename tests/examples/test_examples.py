@@ -38,4 +38,4 @@ def test_swap_encoder() -> None:
     lines = run_example("swap_encoder", "--steps", "40").splitlines()
     errors = [float(line.split()[-1]) for line in lines]
     assert len(errors) == 2
-    assert errors[0] < errors[1]
+    assert all(0 < error < 0.12 for error in errors), "a decoder that ignores its tokens stays above 0.2"

@@ -19,7 +19,7 @@ def triple() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 3, 4, 4, generator=generator)
     noise = torch.randn(5, 3, 4, 4, generator=generator)
-    return x, noise, torch.tensor([0.06, 0.2, 0.5, 0.8, 0.97])
+    return x, noise, torch.tensor([0.06, 0.2, 0.5, 0.8, 0.94])
 
 
 def test_path_runs_from_data_to_noise(triple):
@@ -81,3 +81,9 @@ def test_bad_time_and_prediction_type_are_named(triple):
         interpolate(x, noise, t[:4])
     with pytest.raises(UserError, match="'x0'; allowed: velocity, sample, epsilon"):
         to_velocity(x, noise, t, "x0")
+
+
+def test_epsilon_prediction_is_finite_at_pure_noise():
+    x_t, epsilon = torch.full((2, 1), 3.0), torch.full((2, 1), 1.0)
+    velocity = to_velocity(epsilon, x_t, torch.tensor([1.0, 0.5]), "epsilon", minimum_time=0.05)
+    torch.testing.assert_close(velocity, torch.tensor([[-40.0], [-4.0]]))

@@ -114,7 +114,8 @@ def test_device_map_keeps_blocks_whole(case: Case, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = case.model_class.from_pretrained(tmp_path, device_map="cpu")
     assert torch.equal(output(model, case), output(loaded, case))
-    assert model._no_split_modules == ["ModulatedBlock"]
+    kinds = {type(block).__name__ for block in model.modules() if type(block).__name__.endswith("Block")}
+    assert kinds <= set(model._no_split_modules)
 
 
 # Calling
@@ -187,7 +188,7 @@ def test_compiles_block_by_block(case: Case) -> None:
     expected = output(model, case)
     torch.compiler.reset()
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=False):
+    with torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=1):
         assert torch.allclose(output(model, case), expected, atol=1e-6)
 
 

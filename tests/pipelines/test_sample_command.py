@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 import string
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from PIL import Image
 from tiny_pipelines import ID2LABEL, NUM_CLASSES, PATCH, SIDE, tiny_pipeline, tiny_transformer
 
 from repagen import cli
+from repagen.errors import UserError
+from repagen.pipelines.sample_command import load_pipeline
 
 DOOR = Path(__file__).parents[2] / "pipelines" / "class_to_image"
 EDGE = SIDE * PATCH
@@ -130,3 +133,21 @@ def test_model_card_names_the_library_and_the_import():
     metadata = yaml.safe_load(front_matter)
     assert metadata["library_name"] == "repagen" and "diffusers" in metadata["tags"]
     assert "import repagen" in text and "trust_remote_code=True" not in text
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing weights", "missing component", "wrong config"])
+def test_a_damaged_pipeline_is_one_line(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    tiny_pipeline().save_pretrained(folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif damage == "missing weights":
+        weights.unlink()
+    elif damage == "missing component":
+        shutil.rmtree(folder / "scheduler")
+    else:
+        config = folder / "transformer" / "config.json"
+        config.write_text(config.read_text().replace('"hidden_size": ', '"hidden_size": 1'))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_pipeline(str(folder), "cpu", "float32")
