@@ -26,7 +26,7 @@ PUBLISHED_SHA256 = {
     "vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
     "vgg.pth": "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
 }
-TRUNK_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+TRUNK_COMMAND = "python -c \"import torchvision; torchvision.models.vgg16(weights='IMAGENET1K_V1')\""
 
 # LPIPS's own normalisation of images in [-1, 1]; it is not ImageNet's.
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -187,7 +187,7 @@ def _cached_trunk() -> Path:
     path = Path(cache).expanduser() / "hub" / "checkpoints" / "vgg16-397923af.pth"
     if not path.is_file():
         raise UserError(
-            f"lpips.trunk: no VGG16 weights at {path}; download {TRUNK_URL} to that place, or give a local file "
+            f"lpips.trunk: no VGG16 weights at {path}; `{TRUNK_COMMAND}` gets them into torch's cache; or give a local file "
             "(lpips.trunk=PATH), or train without LPIPS (lpips.weight=0)"
         )
     return path
