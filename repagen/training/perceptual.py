@@ -187,8 +187,8 @@ def _cached_trunk() -> Path:
     path = Path(cache).expanduser() / "hub" / "checkpoints" / "vgg16-397923af.pth"
     if not path.is_file():
         raise UserError(
-            f"lpips.trunk: no VGG16 weights at {path}; `{TRUNK_COMMAND}` gets them into torch's cache; or give a local file "
-            "(lpips.trunk=PATH), or train without LPIPS (lpips.weight=0)"
+            f"lpips.trunk: no VGG16 weights at {path}; `{TRUNK_COMMAND}` downloads them there; or "
+            "give a local file (lpips.trunk=PATH), or train without LPIPS (lpips.weight=0)"
         )
     return path
 
