@@ -34,6 +34,7 @@ model = repagen.SiTTransformer2DModel(
     sample_size=8, patch_size=2, in_channels=1, num_classes=10,
     hidden_size=96, depth=4, num_heads=4, learn_sigma=False,
 )  # fmt: skip
+model.initialize_weights()  # as published: the model starts at velocity 0
 alignment = repagen.RepresentationAlignment(
     model.config.hidden_size, [AlignmentTarget(dim=targets.shape[-1], block=2, projector_dim=128)]
 )

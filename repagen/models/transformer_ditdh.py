@@ -32,7 +32,8 @@ class DiTDHTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases dis
     (`head_blocks`), modulated by it token by token, predicts from the latent. A velocity loss cannot fall below what a
     width under the latent's channel count leaves (RAE, theorem 1), hence the wide head.
 
-    A new model predicts exactly 0. The residual stream, norms and time embedding are float32 in every precision.
+    Call `initialize_weights` before training from scratch. The residual stream, norms and time embedding are float32
+    in every precision.
 
     Args:
         sample_size: height and width of the latent, one number for a square. Fixed: the model has position tables.
@@ -114,9 +115,9 @@ class DiTDHTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases dis
         self.modulation_out = nn.Linear(head_hidden_size, 2 * head_hidden_size)
         self.proj_out = nn.Linear(head_hidden_size, patch_size**2 * in_channels)
         self.gradient_checkpointing = False
-        self._initialise()
 
-    def _initialise(self) -> None:
+    def initialize_weights(self) -> None:
+        """Draw the published initial weights, as the training program does; the model then predicts exactly 0."""
         # Other linear layers keep PyTorch's own initialisation, as in the official code.
         for conv in (self.patch_embed.proj, self.head_patch_embed.proj):
             xavier_(conv)

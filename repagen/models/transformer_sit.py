@@ -24,7 +24,8 @@ class SiTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
 ):
     """Class-conditional transformer with adaptive norms over patches of a latent.
 
-    A new model predicts exactly 0. The residual stream, norms and time embedding are float32 in every precision.
+    Call `initialize_weights` before training from scratch. The residual stream, norms and time embedding are float32
+    in every precision.
 
     Args:
         sample_size: height and width of the latent, one number for a square. Fixed: the model has one position table.
@@ -82,9 +83,9 @@ class SiTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
         self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj_out = nn.Linear(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
         self.gradient_checkpointing = False
-        self._initialise()
 
-    def _initialise(self) -> None:
+    def initialize_weights(self) -> None:
+        """Draw the published initial weights, as the training program does; the model then predicts exactly 0."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 xavier_(module)

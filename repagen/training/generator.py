@@ -131,6 +131,7 @@ def build_model(
         )
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"transformer: these sizes do not fit together: {error}") from None
+    model.initialize_weights()
     if not config.alignment.targets:
         return model, None
     targets = [

@@ -349,8 +349,11 @@ def test_lora_refuses_wrong_name_and_metadata(case: Case, tmp_path: Path) -> Non
 # What the generators promise beside
 
 
-def test_new_model_predicts_exactly_zero(case: Case) -> None:
-    assert not output(case.model_class(**case.config), case).any()
+def test_published_initial_weights_predict_exactly_zero(case: Case) -> None:
+    model = case.model_class(**case.config)
+    assert output(model, case).any()
+    model.initialize_weights()
+    assert not output(model, case).any()
 
 
 def test_copies_and_reinitialised_models_are_independent(case: Case) -> None:

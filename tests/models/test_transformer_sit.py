@@ -77,6 +77,7 @@ def test_loaded_position_table_is_used_as_it_is(tmp_path: Path) -> None:
 def test_initialisation_is_the_published_one() -> None:
     torch.manual_seed(0)
     model = SiTTransformer2DModel(**{**SIT.config, "hidden_size": 128, "num_heads": 2, "num_classes": 1000})
+    model.initialize_weights()
     assert model.time_embedder.linear_1.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.label_embedder.table.weight.std().item() == pytest.approx(0.02, rel=0.05)
     bound = (6 / (128 + 512)) ** 0.5

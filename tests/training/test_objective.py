@@ -72,6 +72,7 @@ def test_sample_loss_is_the_velocity_loss_with_a_clamped_time() -> None:
 
 def test_new_model_loses_the_energy_of_the_velocity() -> None:
     model = SiTTransformer2DModel(sample_size=2, patch_size=1, in_channels=3, hidden_size=8, depth=1, num_heads=2)
+    model.initialize_weights()
     flow = draw(range(4))
     losses, aligned = GeneratorObjective(model)(flow)
     assert aligned is None
