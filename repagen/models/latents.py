@@ -42,7 +42,7 @@ def images_to_latents(
         return autoencoder.encode(images, return_dict=False)[0]
     streams = list(generator) if isinstance(generator, Sequence) else generator
     posterior = autoencoder.encode(images * 2 - 1, return_dict=False)[0]
-    mean, std = _kl_statistics(autoencoder, posterior.mean)
+    mean, std = kl_statistics(autoencoder, posterior.mean)
     return (posterior.sample(generator=streams) - mean) / std
 
 
@@ -65,7 +65,7 @@ def latents_to_images(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(latents, return_dict=False)[0].float().clamp(0, 1)
     latents = latents.to(autoencoder.dtype)
     if kind == "kl":
-        mean, std = _kl_statistics(autoencoder, latents)
+        mean, std = kl_statistics(autoencoder, latents)
         images = autoencoder.decode(latents * std + mean, return_dict=False)[0] / 2 + 0.5
     else:
         # Its decoder resizes any other grid without a word.
@@ -96,7 +96,7 @@ def latent_shape(autoencoder: Any, image_size: int) -> tuple[int, int, int]:
     return shape
 
 
-def _kl_statistics(autoencoder: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def kl_statistics(autoencoder: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return shift and scale of a KL autoencoder's latents, broadcastable over (B, C, h, w)."""
     config = autoencoder.config
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from repagen.training.log import read_metrics
 
 
 def save_loss_plot(curves: Mapping[str, tuple[Path, Sequence[str]]], path: Path) -> None:
@@ -21,7 +22,7 @@ def save_loss_plot(curves: Mapping[str, tuple[Path, Sequence[str]]], path: Path)
 
     figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.5), layout="constrained", squeeze=False)
     for axis, (title, (log, columns)) in zip(axes[0], curves.items(), strict=True):
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        rows = read_metrics(log)
         for column in columns:
             axis.plot([row["step"] for row in rows], [row[column] for row in rows], label=column, linewidth=0.8)
         axis.set(title=title, xlabel="optimiser step")

@@ -14,6 +14,7 @@ from repagen.errors import UserError
 from repagen.models.latents import images_to_latents, latent_shape
 from repagen.randomness import normal_per_sample
 from repagen.training.generator_config import AlignmentTargetConfig, GeneratorConfig
+from repagen.training.latent_cache import require_matching_cache
 from repagen.training.latent_identity import describe_autoencoder, describe_encoder, open_autoencoder
 from repagen.training.run import Batch, Run
 
@@ -41,7 +42,7 @@ class FrozenParts:
         grid = token_grid(self.latent_shape, config.transformer.patch_size)
         targets = config.alignment.targets
         if isinstance(dataset, LatentShards):
-            dataset.require(describe_autoencoder(self.autoencoder))
+            require_matching_cache(dataset, self.autoencoder)
             self.target_dims = _cached_target_dims(dataset, targets)
         else:
             self.encoders = [load_target_encoder(target, grid).to(run.device) for target in targets]

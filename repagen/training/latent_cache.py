@@ -24,7 +24,7 @@ from repagen.data import ImageDataset, load_in_order
 from repagen.data.shards import FLIPPED, MANIFEST_NAME, SHARD_FORMAT, LatentShards, without_names
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
-from repagen.models.latents import _kl_statistics, images_to_latents
+from repagen.models.latents import images_to_latents, kl_statistics
 from repagen.training.checkpoint import file_digest, folder_lock, sync_file, sync_folder
 from repagen.training.latent_identity import describe_autoencoder, describe_encoder, process_group, refuse_non_finite
 
@@ -224,7 +224,7 @@ def _encode_images(autoencoder: Any, images: torch.Tensor) -> tuple[torch.Tensor
     if not is_kl:
         return images_to_latents(autoencoder, images), None
     posterior = autoencoder.encode(images.to(autoencoder.dtype) * 2 - 1, return_dict=False)[0]
-    shift, scale = _kl_statistics(autoencoder, posterior.mean)
+    shift, scale = kl_statistics(autoencoder, posterior.mean)
     return (posterior.mean - shift) / scale, posterior.std / scale
 
 
