@@ -31,7 +31,7 @@ import torch
 
 import repagen
 from repagen.data.digits import digits_encoder_path, digits_to_images, load_digits
-from repagen.evaluation.frechet import frechet_distance
+from repagen.evaluation.metrics.frechet import frechet_distance
 from repagen.evaluation.samples import PipelineImages
 from repagen.quickstart.judge import agreement, to_small, train_digit_classifier
 from repagen.training import decoder, generator

@@ -1,4 +1,4 @@
-"""`repagen evaluate` on several processes: accelerate launch eval/generation.py --model PATH --reference PATH ..."""
+"""`repagen evaluate generation` on several processes: accelerate launch eval/generation.py --model PATH --reference PATH ..."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 
 from repagen.errors import OneLineParser, run_as_program
-from repagen.evaluation.command import add_arguments, run
+from repagen.evaluation.generation_command import add_arguments, run
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ _PUBLIC_NAMES = {
     "VisionEncoder": "repagen.encoders",
     "convert_checkpoint": "repagen.conversion",
     "export_checkpoint": "repagen.conversion",
-    "frechet_distance": "repagen.evaluation.frechet",
+    "frechet_distance": "repagen.evaluation.metrics.frechet",
     "images_to_latents": "repagen.models.latents",
     "latents_to_images": "repagen.models.latents",
     "sampler_preset": "repagen.schedulers.presets",

@@ -15,7 +15,10 @@ COMMANDS = {
     "stats": ("repagen.training.statistics_command", "compute exact latent statistics of a dataset"),
     "cache": ("repagen.training.cache_command", "write latents and alignment targets to safetensors shards"),
     "convert": ("repagen.conversion.convert_command", "turn an official checkpoint into a folder of ours, or back"),
-    "evaluate": ("repagen.evaluation.command", "Frechet distance between samples and a reference"),
+    "evaluate": (
+        "repagen.evaluation.command",
+        "generated images, reconstructions, representations: what they are worth",
+    ),
     "recipes": ("repagen.training.recipes_command", "list the presets with paper, cost and expected result"),
 }
 

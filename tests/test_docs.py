@@ -204,7 +204,7 @@ def check(program: str, words: list[str]) -> None:
     elif program in ("repagen", "repagen.cli"):
         check_repagen(words)
     elif program == "eval/generation.py":
-        check_repagen(["evaluate", *words])
+        check_repagen(["evaluate", "generation", *words])
     else:
         assert not program.startswith("repagen") and (not program.endswith(".py") or (ROOT / program).exists())
 

@@ -69,7 +69,7 @@ def convert_svg_autoencoder(
     state = {
         name: tensor
         for name, tensor in as_matrices(read_state_dict(file)).items()
-        if not name.startswith(("loss.", _DEAD_PREFIX))
+        if not name.startswith(_DEAD_PREFIX)
     }
     inside = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_PREFIX)}
     trained = {name: tensor for name, tensor in state.items() if name not in inside}

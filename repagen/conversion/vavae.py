@@ -32,7 +32,7 @@ VAVAE_ARGUMENTS = frozenset(
 """Official constructor arguments, of training and of LightningDiT's tokenizer; the latter takes ddconfig's too."""
 
 # The losses, and the alignment with a foundation model that VA-VAE is trained with.
-_TRAINING_PREFIXES = ("loss.", "foundation_model.", "linear_proj.")
+_TRAINING_PREFIXES = ("foundation_model.", "linear_proj.")
 _STATISTICS = StatisticsFormat("mean", "std")
 
 

@@ -12,9 +12,9 @@ from accelerate import PartialState
 
 from repagen.evaluation.extraction import Extraction, extract
 from repagen.evaluation.features import INCEPTION, ExtractorIdentity, FeatureExtractor, is_published_inception
-from repagen.evaluation.frechet import frechet_distance
+from repagen.evaluation.metrics.frechet import frechet_distance
 from repagen.evaluation.moments import Statistics
-from repagen.evaluation.precision_recall import PrecisionRecall, precision_recall
+from repagen.evaluation.metrics.precision_recall import PrecisionRecall, precision_recall
 from repagen.evaluation.reference import ReferenceStatistics
 from repagen.evaluation.samples import ImageSource
 

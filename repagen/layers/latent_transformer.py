@@ -13,7 +13,7 @@ from torch import nn
 
 from repagen.errors import UserError
 from repagen.layers.attention import AttentionBackendMixin
-from repagen.layers.embeddings import PatchEmbedding, unpatchify
+from repagen.layers.embeddings import LabelEmbedding, PatchEmbedding, unpatchify
 from repagen.layers.modulated import modulate, modulation_parameters
 
 TimeDirection = Literal["data_at_zero", "data_at_one"]
@@ -79,6 +79,8 @@ class LatentTransformerMixin(AttentionBackendMixin):
     token_grid: tuple[int, int]
     blocks: nn.ModuleList
     patch_embed: PatchEmbedding
+    time_embedder: Any
+    label_embedder: LabelEmbedding | None
     norm_out: nn.Module
     modulation_out: nn.Linear
     proj_out: nn.Linear
@@ -162,6 +164,15 @@ class LatentTransformerMixin(AttentionBackendMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All but the final layer: tokens (B, N, D) float32, and the conditioning of the final layer."""
         raise NotImplementedError
+
+    def _initialize_embeddings(self, *patch_projections: nn.Conv2d) -> None:
+        """Draw the published initial weights of given patch projections, of the time and of the class embedding."""
+        for projection in patch_projections:
+            xavier_(projection)
+        for linear in (self.time_embedder.linear_1, self.time_embedder.linear_2):
+            nn.init.normal_(linear.weight, std=0.02)
+        if self.label_embedder is not None:
+            nn.init.normal_(self.label_embedder.table.weight, std=0.02)
 
     def _check_latents(self, latents: torch.Tensor) -> None:
         channels, patch_size = self.config.in_channels, self.config.patch_size

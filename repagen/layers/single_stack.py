@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +20,6 @@ class SingleStackMixin(LatentTransformerMixin):
     """
 
     pos_embed: torch.Tensor
-    time_embedder: Any
-    label_embedder: LabelEmbedding | None
     rope: RotaryTable | None
     register_buffer: Callable[..., None]  # of nn.Module, which stands after this class among the bases
     modules: Callable[[], Iterator[nn.Module]]
@@ -66,10 +63,7 @@ class SingleStackMixin(LatentTransformerMixin):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 xavier_(module)
-        for linear in (self.time_embedder.linear_1, self.time_embedder.linear_2):
-            nn.init.normal_(linear.weight, std=0.02)
-        if self.label_embedder is not None:
-            nn.init.normal_(self.label_embedder.table.weight, std=0.02)
+        self._initialize_embeddings()
         zero_(self.modulation_out, self.proj_out, *(block.modulation for block in self.blocks))
 
     def _embed(

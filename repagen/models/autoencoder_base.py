@@ -19,6 +19,13 @@ VARIANCE_EPSILON = 1e-5
 """Added to the variance before the square root of a standard deviation, as RAE does."""
 
 
+def check_positive(**sizes: Any) -> None:
+    """Refuse sizes that are no positive whole numbers, by name."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise UserError(f"{name}: {value!r} must be a positive whole number")
+
+
 class LatentStandardisation(nn.Module):
     """Mean and standard deviation of raw latents; a module, so that offloading hooks bring them along for `decode`."""
 

@@ -12,7 +12,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from repagen.encoders.vision import check_images
 from repagen.errors import UserError
-from repagen.models.autoencoder_base import LatentStandardisation, StandardisedLatents
+from repagen.models.autoencoder_base import LatentStandardisation, StandardisedLatents, check_positive
 
 
 class PixelAutoencoder(StandardisedLatents, ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -35,8 +35,7 @@ class PixelAutoencoder(StandardisedLatents, ModelMixin, AutoencoderMixin, Config
     @register_to_config
     def __init__(self, image_size: int = 64) -> None:
         super().__init__()
-        if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size <= 0:
-            raise UserError(f"image_size: {image_size!r} must be a positive whole number")
+        check_positive(image_size=image_size)
         self.latent_statistics = LatentStandardisation((3, 1, 1), mean=0.5, std=0.5)
 
     @property

@@ -22,7 +22,7 @@ from repagen.errors import UserError
 from repagen.layers.attention import AttentionBackendMixin, SelfAttention
 from repagen.layers.embeddings import sincos_position_table, unpatchify
 from repagen.layers.norms import LayerNorm
-from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, LatentStandardisation
+from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, LatentStandardisation, check_positive
 
 DECODER_SIZES: dict[str, dict[str, int]] = {
     "vit-b": {
@@ -521,9 +521,7 @@ def _decoder_sizes(decoder: str | Mapping[str, int]) -> dict[str, int]:
 
 
 def _check_sizes(**sizes: Any) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise UserError(f"{name}: {value!r} must be a positive whole number")
+    check_positive(**sizes)
     width, heads = sizes["decoder_hidden_size"], sizes["decoder_num_attention_heads"]
     if width % heads or width % 4:
         raise UserError(f"decoder_hidden_size: {width} must be a multiple of 4 and of its {heads} attention heads")

@@ -20,7 +20,7 @@ from repagen.encoders import EncoderSpec, VisionEncoder
 from repagen.encoders.families import IMAGENET_MEAN, IMAGENET_STD
 from repagen.encoders.vision import check_images
 from repagen.errors import UserError
-from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, LatentStandardisation
+from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, LatentStandardisation, check_positive
 
 Matching = Literal["running", "batch", "none"]
 
@@ -532,9 +532,7 @@ def _check_matching(matching: Any) -> None:
 
 
 def _check_sizes(**sizes: Any) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise UserError(f"{name}: {value!r} must be a positive whole number")
+    check_positive(**sizes)
     width, heads = sizes["residual_hidden_size"], sizes["residual_num_heads"]
     if width % heads:
         raise UserError(f"residual_hidden_size: {width} must be a multiple of its {heads} attention heads")

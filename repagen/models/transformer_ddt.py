@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from repagen.layers.embeddings import LabelEmbedding, PatchEmbedding, SinusoidalTimeEmbedding
-from repagen.layers.latent_transformer import LatentTransformerMixin, TimeDirection, grid_of, xavier_, zero_
+from repagen.layers.latent_transformer import LatentTransformerMixin, TimeDirection, grid_of, zero_
 from repagen.layers.modulated import HeadBlock, ModulatedBlock, make_norm
 from repagen.layers.rope import rotary_table
 
@@ -92,12 +92,7 @@ class DDTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
         """Draw the published initial weights, as the training program does; the model then predicts exactly 0."""
         # Other linear layers, those of the blocks' modulation too, keep PyTorch's initialisation, as in the official
         # code.
-        for conv in (self.patch_embed.proj, self.head_patch_embed.proj):
-            xavier_(conv)
-        for linear in (self.time_embedder.linear_1, self.time_embedder.linear_2):
-            nn.init.normal_(linear.weight, std=0.02)
-        if self.label_embedder is not None:
-            nn.init.normal_(self.label_embedder.table.weight, std=0.02)
+        self._initialize_embeddings(self.patch_embed.proj, self.head_patch_embed.proj)
         zero_(self.modulation_out, self.proj_out)
 
     def _network(

@@ -19,7 +19,6 @@ from repagen.layers.latent_transformer import (
     LatentTransformerMixin,
     TimeDirection,
     grid_of,
-    xavier_,
     zero_,
 )
 from repagen.layers.modulated import FeedForwardKind, HeadBlock, ModulatedBlock, NormKind, make_norm
@@ -119,12 +118,7 @@ class DiTDHTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases dis
     def initialize_weights(self) -> None:
         """Draw the published initial weights, as the training program does; the model then predicts exactly 0."""
         # Other linear layers keep PyTorch's own initialisation, as in the official code.
-        for conv in (self.patch_embed.proj, self.head_patch_embed.proj):
-            xavier_(conv)
-        for linear in (self.time_embedder.linear_1, self.time_embedder.linear_2):
-            nn.init.normal_(linear.weight, std=0.02)
-        if self.label_embedder is not None:
-            nn.init.normal_(self.label_embedder.table.weight, std=0.02)
+        self._initialize_embeddings(self.patch_embed.proj, self.head_patch_embed.proj)
         modulations = (block.modulation for block in (*self.blocks, *self.head_blocks))
         zero_(self.modulation_out, self.proj_out, *modulations)
 

@@ -20,7 +20,7 @@ from torch import nn
 from repagen.errors import UserError
 from repagen.layers.embeddings import FourierTimeEmbedding, LabelEmbedding, PatchEmbedding
 from repagen.layers.in_context import InContextBlock
-from repagen.layers.latent_transformer import LatentTransformerMixin, TimeDirection, grid_of, xavier_, zero_
+from repagen.layers.latent_transformer import LatentTransformerMixin, TimeDirection, grid_of, zero_
 from repagen.layers.modulated import HeadBlock, modulate, modulation_parameters
 from repagen.layers.norms import RMSNorm
 from repagen.layers.rope import RotaryTable
@@ -151,12 +151,7 @@ class RAEv2Transformer2DModel(  # type: ignore[misc]  # diffusers' own bases dis
     def initialize_weights(self) -> None:
         """Draw the published initial weights, as the training program does; both heads then predict exactly 0."""
         # Other linear layers keep PyTorch's own initialisation, as in the official code.
-        for conv in (self.patch_embed.proj, self.head_patch_embed.proj):
-            xavier_(conv)
-        for linear in (self.time_embedder.linear_1, self.time_embedder.linear_2):
-            nn.init.normal_(linear.weight, std=0.02)
-        if self.label_embedder is not None:
-            nn.init.normal_(self.label_embedder.table.weight, std=0.02)
+        self._initialize_embeddings(self.patch_embed.proj, self.head_patch_embed.proj)
         for tokens in (self.time_tokens, self.class_tokens):
             nn.init.normal_(tokens, std=self.config.hidden_size**-0.5)
         zero_(*(block.modulation for block in self.head_blocks))

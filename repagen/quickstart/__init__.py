@@ -227,7 +227,7 @@ files             {output}/samples.png, loss.png, metrics.json, samples.npz; the
 
 Next:
   repagen sample --model {pipeline_folder} --class-labels 3 7 --guidance-scale 1.5 --output {output}/more
-  repagen evaluate --model {pipeline_folder} --num-samples 1000 --reference data.kind=digits data.image_size=32 \
+  repagen evaluate generation --model {pipeline_folder} --num-samples 1000 --reference data.kind=digits data.image_size=32 \
 --extractor {digits_encoder_path()}
   repagen recipes"""
 

@@ -21,7 +21,9 @@ def evaluate(encoder_folder: Path, capsys: pytest.CaptureFixture[str], monkeypat
     """Run `repagen evaluate` with the tiny encoder; => what it printed."""
 
     def run(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["repagen", "evaluate", "--extractor", str(encoder_folder), *words])
+        monkeypatch.setattr(
+            sys, "argv", ["repagen", "evaluate", "generation", "--extractor", str(encoder_folder), *words]
+        )
         cli.main()
         return capsys.readouterr().out
 

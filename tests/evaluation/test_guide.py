@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from repagen.evaluation.command import add_arguments
+from repagen.evaluation.generation_command import add_arguments
 
 GUIDE = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^(?:repagen evaluate|accelerate launch .*?eval/generation\.py) (.*)$", GUIDE, re.MULTILINE)
+COMMANDS = re.findall(
+    r"^(?:repagen evaluate generation|accelerate launch .*?eval/generation\.py) (.*)$", GUIDE, re.MULTILINE
+)
 
 
 def test_the_guide_has_commands() -> None:
