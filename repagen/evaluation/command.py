@@ -8,6 +8,10 @@ import importlib
 # Subcommand => (module with add_arguments(parser) and run(args) -> text to print or None, one line of help).
 SUBCOMMANDS = {
     "generation": ("repagen.evaluation.generation_command", "generated images against real ones, by a named protocol"),
+    "representation": (
+        "repagen.evaluation.representation.command",
+        "what a generator's blocks or an encoder's layers know: probes, similarity, structure, correspondence",
+    ),
 }
 
 

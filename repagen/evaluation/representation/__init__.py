@@ -1,1 +1,0 @@
-"""What features know: read-outs of a generator's blocks and of an encoder's layers."""
