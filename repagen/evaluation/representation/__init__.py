@@ -1,0 +1,1 @@
+"""What features know: probes, likeness to an encoder, spatial structure, correspondence, mixes of layers and times."""
