@@ -10,8 +10,10 @@ import torch.nn.functional as F
 
 from repagen.errors import UserError
 from repagen.evaluation.moments import as_matrix
+from repagen.evaluation.representation.fitting import check_positive
 from repagen.evaluation.representation.inputs import check_grid
 
+_GREY = 0.5
 Size = tuple[int, int]  # height and width
 
 
@@ -27,7 +29,7 @@ def match_points(
     As DIFT: both maps of features are upsampled bilinearly to the image (pixel centres, `align_corners=False`), the
     source is read at each point, and the target pixel of largest cosine is the answer. Resolution: whole pixels. One
     exception: the pixels beyond the centres of the outermost cells all have that cell's features, so that they
-    count as one candidate, at their middle (half a cell wide). Memory: H * W * D float32.
+    count as one candidate, at their middle (half a cell wide). Memory: H * W * (D + P) float32.
 
     Args:
         source_tokens: features (T, D) of the source, row-major, without prefix tokens.
@@ -53,7 +55,7 @@ def match_points(
     outside = (~points_inside(points, image_size)).nonzero().flatten().tolist()
     if outside:
         raise UserError(
-            f"point {outside[0]} {points[outside[0]].tolist()} lies outside the image of (H, W) {image_size}"
+            f"point {outside[0]}, x, y {points[outside[0]].tolist()}, is outside the image of (H, W) {image_size}"
         )
     rows, columns = (_candidates(size, cells) for size, cells in zip(image_size, grid, strict=True))
     candidates = torch.cartesian_prod(rows, columns).flip(1)
@@ -72,8 +74,9 @@ def pck(predicted: torch.Tensor, truth: torch.Tensor, *, image_size: Size, alpha
         alpha: positive; published with 0.1, of the image or of the object's box.
 
     Raises:
-        UserError: on no points, on sets of different size, on points that are not finite.
+        UserError: on no points, on sets of different size, on points that are not finite, on alpha <= 0.
     """
+    check_positive(alpha=alpha)
     predicted, truth = _checked_points(predicted), _checked_points(truth)
     if len(predicted) != len(truth) or not len(truth):
         raise UserError(f"PCK needs a prediction for each of at least 1 point, got {len(predicted)} for {len(truth)}")
@@ -136,9 +139,9 @@ def warp_points(points: torch.Tensor, warp: Warp) -> torch.Tensor:
 
 
 def warp_images(images: torch.Tensor, warp: Warp) -> torch.Tensor:
-    """Return images (B, 3, H, W) in [0, 1] moved as `warp_points` moves points, bilinearly, in the same dtype.
+    """Return images (B, 3, H, W) in [0, 1], of any float dtype, moved as `warp_points` moves points, bilinearly.
 
-    What comes in from outside repeats the border, so that no black edge tells where it is.
+    What comes in from outside is mid-grey: a repeated border would offer the same features in several places.
 
     Raises:
         UserError: when the images have another size than the warp.
@@ -151,16 +154,13 @@ def warp_images(images: torch.Tensor, warp: Warp) -> torch.Tensor:
     linear, shift = (torch.tensor(part, dtype=torch.float64) for part in (warp.linear, warp.shift))
     origins = (pixels - warp.centre - shift) @ torch.linalg.inv(linear).T + warp.centre
     places = _normalised(origins, warp.image_size).view(1, height, width, 2).to(images)
-    return F.grid_sample(
-        images, places.expand(len(images), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
-    )
+    places = places.expand(len(images), -1, -1, -1)
+    return _GREY + F.grid_sample(images - _GREY, places, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def points_inside(points: torch.Tensor, image_size: Size) -> torch.Tensor:
-    """Return which points (P, 2) lie within the outermost pixel centres, (P,) bool, to a thousandth of a pixel."""
-    height, width = image_size
-    last = torch.tensor([width - 1, height - 1], dtype=torch.float64)
-    return ((points >= -1e-3) & (points <= last + 1e-3)).all(dim=1)
+    """Return which points (P, 2), x, y in pixels, lie within the image's edges, (P,) bool."""
+    return (_normalised(points, image_size).abs() <= 1).all(dim=1)
 
 
 def regular_points(image_size: Size, per_side: int = 8) -> torch.Tensor:

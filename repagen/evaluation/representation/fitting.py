@@ -11,8 +11,8 @@ from torch import nn
 from repagen.errors import UserError
 from repagen.randomness import derived_seed, generator_for
 
-WEIGHT_DECAY = 1e-3  # of the full-batch fit: half of it times the squared weights is added to the loss
-LEARNING_RATE = 2e-3  # of AdamW, falling to 0 as a cosine
+WEIGHT_DECAY = 1e-3  # of the full-batch fit: half of it times the squared parameters is added to the loss
+LEARNING_RATE = 5e-3  # of AdamW, falling to 0 as a cosine
 ADAM_WEIGHT_DECAY = 0.05
 
 
@@ -37,20 +37,22 @@ def check_positive(**values: float) -> None:
 
 @torch.enable_grad()
 def fit_full_batch(modules: Sequence[nn.Module], loss: Callable[[], torch.Tensor], iterations: int) -> None:
-    """Minimise a loss over the whole training set plus the decay of all weight matrices, by L-BFGS with line search."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    """Minimise a loss over the whole training set plus the decay of all parameters but biases, by L-BFGS."""
+    named = [pair for module in modules for pair in module.named_parameters()]
+    parameters = [parameter for _, parameter in named]
+    decaying = [parameter for name, parameter in named if name.split(".")[-1] != "bias"]
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=iterations,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-10,
+        tolerance_grad=1e-8,
+        tolerance_change=1e-15,
         history_size=20,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        squares = torch.stack([parameter.square().sum() for parameter in parameters if parameter.ndim > 1])
+        squares = torch.stack([parameter.square().sum() for parameter in decaying])
         value = loss() + WEIGHT_DECAY / 2 * squares.sum()
         value.backward()
         return value

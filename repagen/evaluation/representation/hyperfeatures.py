@@ -51,8 +51,8 @@ class HyperfeatureMix(nn.Module):
                 f"features {list(dims)} and width {width}"
             )
         self.projections = nn.ModuleList(nn.Linear(dim, width, bias=False) for dim in dims)
-        for projection in self.projections:
-            nn.init.orthogonal_(projection.weight)
+        for weight in self.projections.parameters():
+            nn.init.orthogonal_(weight)
         self.mixing_logits = nn.Parameter(torch.zeros(num_slices))
 
     @property
@@ -105,8 +105,9 @@ def train_hyperfeature_probe(
 
     The mean over tokens and the mix are both linear, so the mix is trained on mean tokens: the same result at 1/T of
     the cost. All slices are standardised as `linear_probe` does, and mix and head are fitted together by its L-BFGS,
-    weight decay and number of iterations. For width >= D_s the mix can be any single slice; it has more weights
-    than each of them, though, and no longer a convex problem: on few samples it may do worse, and `gain` says so.
+    weight decay and number of iterations. The decay also draws the mix towards uniform weights, as the authors' AdamW
+    does. For width >= D_s the mix can come as near as it likes to any single slice; it has more weights than each of
+    them, though, and its problem is not convex: on few samples it may do worse, and `gain` says so.
 
     Args:
         train: S slices of tokens (N, T, D_s), all of the same images.
@@ -165,7 +166,7 @@ def train_hyperfeature_correspondence(
 ) -> HyperfeatureResult:
     """Train a mix to match points, and read it and each slice alone by `match_points` and `pck`.
 
-    The loss is the paper's (section 3.3): for each point the cosines of its cell with all cells of the other image,
+    The loss is the paper's: for each point the cosines of its cell with all cells of the other image,
     divided by 0.07, make a softmax whose target is the corresponding cell; cross-entropy, the mean of both directions.
     One pair a step, AdamW as in `attentive_probe`. Channels of a slice are standardised over all tokens of the
     training pairs. A slice alone is a mix of that slice, trained in the same way.
@@ -257,7 +258,7 @@ def _fit_correspondence(
         mix = HyperfeatureMix(len(slices), [pairs[0].source[number].shape[1] for number in slices], width)
 
     def loss(batch: torch.Tensor) -> torch.Tensor:
-        pair = pairs[batch.item()]
+        pair = pairs[int(batch)]
         source, target = (mix([side[number] for number in slices]) for side in (pair.source, pair.target))
         cells = (_cells(points, grid, image_size) for points in (pair.source_points, pair.target_points))
         return contrastive_loss(source, target, *cells)

@@ -44,7 +44,8 @@ def check_grid(num_tokens: int, grid: tuple[int, int]) -> None:
     height, width = grid
     if min(height, width) < 1 or height * width != num_tokens:
         raise UserError(
-            f"grid: {height} x {width} cells do not hold {num_tokens} tokens; drop prefix tokens, or give the encoder's grid"
+            f"grid: {height} x {width} cells do not hold {num_tokens} tokens; "
+            "drop prefix tokens, or give the grid of the features"
         )
 
 
@@ -109,6 +110,8 @@ def labelled_split(
 
 def _checked(features: torch.Tensor, labels: torch.Tensor, purpose: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return features in float64 and labels int64, both on the CPU."""
+    if not len(features):
+        raise UserError(f"the {purpose} set of a probe holds no samples; give more images")
     with naming({"features": f"{purpose} features"}):
         checked = as_tokens(features) if features.ndim == 3 else as_matrix(features)
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != (len(checked),):
@@ -116,6 +119,4 @@ def _checked(features: torch.Tensor, labels: torch.Tensor, purpose: str) -> tupl
             f"{purpose} labels must be one integer for each of the {len(checked)} samples, "
             f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
-    if not len(checked):
-        raise UserError(f"the {purpose} set of a probe holds no samples; give more images")
     return checked, labels.detach().to("cpu", torch.int64)

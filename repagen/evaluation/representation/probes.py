@@ -85,7 +85,7 @@ def knn_probe(
     neighbours: int = 20,
     temperature: float = 0.07,
 ) -> ProbeResult:
-    """Classify by the weighted vote of the nearest training samples (DINO, 2104.14294; Wu et al. 1805.01978, eq. 10).
+    """Classify by the weighted vote of the nearest training samples (DINO, 2104.14294; Wu et al. 1805.01978).
 
     Each of the k training samples of largest cosine c votes for its class with weight exp(c / temperature). DINO takes
     the cosine of its normalised features; here they are standardised first, like for the other probes, since a
@@ -151,9 +151,9 @@ def attentive_probe(
     epochs: int = 30,
     seed: int = 0,
 ) -> ProbeResult:
-    """Fit cross-attention of one learned query over the tokens, LayerNorm and Linear (CAE 2202.03026; I-JEPA's heirs).
+    """Fit cross-attention of one learned query over the tokens, LayerNorm and Linear (CAE, 2202.03026).
 
-    It finds what the mean over tokens hides. Trained in float32 by AdamW (rate 2e-3 falling to 0 as a cosine, weight
+    It finds what the mean over tokens hides. Trained in float32 by AdamW (rate 5e-3 falling to 0 as a cosine, weight
     decay 0.05, batches of 64); starting weights and the order of samples are functions of the seed.
 
     Args:

@@ -11,7 +11,7 @@ _SMALLEST = 1e-12  # of the mean square of a kernel: below, its own HSIC is roun
 
 
 def unbiased_cka(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Compare features by linear CKA with the unbiased HSIC (Kornblith et al. 1905.00414; Song et al. 2012, eq. 5).
+    """Compare features by linear CKA with the unbiased HSIC (Kornblith et al. 1905.00414; Song et al., JMLR 2012).
 
     About 0 for unrelated features at every N and D, where the biased form tends to 1 with D / N; 1 for features equal
     up to rotation, scale and shift. Rows are not normalised. float64; memory: a few N x N matrices (10,000 samples:
@@ -22,7 +22,7 @@ def unbiased_cka(x: torch.Tensor, y: torch.Tensor) -> float:
         y: features (N, Dy) of the same images in the same order.
 
     Raises:
-        UserError: on fewer than 4 samples, different N, features that are not finite (the row is named) or do not vary.
+        UserError: on fewer than 4 samples, different N, features that are not finite (row named) or do not vary.
     """
     x, y = _paired(x, y)
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)  # changes nothing but the rounding
@@ -30,7 +30,7 @@ def unbiased_cka(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def cknna(x: torch.Tensor, y: torch.Tensor, neighbours: int = 10) -> float:
-    """Compare features by centred kernel nearest-neighbour alignment (Huh et al. 2405.07987, section 2 and appendix).
+    """Compare features by centred kernel nearest-neighbour alignment (Huh et al. 2405.07987).
 
     CKA over the pairs that are neighbours in both representations: with cosines K, L and A(K)_ij = 1 where j is among
     the k nearest others of i, M = A(K) A(L):
@@ -66,9 +66,7 @@ def _paired(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         raise UserError(f"an unbiased similarity needs at least 4 samples, got {len(x)}; give more images")
     for features in (x, y):
         if torch.equal(features, features[:1].expand_as(features)):
-            raise UserError(
-                f"features of all {len(features)} samples are the same: nothing to compare; check the layer"
-            )
+            raise UserError(f"all {len(features)} samples have the same features: nothing to compare; check the layer")
     return x, y
 
 
@@ -98,7 +96,7 @@ def _self_hsic(kernel: torch.Tensor) -> float:
 
 
 def _unbiased_hsic(kernel_x: torch.Tensor, kernel_y: torch.Tensor) -> float:
-    """Song et al. 2012 (0704.2668), eq. 5, for kernels (N, N) that need not be symmetric; their diagonals are left out."""
+    """Song et al. 2012, for kernels (N, N) that need not be symmetric; their diagonals are left out."""
     count = len(kernel_x)
     kernel_x, kernel_y = kernel_x.clone().fill_diagonal_(0), kernel_y.clone().fill_diagonal_(0)
     pairs = (kernel_x * kernel_y.T).sum()

@@ -35,7 +35,7 @@ def spatial_structure(tokens: torch.Tensor, grid: tuple[int, int]) -> SpatialStr
 
 
 def local_distant_similarity(tokens: torch.Tensor, grid: tuple[int, int], distant: int = 6) -> float:
-    """LDS: mean cosine of neighbours less mean cosine of distant tokens of the same image; in [-2, 2], 0 for no structure.
+    """LDS: mean cosine of neighbours less mean cosine of distant tokens of the same image; 0 without structure.
 
     Neighbours have Manhattan distance 1 on the grid, distant tokens at least `distant`.
 
