@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from repagen.evaluation.representation.readouts import PAIRS, PROBES
 from repagen.evaluation.representation.result import Reading, RepresentationResult
 
+_LONGEST_NAME = 60
 _TITLES = {
     "linear": "linear probe, accuracy",
     "knn": "kNN, accuracy",
@@ -58,7 +60,7 @@ def _save(result: RepresentationResult, name: str, readings: list[Reading], path
         _draw_map(figure, axis, readings, blocks, times)
     else:
         _draw_bars(axis, readings)
-    axis.set_title(f"{_TITLES[name]}\n{_subtitle(result)}", fontsize=9)
+    axis.set_title(f"{_TITLES[name]}\n{_subtitle(result, name)}", fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -92,8 +94,14 @@ def _draw_bars(axis: Any, readings: list[Reading]) -> None:
     axis.set(xlabel="layer", ylabel="value")
 
 
-def _subtitle(result: RepresentationResult) -> str:
-    seeds = f"seed {result.seeds[0]}" if len(result.seeds) == 1 else f"{len(result.seeds)} seeds, mean ± 95 %"
-    name = Path(str(result.subject.get("name") or result.subject["kind"]))
-    counts = ", ".join(f"{key} {value}" for key, value in result.data["images"].items() if value is not None)
-    return f"{'/'.join(name.parts[-2:])}; N: {counts}; {seeds}"
+def _subtitle(result: RepresentationResult, readout: str) -> str:
+    """Model, number of images and seeds, in two lines."""
+    counts = result.data["images"]
+    if readout in PROBES:
+        images = f"N = {counts['train']} train, {counts['test']} test"
+    else:
+        images = f"N = {counts['pairs'] if readout in PAIRS else counts['measured']}"
+    spread = "" if len(result.seeds) == 1 else ", mean ± 95 %"
+    seeds = f"seed{'s' * (len(result.seeds) > 1)} {', '.join(map(str, result.seeds))}{spread}"
+    name = str(result.subject.get("name") or f"{result.subject['kind']} {result.subject['weights'][:12]}")
+    return f"{name if len(name) <= _LONGEST_NAME else '...' + name[-_LONGEST_NAME:]}\n{images}; {seeds}"

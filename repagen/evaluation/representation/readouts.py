@@ -151,12 +151,14 @@ def _probe(
     seed = harvests.seed
     compute: dict[ReadOut, Callable[[], float]] = {
         "linear": lambda: linear_probe(*pooled, epochs=settings.linear_epochs, seed=seed).accuracy,
-        "knn": lambda: knn_probe(
-            *pooled, neighbours=settings.knn_neighbours, temperature=settings.knn_temperature
-        ).accuracy,
-        "attentive": lambda: attentive_probe(
-            train, train_labels, test, test_labels, epochs=settings.attentive_epochs, seed=seed
-        ).accuracy,
+        "knn": lambda: (
+            knn_probe(*pooled, neighbours=settings.knn_neighbours, temperature=settings.knn_temperature).accuracy
+        ),
+        "attentive": lambda: (
+            attentive_probe(
+                train, train_labels, test, test_labels, epochs=settings.attentive_epochs, seed=seed
+            ).accuracy
+        ),
     }
     return {name: function() for name, function in compute.items() if name in wanted}
 

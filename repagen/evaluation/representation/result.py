@@ -124,9 +124,7 @@ class RepresentationResult:
         per_slice = [name for name in self.readouts if self.reading_is_per_slice(name)]
         parts = [_aligned([("read-out", "best slice", "last block or layer"), *self._summary()])]
         if per_slice:
-            rows = [
-                (str(place), *(str(self.reading(name, place)) for name in per_slice)) for place in self.slices
-            ]
+            rows = [(str(place), *(str(self.reading(name, place)) for name in per_slice)) for place in self.slices]
             parts.append(_aligned([("slice", *per_slice), *rows]))
         parts.append(_aligned(self._facts()))
         return "\n\n".join(parts)
@@ -135,7 +133,7 @@ class RepresentationResult:
         """Whether a read-out has a value for every slice, in place of one for all."""
         return all(item.place is not None for item in self._of(readout))
 
-    def _summary(self) -> list[tuple[str, ...]]:
+    def _summary(self) -> list[tuple[str, str, str]]:
         rows = []
         for name in self.readouts:
             best, last = self.best(name), self.best_of_last(name)
@@ -144,11 +142,13 @@ class RepresentationResult:
             rows.append((name, f"{best}  ({'all slices' if whole else best.place})", shown))
         return rows
 
-    def _facts(self) -> list[tuple[str, ...]]:
+    def _facts(self) -> list[tuple[str, str]]:
         facts = [("model", described(self.subject))]
         if self.target is not None:
             facts.append(("target", described(self.target)))
-        facts += [(name, described(value) if isinstance(value, dict) else str(value)) for name, value in self.data.items()]
+        facts += [
+            (name, described(value) if isinstance(value, dict) else str(value)) for name, value in self.data.items()
+        ]
         spread = "mean ± half of the 95 % interval over seeds" if len(self.seeds) > 1 else "one seed, no interval"
         for name, mixes in self.mixes.items():
             gain = Reading(name, None, tuple(mix.gain for mix in mixes))

@@ -12,10 +12,10 @@ import torch
 from repagen.alignment.plugin import Record, blocks_of, listen
 from repagen.encoders import VisionEncoder
 from repagen.encoders.vision import layer_indices
-from repagen.errors import UserError
+from repagen.errors import UserError, naming
 from repagen.flow.path import interpolate
 from repagen.models.identity import describe_autoencoder, describe_encoder, describe_transformer
-from repagen.models.latents import images_to_latents, require_independent_latents
+from repagen.models.latents import images_to_latents, latent_shape, require_independent_latents
 from repagen.pipelines.guided_prediction import class_token_dim, is_discrete
 from repagen.randomness import generator_for, normal_per_sample
 
@@ -200,6 +200,8 @@ class GeneratorSource:
             return [generator_for(self.seed, purpose, index, self.draw) for index in indices]
 
         posterior = generators("representation posterior")
+        with naming({"image_size: ": "--data: data.image_size: "}):
+            latent_shape(self.pipeline.vae, images.shape[-1])  # an encoder would resize other images in silence
         latents = images_to_latents(self.pipeline.vae, images.to(device), generator=posterior).float()
         expected = tuple(side * self.model.config.patch_size for side in self.grid)
         if tuple(latents.shape[2:]) != expected:
@@ -231,7 +233,7 @@ class GeneratorSource:
             schedule = {"noise_schedule": {key: scheduler.config.get(key) for key in known}}
         return {
             "kind": "generator",
-            "name": str(self.pipeline.config.get("_name_or_path")),
+            "name": self.pipeline.config.get("_name_or_path"),
             **describe_transformer(self.model),
             "autoencoder": describe_autoencoder(self.pipeline.vae),
             "dtype": str(self.model.dtype).removeprefix("torch."),

@@ -205,16 +205,14 @@ class _Sweep:
             if name != "identity" or "pck_identity" in self.readouts:
                 change = Change(f"{warp!r}", partial(warp_images, warp=warp))
                 source = self.source(seed, draw=number + 1)
-                warped[name] = self.harvest(
-                    source, self._measured, indices=test.indices[rows].tolist(), change=change
-                )
+                warped[name] = self.harvest(source, self._measured, indices=test.indices[rows].tolist(), change=change)
         return rows, warped
 
     def _chosen(self, dataset: ImageDataset) -> list[int]:
         if self.num_images is None or self.num_images == len(dataset):
             return list(range(len(dataset)))
         if self.num_images > len(dataset):
-            raise UserError(f"--num-images {self.num_images}: the dataset has {len(dataset)} images; give at most that")
+            raise UserError(f"--num-images {self.num_images}: the dataset has {len(dataset)} images; give fewer")
         order = torch.randperm(len(dataset), generator=generator_for(self.seeds[0], "representation images"))
         return order[: self.num_images].sort().values.tolist()
 
@@ -267,7 +265,9 @@ def _check(
     known = typing.get_args(ReadOut)
     wrong = [name for name in readouts if name not in known]
     if wrong or not readouts or len(set(readouts)) != len(readouts):
-        raise UserError(f"--readouts {' '.join(wrong or readouts) or 'none'}: give different ones of {', '.join(known)}")
+        raise UserError(
+            f"--readouts {' '.join(wrong or readouts) or 'none'}: give different ones of {', '.join(known)}"
+        )
     if isinstance(subject, VisionEncoder) and timesteps is not None:
         raise UserError("--timesteps is for generators; an encoder sees clean images, leave it out")
     if target is None and (needy := [name for name in readouts if name in SIMILARITIES]):
