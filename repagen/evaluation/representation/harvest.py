@@ -57,6 +57,7 @@ class Harvest:
     made_by: dict[str, Any]
     _kept: dict[FeatureSlice, torch.Tensor] = field(repr=False)
     _cache: FeatureCache | None = field(repr=False)
+    _last_read: tuple[FeatureSlice, torch.Tensor] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,10 +70,13 @@ class Harvest:
         """
         if place in self._kept:
             return self._kept[place]
-        stored = self._cache.load(place) if self._cache is not None else None
-        if stored is None:
-            raise UserError(f"features of {place} are not there; harvest them (again)")
-        return stored["tokens"]
+        if self._last_read is None or self._last_read[0] != place:  # read-outs ask for one slice several times
+            self._last_read = None
+            stored = self._cache.load(place) if self._cache is not None else None
+            if stored is None:
+                raise UserError(f"features of {place} are not there; harvest them (again)")
+            self._last_read = place, stored["tokens"]
+        return self._last_read[1]
 
     def pooled(self, place: FeatureSlice) -> torch.Tensor:
         """Mean token (N, D) float32 of a slice."""
