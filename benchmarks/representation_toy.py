@@ -30,10 +30,10 @@ from repagen.evaluation.representation.result import Reading, RepresentationResu
 from repagen.evaluation.representation.sweep import evaluate_representation
 
 READOUTS: tuple[ReadOut, ...] = (
-    "linear", "knn", "attentive", "cknna", "cka", "lds", "cds", "rmsc", "pck", "pck_identity",
+    "linear", "knn", "cknna", "cka", "lds", "cds", "rmsc", "pck", "pck_identity",
     "hyperfeatures", "hyperfeatures_pck",
 )  # fmt: skip
-SETTINGS = ReadOutSettings(attentive_epochs=10, pck_images=60, correspondence_epochs=3)
+SETTINGS = ReadOutSettings(pck_images=60, correspondence_epochs=3)
 
 
 def read(subject: Any, encoder: repagen.VisionEncoder, seed: int) -> RepresentationResult:

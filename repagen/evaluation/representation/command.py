@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from repagen.evaluation.representation.result import RepresentationResult
 
 
+# How messages about arguments begin => the options that the arguments were given as.
+_OPTIONS = {
+    "encoder.layers: ": "--layers: ",
+    "neighbours: must be from 1 to the": "--knn-neighbours: must be from 1 to the",
+    "neighbours: ": "--cknna-neighbours: ",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     subject = parser.add_mutually_exclusive_group(required=True)
@@ -97,7 +105,7 @@ def run(args: argparse.Namespace) -> str:
     settings = ReadOutSettings(
         knn_neighbours=args.knn_neighbours, cknna_neighbours=args.cknna_neighbours, pck_images=args.pck_images
     )
-    with naming({"encoder.layers: ": "--layers: "}):
+    with naming(_OPTIONS):
         result = evaluate_representation(
             _open_subject(args),
             data,

@@ -211,6 +211,8 @@ class _Sweep:
     def _chosen(self, dataset: ImageDataset) -> list[int]:
         if self.num_images is None or self.num_images == len(dataset):
             return list(range(len(dataset)))
+        if self.num_images < _LEAST_IMAGES:
+            raise UserError(f"--num-images {self.num_images}: too few; give at least {_LEAST_IMAGES}")
         if self.num_images > len(dataset):
             raise UserError(f"--num-images {self.num_images}: the dataset has {len(dataset)} images; give fewer")
         order = torch.randperm(len(dataset), generator=generator_for(self.seeds[0], "representation images"))

@@ -82,6 +82,22 @@ def test_an_encoder(evaluate: Callable[..., str], encoder_folder: Path, tmp_path
         (["--model", "PIPELINE", *DIGITS, "--readouts", "cknna"], "--readouts cknna compares with an encoder"),
         (["--model", "PIPELINE", *DIGITS, "--seeds", "0"], "--seeds: give 1 to 10"),
         (["--model", "PIPELINE", *DIGITS, "--num-images", "0"], "--num-images must be at least 1"),
+        (["--model", "PIPELINE", *DIGITS, "--num-images", "4"], "--num-images 4: too few; give at least 8"),
+        (["--encoder", "ENCODER", *DIGITS, "--knn-neighbours", "999"], "--knn-neighbours: must be from 1 to the"),
+        (
+            [
+                "--encoder",
+                "ENCODER",
+                *DIGITS,
+                "--target",
+                "ENCODER",
+                "--readouts",
+                "cknna",
+                "--cknna-neighbours",
+                "355",
+            ],
+            "--cknna-neighbours: must be from 1 to 354",
+        ),
         (["--model", "PIPELINE", *DIGITS, "--output", "FILE"], "is no folder"),
         (
             ["--model", "PIPELINE", "--data", "data.kind=digits", "data.image_size=32"],
