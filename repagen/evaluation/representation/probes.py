@@ -111,7 +111,7 @@ def knn_probe(
     votes = []
     for rows in F.normalize(split.test, dim=1).split(_ROWS):
         cosines, nearest = (rows @ known.T).topk(neighbours, dim=1)
-        weights = (cosines / temperature).exp()
+        weights = ((cosines - cosines[:, :1]) / temperature).exp()  # relative to the nearest: cannot overflow
         empty = torch.zeros(len(rows), split.num_classes, dtype=weights.dtype)
         votes.append(empty.scatter_add_(1, split.train_classes[nearest], weights))
     return _result(split, torch.cat(votes))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from repagen.errors import UserError
 from repagen.evaluation.representation.correspondence import regular_points, translation_warp, warp_points
+from repagen.evaluation.representation.fitting import fit_full_batch
 from repagen.evaluation.representation.hyperfeatures import (
     HyperfeatureMix,
     HyperfeatureResult,
@@ -76,12 +77,30 @@ def test_a_mix_knows_what_no_slice_knows() -> None:
     assert result.weights[2] < min(result.weights[:2])  # the slice of noise loses
 
 
+def test_slices_that_know_equally_much_share_equally() -> None:
+    labels = torch.randint(10, (600,))
+    centres = torch.randn(10, 24) * 0.3
+    slices = [centres[labels][:, None] + torch.randn(600, 1, 24) for _ in range(6)]
+    train, test = [one[:400] for one in slices], [one[400:] for one in slices]
+    result = train_hyperfeature_probe(train, labels[:400], test, labels[400:], width=16)
+    assert 0.1 < min(result.weights) <= max(result.weights) < 0.25
+    assert result.gain > 0.2
+
+
+def test_the_decay_draws_a_mix_towards_uniform() -> None:
+    mix = HyperfeatureMix(2, (3, 3), 3).double()
+    with torch.no_grad():
+        mix.mixing_logits.copy_(torch.tensor([2.0, -1.0]))
+    fit_full_batch([mix], lambda: mix.mixing_logits.sum() * 0, 50)
+    torch.testing.assert_close(mix.mixing_weights.detach(), torch.full((2,), 0.5).double(), atol=1e-3, rtol=0)
+
+
 def test_slices_alone_are_the_linear_probes_of_their_mean_tokens() -> None:
     slices, labels = halves_of_the_label(300)
     train, test = [one[:200] for one in slices], [one[200:] for one in slices]
     result = train_hyperfeature_probe(train, labels[:200], test, labels[200:])
     expected = [
-        linear_probe(known.mean(1), labels[:200], unseen.mean(1), labels[200:]).accuracy
+        linear_probe(known.mean(1), labels[:200], unseen.mean(1), labels[200:], epochs=20).accuracy
         for known, unseen in zip(train, test, strict=True)
     ]
     assert result.slice_accuracies == tuple(expected)

@@ -116,6 +116,8 @@ def test_a_close_neighbour_outvotes_two_far_ones_at_low_temperature_only() -> No
     sharp = knn_probe(balanced, labels, test, torch.tensor([0]), neighbours=3, temperature=0.05)
     blunt = knn_probe(balanced, labels, test, torch.tensor([1]), neighbours=3, temperature=5)
     assert (sharp.accuracy, blunt.accuracy) == (1, 1)
+    icy = knn_probe(balanced, labels, test, torch.tensor([0]), neighbours=3, temperature=1e-4)
+    assert icy.accuracy == 1  # exp(1 / temperature) alone would overflow
 
 
 def test_blocks_do_not_change_the_knn_probe(monkeypatch: pytest.MonkeyPatch) -> None:
