@@ -54,13 +54,14 @@ class ReadOutSettings:
     """How read-outs are trained and computed; see the functions of the same names.
 
     Attributes:
-        linear_epochs: most iterations of L-BFGS, of the linear probe and of hyperfeatures.
+        linear_epochs: most iterations of L-BFGS.
         attentive_epochs: passes of the attentive probe.
         knn_neighbours, knn_temperature: of the kNN vote.
         cknna_neighbours: k.
         pck_images: images that PCK looks at, drawn from those at hand by the first seed.
         pck_alpha: radius of a hit over the image's side.
         hyperfeature_width: features of the mix.
+        hyperfeature_epochs: most iterations of L-BFGS, of the mix of classes and of each slice beside it.
         correspondence_epochs: passes of the mix that learns to match.
     """
 
@@ -72,6 +73,7 @@ class ReadOutSettings:
     pck_images: int = 100
     pck_alpha: float = 0.1
     hyperfeature_width: int = 64
+    hyperfeature_epochs: int = 20
     correspondence_epochs: int = 10
 
 
@@ -230,7 +232,7 @@ def mix_for_classes(
         sides[1],
         test_labels,
         width=settings.hyperfeature_width,
-        epochs=settings.linear_epochs,
+        epochs=settings.hyperfeature_epochs,
         seed=harvests.seed,
     )
 

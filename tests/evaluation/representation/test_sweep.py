@@ -27,7 +27,7 @@ from repagen.evaluation.representation.sources import FeatureSlice
 from repagen.evaluation.representation.spatial import spatial_structure
 from repagen.evaluation.representation.sweep import evaluate_representation, split_rows
 
-FEW_PAIRS = ReadOutSettings(pck_images=4, correspondence_epochs=1)
+FEW_PAIRS = ReadOutSettings(pck_images=4, correspondence_epochs=1, linear_epochs=20)
 
 
 @pytest.fixture(scope="module")
