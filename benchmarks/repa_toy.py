@@ -36,7 +36,7 @@ from repagen.models.latents import images_to_latents
 from repagen.quickstart.figures import save_loss_plot
 from repagen.randomness import generator_for
 from repagen.training import generator
-from repagen.training.config import load_config
+from repagen.config import load_config
 from repagen.training.generator_config import GeneratorConfig
 
 BLOCK, PROJECTOR_DIM, PROBE_STEPS = 2, 256, 600

@@ -33,7 +33,7 @@ from repagen.pipelines.grid import save_image_grid
 from repagen.quickstart.figures import save_loss_plot
 from repagen.quickstart.judge import agreement, nearest_distance, to_small, train_digit_classifier
 from repagen.training import decoder, generator
-from repagen.training.config import load_config
+from repagen.config import load_config
 from repagen.training.decoder import DecoderConfig
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.latent_cache import cache_latents

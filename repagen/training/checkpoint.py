@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from repagen.errors import UserError
 from repagen.files import TEMPORARY_PREFIX, file_digest, sync_file, sync_folder
-from repagen.training.config import require
+from repagen.config import require
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from repagen.data import DataConfig
 from repagen.encoders import Combination
 from repagen.errors import UserError
 from repagen.models.autoencoder_representation import DECODER_SIZES
-from repagen.training.config import require
+from repagen.config import require
 from repagen.training.discriminator import AdversarialConfig
 from repagen.training.ema import EmaConfig
 from repagen.training.optimizer import OptimizerConfig

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from repagen.errors import UserError
-from repagen.training.config import require
+from repagen.config import require
 from repagen.training.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:

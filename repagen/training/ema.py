@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from repagen.errors import UserError
-from repagen.training.config import require
+from repagen.config import require
 
 
 @dataclass

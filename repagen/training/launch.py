@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 import repagen
 from repagen.errors import OneLineParser, UserError
-from repagen.training.config import load_config
+from repagen.config import load_config
 from repagen.training.run_config import RunConfig
 
 logger = logging.getLogger(__name__)

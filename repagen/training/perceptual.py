@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from repagen.errors import UserError
-from repagen.training.config import require
+from repagen.config import require
 
 # File name => sha256 of the published files. A file that bears one of these names must have this content.
 PUBLISHED_SHA256 = {

@@ -41,7 +41,7 @@ from repagen.data import SampleDataset, StreamBatchSampler, load_batches
 from repagen.errors import UserError
 from repagen.randomness import derived_seed, generator_for
 from repagen.training.checkpoint import Checkpoint, CheckpointFolder, folder_lock, read_checkpoint
-from repagen.training.config import flatten, save_config, to_plain
+from repagen.config import flatten, save_config, to_plain
 from repagen.training.launch import RunStopped, StopFlag, environment, start_accelerator, stop_signals
 from repagen.training.log import MetricsLog, MetricValue
 from repagen.training.run_config import BatchPlan, RunConfig

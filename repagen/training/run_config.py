@@ -7,7 +7,7 @@ from typing import Literal
 
 from repagen.errors import UserError
 from repagen.training.checkpoint import CheckpointConfig
-from repagen.training.config import require
+from repagen.config import require
 
 
 @dataclass

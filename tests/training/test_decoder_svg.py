@@ -14,7 +14,7 @@ from repagen import UserError
 from repagen.data import open_dataset
 from repagen.models.autoencoder_svg import SVGAutoencoder
 from repagen.randomness import generator_for
-from repagen.training.config import load_config, save_config
+from repagen.config import load_config, save_config
 from repagen.training.decoder import KINDS, build_loss_networks, train
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.decoder_step import DecoderStep

@@ -33,7 +33,7 @@ from repagen.errors import UserError
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.training import generator as generator_module
-from repagen.training.config import load_config
+from repagen.config import load_config
 from repagen.training.generator import train
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.latent_cache import CacheConfig, cache_latents

@@ -21,7 +21,7 @@ from repagen import (
     sampler_preset,
 )
 from repagen.errors import UserError
-from repagen.training.config import load_config
+from repagen.config import load_config
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.generator_model import build_model, refuse_other_autoencoder, token_grid
 

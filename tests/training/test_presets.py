@@ -16,7 +16,7 @@ from repagen.layers.embeddings import FourierTimeEmbedding
 from repagen.pipelines.sampling_options import SamplingOptions
 from repagen.schedulers.presets import SAMPLER_PRESETS
 from repagen.training import recipes_command
-from repagen.training.config import load_config, preset_names, read_preset
+from repagen.config import load_config, preset_names, read_preset
 from repagen.training.generator import time_distribution, train
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.generator_model import build_model

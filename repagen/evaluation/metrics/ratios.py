@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from repagen.errors import UserError, refusing
-from repagen.evaluation.features import ExtractorIdentity
+from repagen.evaluation.extractor import ExtractorIdentity
 
 
 @dataclass(frozen=True)
