@@ -47,6 +47,22 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_file(final: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` write a file under a temporary name beside `final`, then put it in `final`'s place.
+
+    Where `write` fails, `final` stays as it was and nothing else is left.
+    """
+    temporary = final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
+    try:
+        write(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_file(temporary)
+    temporary.rename(final)
+    sync_folder(final.parent)
+
+
 def replace_folder(final: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a folder under a temporary name beside `final`, then put it in `final`'s place.
 

@@ -91,7 +91,7 @@ def extract(
             _extract_batch(source, extractor, chosen, share, keep_features)
             _require_size(share.first_size, expected_size)
             if len(share.unreadable) > max_bad_images:
-                raise _too_many_unreadable(_all_unreadable(source), max_bad_images)
+                raise _too_many_unreadable(all_unreadable(source), max_bad_images)
             progress.update(len(chosen))
     return _join(gather_object([share]), source, max_bad_images)
 
@@ -107,7 +107,7 @@ def _extract_batch(
     sizes = share.first_size | {index: (image.shape[1], image.shape[2]) for index, image in images.items()}
     _require_one_size(sizes, source)
     share.first_size = dict([next(iter(sizes.items()))])
-    share.digests |= {index: _pixel_digest(image) for index, image in images.items()}
+    share.digests |= {index: pixel_digest(image) for index, image in images.items()}
     batch = torch.stack(list(images.values()))
     with full_float32(PartialState().device):
         features = extractor(batch).float().cpu()
@@ -121,7 +121,8 @@ def _extract_batch(
     share.moments.update(features)
 
 
-def _pixel_digest(image: torch.Tensor) -> bytes:
+def pixel_digest(image: torch.Tensor) -> bytes:
+    """Hash the size and the pixels of a uint8 image (3, H, W)."""
     height_width = f"{image.shape[1]}x{image.shape[2]};".encode()
     return hashlib.sha256(height_width + image.permute(1, 2, 0).contiguous().numpy().tobytes()).digest()
 
@@ -145,17 +146,22 @@ def _require_size(first_size: dict[int, tuple[int, int]], expected: tuple[int, i
         )
 
 
-def _all_unreadable(source: ImageSource) -> list[Unreadable]:
+def all_unreadable(source: ImageSource) -> list[Unreadable]:
+    """Read every image of a source; return those that cannot be read."""
     loaded = (source.load([index])[0] for index in range(len(source)))
     return [image for image in loaded if isinstance(image, Unreadable)]
 
 
-def _too_many_unreadable(unreadable: Sequence[Unreadable], allowed: int) -> UserError:
+def listed(unreadable: Sequence[Unreadable]) -> str:
+    """Names and reasons of unreadable images, as one line."""
     shown = ", ".join(f"{image.name} ({image.reason})" for image in unreadable[:_NAMES_SHOWN])
-    more = f" and {len(unreadable) - _NAMES_SHOWN} more" if len(unreadable) > _NAMES_SHOWN else ""
+    return shown + (f" and {len(unreadable) - _NAMES_SHOWN} more" if len(unreadable) > _NAMES_SHOWN else "")
+
+
+def _too_many_unreadable(unreadable: Sequence[Unreadable], allowed: int) -> UserError:
     return UserError(
-        f"{len(unreadable)} unreadable images, {allowed} allowed: {shown}{more}; replace them, or allow them with "
-        f"--max-bad-images {len(unreadable)}"
+        f"{len(unreadable)} unreadable images, {allowed} allowed: {listed(unreadable)}; replace them, or allow them "
+        f"with --max-bad-images {len(unreadable)}"
     )
 
 

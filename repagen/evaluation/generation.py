@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,8 +14,8 @@ from accelerate import PartialState
 from repagen.evaluation.extraction import Extraction, extract
 from repagen.evaluation.features import INCEPTION, ExtractorIdentity, FeatureExtractor, is_published_inception
 from repagen.evaluation.metrics.frechet import frechet_distance
-from repagen.evaluation.moments import Statistics
 from repagen.evaluation.metrics.precision_recall import PrecisionRecall, precision_recall
+from repagen.evaluation.moments import Statistics
 from repagen.evaluation.reference import ReferenceStatistics
 from repagen.evaluation.samples import ImageSource
 
@@ -76,19 +77,25 @@ class GenerationResult:
         rows += [
             ("N", f"{self.num_samples} samples, {self.num_reference or 'unknown number of'} reference images"),
             ("extractor", str(self.extractor)),
-            ("samples", _described(self.samples)),
-            ("reference", _described(self.reference)),
-            ("versions", _described(self.versions)),
+            ("samples", described(self.samples)),
+            ("reference", described(self.reference)),
+            ("versions", described(self.versions)),
             *(("not comparable", remark) for remark in self.remarks),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return aligned(rows)
 
     def _distance_name(self) -> str:
         return "FID" if is_published_inception(self.extractor) else "Frechet distance"
 
 
-def _described(facts: dict[str, Any]) -> str:
+def aligned(rows: Sequence[tuple[str, str]]) -> str:
+    """Pairs of name and value as lines of text, the values below each other."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def described(facts: dict[str, Any]) -> str:
+    """Facts as one line, hashes shortened."""
     shortened = {name: value[:12] if name.endswith("sha256") else value for name, value in facts.items()}
     return ", ".join(f"{name}={value}" for name, value in shortened.items())
 
@@ -147,7 +154,7 @@ def evaluate_generation(
         samples=_image_facts(samples, generated),
         reference=facts,
         remarks=_remarks(generated.statistics, statistics, extractor.identity),
-        versions=_versions(),
+        versions=package_versions(),
         reference_statistics=statistics,
     )
 
@@ -183,7 +190,8 @@ def _remarks(samples: Statistics, reference: Statistics, extractor: ExtractorIde
     return tuple(remarks)
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that figures depend on, and the device."""
     versions = {}
     for package in _PACKAGES:
         try:
