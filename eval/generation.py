@@ -1,4 +1,4 @@
-"""`repagen evaluate generation` on several processes: accelerate launch eval/generation.py --model PATH --reference PATH ..."""
+"""`repagen evaluate generation` on several processes: accelerate launch eval/generation.py --model PATH ..."""
 
 from __future__ import annotations
 

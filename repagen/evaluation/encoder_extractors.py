@@ -1,8 +1,7 @@
-"""Vision encoders as feature extractors: our own adapters, CLIP's projected embeddings, and any pooled model of timm."""
+"""Vision encoders as feature extractors: our adapters, CLIP's projected embeddings, any pooled model of timm."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from repagen.encoders.weights import weights_sha256
 from repagen.errors import UserError, refusing
 from repagen.evaluation.extractor import ExtractorIdentity, ExtractorRule, FeatureExtractor, Pooling, require_square
 from repagen.evaluation.inception import INCEPTION, InceptionExtractor
@@ -150,7 +150,7 @@ def clip_extractor(rule: ExtractorRule, device: torch.device | str) -> PooledExt
     with refusing(
         f"extractor {rule.model}: not a CLIP model at hand; give a folder, or a Hub id that is in the cache"
     ):
-        model = CLIPVisionModelWithProjection.from_pretrained(rule.model, use_safetensors=True)
+        model: Any = CLIPVisionModelWithProjection.from_pretrained(rule.model, use_safetensors=True)
         processor = CLIPImageProcessor.from_pretrained(rule.model)
     side = rule.size_px or model.config.image_size
     if side != model.config.image_size:
@@ -194,9 +194,11 @@ def timm_extractor(rule: ExtractorRule, device: torch.device | str) -> PooledExt
 
     local = Path(rule.model).is_dir()
     name = f"local-dir:{rule.model}" if local else rule.model
-    sized = {} if rule.size_px is None or "conv" in rule.model else {"img_size": rule.size_px, "dynamic_img_pad": True}
+    sized: dict[str, Any] = (
+        {} if rule.size_px is None or "conv" in rule.model else {"img_size": rule.size_px, "dynamic_img_pad": True}
+    )
     with refusing(f"extractor {rule.model}: timm cannot open it; give a folder, or a timm name that is in the cache"):
-        model = timm.create_model(name, pretrained=True, num_classes=0, **sized)
+        model: Any = timm.create_model(name, pretrained=True, num_classes=0, **sized)
     if rule.pooling == "cls" and not getattr(model, "num_prefix_tokens", 0):
         raise UserError(f"extractor {rule.model}: has no class token; use pooling mean or attention")
     config = model.pretrained_cfg
@@ -214,11 +216,8 @@ def timm_extractor(rule: ExtractorRule, device: torch.device | str) -> PooledExt
 
 
 def _identity(rule: ExtractorRule, model: nn.Module, side: int, reading: str) -> ExtractorIdentity:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     settings = f"{reading}, size={side}, kernel={rule.kernel}, dtype={rule.precision}"
-    return ExtractorIdentity(Path(rule.model).name, digest.hexdigest(), settings)
+    return ExtractorIdentity(Path(rule.model).name, weights_sha256(model), settings)
 
 
 def open_extractor(

@@ -212,6 +212,11 @@ def pixel_digest(image: torch.Tensor) -> str:
     return hashlib.sha256(height_width + image.permute(1, 2, 0).contiguous().numpy().tobytes()).hexdigest()
 
 
+def pixels_sha256(digests: Sequence[str]) -> str:
+    """Hash the pixels of a set of images: equal for equal images in equal order, whatever files they came from."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
+
+
 def _add(share: _Share, content: FeatureBlock, needs: Needs, max_bad_images: int) -> None:
     share.unreadable |= content.unreadable
     if not content.indices:
@@ -230,7 +235,7 @@ def _refuse_not_finite(name: str, rows: torch.Tensor, indices: Sequence[int], so
     bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(
-            f"features of {source.describe(indices[bad[0]])} are not finite in {name} ({len(bad)} images of its block); "
+            f"features of {source.describe(indices[bad[0]])} are not finite in {name} ({len(bad)} such images here); "
             "look at the image, or use an extractor of precision=float32"
         )
 
@@ -271,12 +276,16 @@ def all_unreadable(source: ImageSource) -> list[Unreadable]:
 
 def too_many_unreadable(unreadable: Sequence[Unreadable], allowed: int) -> UserError:
     """Return the error that lists images which cannot be read."""
-    shown = ", ".join(f"{image.name} ({image.reason})" for image in unreadable[:_NAMES_SHOWN])
-    more = f" and {len(unreadable) - _NAMES_SHOWN} more" if len(unreadable) > _NAMES_SHOWN else ""
     return UserError(
-        f"{len(unreadable)} unreadable images, {allowed} allowed: {shown}{more}; replace them, or leave them out with "
-        f"--max-bad {len(unreadable)}"
+        f"{len(unreadable)} unreadable images, {allowed} allowed: {listed(unreadable)}; replace them, or leave them "
+        f"out with --max-bad {len(unreadable)}"
     )
+
+
+def listed(unreadable: Sequence[Unreadable]) -> str:
+    """Names and reasons of unreadable images, as one line."""
+    shown = ", ".join(f"{image.name} ({image.reason})" for image in unreadable[:_NAMES_SHOWN])
+    return shown + (f" and {len(unreadable) - _NAMES_SHOWN} more" if len(unreadable) > _NAMES_SHOWN else "")
 
 
 def _join(shares: Sequence[_Share], source: ImageSource, max_bad_images: int) -> _Share:
@@ -313,7 +322,7 @@ def _score(store: FeatureStore, own_blocks: Sequence[int], whole: _Share, needs:
     for block in own_blocks:
         content = store.read(block)
         if content is None:
-            raise UserError(f"{store.folder}: features of block {block} vanished meanwhile; run the same command again")
+            raise UserError(f"{store.folder}: features of block {block} vanished; run the same command again")
         if content.indices:
             positions = torch.tensor([position_of[index] for index in content.indices])
             sums.update(split_of_position(positions, len(position_of), splits), content.features[name])
@@ -324,13 +333,12 @@ def _score(store: FeatureStore, own_blocks: Sequence[int], whole: _Share, needs:
 
 
 def _result(whole: _Share, needs: Needs, score: InceptionScoreSums | None) -> Extraction:
-    digests = b"".join(bytes.fromhex(digest) for digest in _in_order(whole.digests))
     return Extraction(
         statistics={name: whole.moments[name].statistics() for name in needs.moments},
         features={name: torch.stack(_in_order(kept)[: needs.kept[name]]) for name, kept in whole.kept.items() if kept},
         score=score,
         count=len(whole.digests),
-        pixels_sha256=hashlib.sha256(digests).hexdigest(),
+        pixels_sha256=pixels_sha256(_in_order(whole.digests)),
         image_size=next(iter(whole.first_size.values())),
         unreadable=tuple(_in_order(whole.unreadable)),
     )

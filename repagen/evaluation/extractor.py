@@ -1,6 +1,6 @@
 """What every feature extractor offers, what tells two of them apart, and the settings that a protocol fixes for one.
 
-One contract: uint8 images (B, 3, H, W) => named features (B, D) float32, plus an identity that goes beside every figure.
+One contract: uint8 images (B, 3, H, W) => named features (B, D) float32, plus an identity that goes beside a figure.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from repagen.errors import UserError
+from repagen.evaluation.encoder_extractors import open_extractor
 from repagen.evaluation.extraction import Extraction, ImageSink, extract
 from repagen.evaluation.extractor import ExtractorIdentity, FeatureExtractor
 from repagen.evaluation.measures import Figures, Side, feature_of, measure, needs_of
@@ -106,6 +107,29 @@ def evaluate_generation(
     )
 
 
+def open_extractors(protocol: EvaluationProtocol, weights: str | None = None) -> dict[str, FeatureExtractor]:
+    """Open the extractor of every space of a protocol, on this process's device.
+
+    Args:
+        protocol: names them.
+        weights: file with Inception's weights, where not in torch's cache.
+
+    Raises:
+        UserError: when something is missing, or `weights` is given and no space is Inception's.
+    """
+    kinds = [space.extractor.kind for space in protocol.spaces]
+    if weights is not None and "inception" not in kinds:
+        raise UserError("--extractor-weights are Inception's, and no space of this protocol is; leave them out")
+    return {
+        space.name: open_extractor(
+            space.extractor,
+            weights=weights if space.extractor.kind == "inception" else None,
+            device=PartialState().device,
+        )
+        for space in protocol.spaces
+    }
+
+
 @contextmanager
 def _kept_or_temporary(folder: str | Path | None) -> Iterator[Path]:
     """The given folder, or one that all processes see under one name and that is gone afterwards."""
@@ -125,16 +149,14 @@ def _kept_or_temporary(folder: str | Path | None) -> Iterator[Path]:
             own.cleanup()
 
 
-def _require_reference(
-    protocol: EvaluationProtocol, name: str, reference: ImageSource | ReferenceStatistics
-) -> None:
+def _require_reference(protocol: EvaluationProtocol, name: str, reference: ImageSource | ReferenceStatistics) -> None:
     is_statistics = isinstance(reference, ReferenceStatistics)
     wanted = protocol.reference.kind
     if wanted != "any" and is_statistics != (wanted == "statistics"):
-        given = "a file of statistics" if is_statistics else "images"
+        given = "statistics" if is_statistics else "images"
         raise UserError(
-            f"protocol {name} compares with {wanted} ({protocol.reference.description}), but the reference is {given}; "
-            "give that, or use the protocol torch-fidelity for references of your own"
+            f"protocol {name} compares with {wanted} ({protocol.reference.description}), but {given} "
+            "are given; give those, or use the protocol torch-fidelity for references of your own"
         )
     carried = reference.images if isinstance(reference, ReferenceStatistics) else None
     if carried is not None and protocol.image_size and carried.shape[1:3] != (protocol.image_size,) * 2:
@@ -203,7 +225,7 @@ def _require_normaliser(
     given = reference.sha256 if isinstance(reference, ReferenceStatistics) else None
     if normaliser.reference_sha256 and normaliser.reference_sha256 != given:
         raise UserError(
-            f"normaliser of {space}: belongs to the reference {normaliser.reference_sha256[:12]}, but the reference is "
+            f"normaliser of {space}: belongs to reference {normaliser.reference_sha256[:12]}, but the reference is "
             f"{given[:12] if given else 'not a file of statistics'}; give the table of this reference"
         )
 

@@ -6,17 +6,23 @@ import argparse
 import json
 import shutil
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 
 from repagen.errors import UserError
-from repagen.evaluation.encoder_extractors import open_extractor
-from repagen.evaluation.extractor import ExtractorRule, FeatureExtractor, Pooling
-from repagen.evaluation.generation import evaluate_generation
+from repagen.evaluation.extractor import Pooling
+from repagen.evaluation.generation import evaluate_generation, open_extractors
 from repagen.evaluation.metrics.ratios import load_normalisers
 from repagen.evaluation.pipeline_images import PipelineImages
-from repagen.evaluation.protocol import EvaluationProtocol, MetricName, SpaceRule, load_protocol, protocol_names
+from repagen.evaluation.protocol import (
+    EvaluationProtocol,
+    MetricName,
+    encoder_protocol,
+    load_protocol,
+    protocol_names,
+)
 from repagen.evaluation.reference import open_reference, save_statistics
 from repagen.evaluation.result import GenerationResult
 from repagen.evaluation.samples import ImageSource, LabelMode, open_images
@@ -57,8 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images in hand at once per process, rounded up to forward passes of 32; no figure depends on it "
         "(default 128)",
     )
-    parser.add_argument("--max-bad", type=int, default=0, help="unreadable images to leave out on each side (default 0)")
-    parser.add_argument("--output", metavar="FILE", help="write the result as JSON; the same command continues if killed")
+    parser.add_argument(
+        "--max-bad", type=int, default=0, help="unreadable images to leave out on each side (default 0)"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="write the result as JSON; the same command continues if killed"
+    )
     parser.add_argument("--save-reference", metavar="FILE", help="write the reference's statistics as npz")
     parser.add_argument("--save-samples", metavar="PATH", help="write the samples as a folder of PNGs, or one .npz")
 
@@ -155,37 +165,8 @@ def choose_protocol(args: argparse.Namespace) -> tuple[str, EvaluationProtocol]:
         raise UserError("--protocol and --extractor exclude each other; write a protocol of your own as a YAML file")
     if args.extractor in ("inception", "inception-v3-compat"):
         raise UserError("--extractor is for encoders; Inception's metrics are those of --protocol torch-fidelity")
-    rule = ExtractorRule("encoder", args.extractor, pooling=args.pooling or "mean")
-    space = SpaceRule("encoder", rule, args.metrics or ["fd", "precision_recall"])
-    return "custom", EvaluationProtocol(
-        title=f"metrics in the space of {args.extractor}",
-        source="options of the command line",
-        sampling_dtype=None,
-        spaces=[space],
-    )
-
-
-def open_extractors(protocol: EvaluationProtocol, weights: str | None = None) -> dict[str, FeatureExtractor]:
-    """Open the extractor of every space of a protocol, on this process's device.
-
-    Args:
-        protocol: names them.
-        weights: file with Inception's weights, where not in torch's cache.
-
-    Raises:
-        UserError: when something is missing, or `weights` is given and no space is Inception's.
-    """
-    kinds = [space.extractor.kind for space in protocol.spaces]
-    if weights is not None and "inception" not in kinds:
-        raise UserError("--extractor-weights are Inception's, and no space of this protocol is; leave them out")
-    return {
-        space.name: open_extractor(
-            space.extractor,
-            weights=weights if space.extractor.kind == "inception" else None,
-            device=PartialState().device,
-        )
-        for space in protocol.spaces
-    }
+    metrics: Sequence[MetricName] = args.metrics or ("fd", "precision_recall")
+    return "custom", encoder_protocol(args.extractor, pooling=args.pooling or "mean", metrics=metrics)
 
 
 def _open_samples(args: argparse.Namespace, name: str, protocol: EvaluationProtocol) -> ImageSource:
@@ -200,7 +181,9 @@ def _open_samples(args: argparse.Namespace, name: str, protocol: EvaluationProto
         return open_images(args.samples)
     number = args.num_samples or protocol.num_samples
     if number is None:
-        raise UserError(f"--model needs --num-samples, since the protocol {name} fixes none; published figures draw 50000")
+        raise UserError(
+            f"--model needs --num-samples, since the protocol {name} fixes none; published figures draw 50000"
+        )
     dtype = args.dtype or protocol.sampling_dtype or "float32"
     pipeline = load_pipeline(args.model, str(PartialState().device), dtype)
     return PipelineImages(

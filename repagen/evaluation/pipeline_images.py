@@ -82,7 +82,10 @@ class PipelineImages(ImageSource):
 
     def load(self, indices: Sequence[int]) -> list[torch.Tensor | Unreadable]:
         """Sample the images at `indices`."""
-        batches = (indices[start : start + self.forward_batch_size] for start in range(0, len(indices), self.forward_batch_size))
+        batches = (
+            indices[start : start + self.forward_batch_size]
+            for start in range(0, len(indices), self.forward_batch_size)
+        )
         return [image for batch in batches for image in self._sample(batch)]
 
     def _sample(self, indices: Sequence[int]) -> list[torch.Tensor]:

@@ -6,13 +6,14 @@ path. Figures of different protocols are never comparable, and `repagen compare`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from repagen.config import load_config, preset_names, require
 from repagen.errors import UserError
-from repagen.evaluation.extractor import ExtractorRule
+from repagen.evaluation.extractor import ExtractorRule, Pooling
 from repagen.evaluation.metrics.inception_score import Order
 from repagen.evaluation.samples import LabelMode, Rounding
 
@@ -168,6 +169,24 @@ def load_protocol(name_or_path: str | Path) -> EvaluationProtocol:
             "`repagen evaluate show`"
         )
     return load_config(EvaluationProtocol, name_or_path, presets=PROTOCOLS)
+
+
+def encoder_protocol(
+    model: str, *, pooling: Pooling = "mean", metrics: Sequence[MetricName] = ("fd", "precision_recall")
+) -> EvaluationProtocol:
+    """A protocol of one's own: metrics in the space of one vision encoder, called `encoder` in results.
+
+    Args:
+        model: id or folder.
+        pooling: of its tokens.
+        metrics: what to measure there.
+    """
+    return EvaluationProtocol(
+        title=f"metrics in the space of {model}",
+        source="put together by hand",
+        sampling_dtype=None,
+        spaces=[SpaceRule("encoder", ExtractorRule("encoder", model, pooling=pooling), list(metrics))],
+    )
 
 
 def metric_names(metric: MetricName, space: str) -> tuple[str, ...]:

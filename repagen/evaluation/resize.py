@@ -1,4 +1,4 @@
-"""From 8-bit images to the side that a network looks at. The kernel moves every figure, so that each has its name here."""
+"""From 8-bit images to the side that a network looks at. The kernel moves every figure, so each has a name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KERNELS: dict[str, str] = {
     "tensorflow1-bilinear": "TensorFlow 1's bilinear kernel, neither antialiased nor centred (the FID literature)",
     "pillow-bicubic": "Pillow's bicubic kernel on 8-bit images (dgm-eval, CMMD)",
     "pillow-bicubic-float": "Pillow's bicubic kernel on each channel in floating point, not rounded (clean-fid)",
-    "torch-bicubic-antialias": "torch's antialiased bicubic kernel on floats, neither rounded nor clamped (EDM2, FD-Loss)",
+    "torch-bicubic-antialias": "torch's antialiased bicubic kernel on floats, not rounded or clamped (EDM2, FD-Loss)",
 }
 
 
@@ -45,5 +45,7 @@ def _with_pillow(image: np.ndarray, side: int, by_channel: bool) -> np.ndarray:
     size, bicubic = (side, side), Image.Resampling.BICUBIC
     if not by_channel:
         return np.asarray(Image.fromarray(image).resize(size, bicubic))
-    channels = [Image.fromarray(channel.astype(np.float32)).resize(size, bicubic) for channel in np.moveaxis(image, 2, 0)]
+    channels = [
+        Image.fromarray(channel.astype(np.float32)).resize(size, bicubic) for channel in np.moveaxis(image, 2, 0)
+    ]
     return np.stack([np.asarray(channel) for channel in channels], axis=2)

@@ -71,7 +71,9 @@ class FolderImages(ImageSource):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"no such folder of images: {folder}")
-        self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in EXTENSIONS | UNREAD_EXTENSIONS)
+        self.paths = sorted(
+            path for path in self.folder.rglob("*") if path.suffix.lower() in EXTENSIONS | UNREAD_EXTENSIONS
+        )
         if not self.paths:
             raise UserError(f"{folder}: no images found; looked for {', '.join(sorted(EXTENSIONS))}")
 

@@ -1,4 +1,4 @@
-"""Features on disk, block by block, so that memory does not grow with the number of images and no work is done twice."""
+"""Features on disk, block by block: memory does not grow with the number of images, no work is done twice."""
 
 from __future__ import annotations
 

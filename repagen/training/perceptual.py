@@ -18,8 +18,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from repagen.errors import UserError
 from repagen.config import require
+from repagen.errors import UserError
 
 # File name => sha256 of the published files. A file that bears one of these names must have this content.
 PUBLISHED_SHA256 = {

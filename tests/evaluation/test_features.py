@@ -9,11 +9,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from repagen.evaluation.features import INCEPTION_FILE, full_float32, is_published_inception
 
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
 from repagen.evaluation import EncoderExtractor, InceptionExtractor, open_extractor
-from repagen.evaluation.features import INCEPTION_FILE, full_float32, is_published_inception
 
 
 def test_pooling_is_the_mean_of_patch_tokens_or_the_class_token(encoder: VisionEncoder) -> None:

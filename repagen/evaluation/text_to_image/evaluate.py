@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,9 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from repagen.errors import UserError
-from repagen.evaluation.extraction import all_unreadable, listed, pixel_digest
-from repagen.evaluation.features import ExtractorIdentity
-from repagen.evaluation.generation import aligned, described, package_versions
+from repagen.evaluation.extraction import all_unreadable, listed, pixel_digest, pixels_sha256
+from repagen.evaluation.extractor import ExtractorIdentity
+from repagen.evaluation.reporting import aligned, described, software_versions
 from repagen.evaluation.samples import ImageSource, Unreadable
 from repagen.evaluation.text_to_image.matching import PromptImages
 from repagen.evaluation.text_to_image.scores import (
@@ -114,7 +113,7 @@ def evaluate_text_to_image(
         metrics=_figures(scores),
         num_samples=len(samples),
         spaces={name: one.identity for name, one in models.items()},
-        samples={**samples.protocol, "pixels_sha256": hashlib.sha256(b"".join(digests)).hexdigest()},
+        samples={**samples.protocol, "pixels_sha256": pixels_sha256(digests)},
         reference={**samples.prompts.protocol, "truncated_prompts": truncated},
         remarks=tuple(
             f"{truncated[name]} of {len(texts)} prompts are longer than the {text_limit(one.model, one.processor)} "
@@ -122,7 +121,7 @@ def evaluate_text_to_image(
             for name, one in models.items()
             if truncated[name]
         ),
-        versions=package_versions(),
+        versions=software_versions(),
         wall_time_s=time.perf_counter() - start,
         per_prompt=_per_prompt(samples, scores),
     )
@@ -130,12 +129,12 @@ def evaluate_text_to_image(
 
 def _score(
     samples: PromptImages, models: Mapping[ScoreName, ScoringModel], batch_size: int
-) -> tuple[dict[ScoreName, torch.Tensor], list[bytes]]:
+) -> tuple[dict[ScoreName, torch.Tensor], list[str]]:
     """Scores (N,) by name, and the digest of each image."""
     state = PartialState()
     batches = [range(len(samples))[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     share = batches[state.process_index :: state.num_processes]
-    rows: dict[int, tuple[bytes, dict[str, float]]] = {}
+    rows: dict[int, tuple[str, dict[str, float]]] = {}
     for indices in tqdm(share, desc="scores", unit="batch", disable=not state.is_main_process):
         images = load_readable(samples, indices)
         prompts = [samples.prompts.prompts[index // samples.images_per_prompt].text for index in indices]

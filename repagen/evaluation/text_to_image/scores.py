@@ -12,7 +12,7 @@ import torch
 from repagen.encoders.files import fetch, read_json, weights_file
 from repagen.encoders.weights import load_pretrained, refuse_not_finite, weights_sha256
 from repagen.errors import UserError, refusing
-from repagen.evaluation.features import ExtractorIdentity, full_float32
+from repagen.evaluation.extractor import ExtractorIdentity, full_float32
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
