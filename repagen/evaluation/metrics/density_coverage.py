@@ -21,7 +21,7 @@ class DensityCoverage:
 
 
 def density_coverage(samples: Features, reference: Features, neighbours: int = 5) -> DensityCoverage:
-    """Compute Eqs. 4 and 6 of 2002.09797 with Euclidean distances in float64; balls are without their edge.
+    """Compute both (2002.09797, Sec. 3) with Euclidean distances in float64; balls are without their edge.
 
     A real image's ball reaches its k-th nearest other real image. Density is the mean over samples of the number of
     balls that hold the sample, divided by k; coverage is the fraction of balls that hold at least one sample.

@@ -70,7 +70,7 @@ def kernel_inception_distance(
 def clip_mmd(samples: Features, reference: Features) -> float:
     """Return CMMD: 1000 times the biased squared MMD of L2-normalised rows, in float64.
 
-    The kernel is exp(-|x - y|^2 / (2 * 10^2)); see Sec. 4 of 2401.09603.
+    The kernel is exp(-|x - y|^2 / (2 * 10^2)), as in 2401.09603.
 
     Args:
         samples: CLIP's image embeddings (N, D) of generated images.

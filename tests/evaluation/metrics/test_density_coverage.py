@@ -43,7 +43,7 @@ def test_nothing_is_near_far_away() -> None:
 
 
 def test_two_draws_of_one_distribution_have_the_expected_values() -> None:
-    """Sec. 3.2: E density = 1, E coverage = 1 - (N-1)...(N-k) / ((M+N-1)...(M+N-k)), here with N = M = 2000, k = 5."""
+    """E density = 1, E coverage = 1 - (N-1)...(N-k) / ((M+N-1)...(M+N-k)); N = M = 2000, k = 5."""
     found = density_coverage(torch.randn(2000, 3), torch.randn(2000, 3))
     expected = 1.0
     for step in range(1, 6):

@@ -123,6 +123,18 @@ def test_nearly_singular_covariances_have_the_closed_form(weakest: float) -> Non
     assert found == pytest.approx(exact, rel=1e-7 if weakest == 1e-13 else 1e-9)
 
 
+def test_common_weak_directions_cost_no_accuracy() -> None:
+    """Squared, 1e-7 drowns in the rounding of 1: the eigenvalues' way would be off by 1e-8 unnoticed."""
+    axes = orthogonal(64)
+    variances_1, variances_2 = torch.rand(2, 64, dtype=torch.float64) + 0.5
+    variances_1[:54] *= 1e-7
+    variances_2[:54] *= 1e-7
+    exact = (variances_1.sqrt() - variances_2.sqrt()).square().sum().item()
+    mean = torch.zeros(64, dtype=torch.float64)
+    found = frechet_distance(gaussian(mean, variances_1, axes), gaussian(mean, variances_2, axes))
+    assert found == pytest.approx(exact, rel=1e-9)
+
+
 def test_collapsed_sets_are_as_far_as_their_spread_and_means() -> None:
     """Samples that are all equal have the covariance 0: |m_a - m_b|^2 + tr S_b remains."""
     point, real = torch.full((300, 8), 2.0), torch.randn(300, 8, dtype=torch.float64)
