@@ -21,7 +21,7 @@ from repagen.evaluation.samples import ImageSource
 
 _NEIGHBOURS = 3
 _LEAST_COMPARABLE_IMAGES = 2048
-_PACKAGES = ("repagen", "torch", "diffusers", "transformers", "torch-fidelity", "numpy", "pillow")
+_PACKAGES = ("repagen", "torch", "torchvision", "diffusers", "transformers", "torch-fidelity", "numpy", "pillow")
 
 
 @dataclass(frozen=True)

@@ -196,4 +196,4 @@ def _open_processor(name: str) -> CLIPProcessor:
                 "--pick-processor)"
             )
     with refusing(f"{name}: tokenizer and image processor cannot be read"):
-        return CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        return CLIPProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
