@@ -56,7 +56,6 @@ def clip_score(
     inputs = processor(
         text=texts,
         images=[image.cpu() for image in images],
-        input_data_format="channels_first",
         padding=True,
         truncation=True,
         max_length=text_limit(model, processor),

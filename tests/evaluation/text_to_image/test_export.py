@@ -145,6 +145,21 @@ def test_a_damaged_grid_is_written_anew(tmp_path: Path, dpg_prompts: PromptSet) 
     assert files_of(out) == whole
 
 
+@pytest.mark.parametrize("layout", ["geneval", "dpg"])
+def test_a_failed_write_leaves_nothing(
+    tmp_path: Path, geneval_prompts: PromptSet, dpg_prompts: PromptSet, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(images: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half a picture")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("repagen.evaluation.text_to_image.export.save_image_grid", fill_the_disk)
+    export, prompts = {"geneval": (export_geneval, geneval_prompts), "dpg": (export_dpg, dpg_prompts)}[layout]
+    with pytest.raises(OSError, match="no space left"):
+        export(tmp_path / "out", prompts, Provider())
+    assert os.listdir(tmp_path / "out") == []
+
+
 def test_an_export_of_something_else_is_not_resumed(
     tmp_path: Path, geneval_prompts: PromptSet, dpg_prompts: PromptSet
 ) -> None:
