@@ -26,6 +26,7 @@ from repagen.data.digits import DigitsDataset, digits_to_images, load_digits
 from repagen.encoders import VisionEncoder
 from repagen.evaluation.features import EncoderExtractor
 from repagen.evaluation.generation import GenerationResult, evaluate_generation
+from repagen.evaluation.reconstruction.pixel_metrics import peak_signal_to_noise_ratio
 from repagen.evaluation.samples import DatasetImages, NpzImages, PipelineImages
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
@@ -209,8 +210,7 @@ def _reconstruction_psnr_db(autoencoder_folder: Path) -> float:
     """Mean PSNR of the held-out digits in dB."""
     autoencoder = RepresentationAutoencoder.from_pretrained(autoencoder_folder)
     images = digits_to_images(load_digits("validation")[0])
-    errors = (autoencoder(images).sample.clamp(0, 1) - images).square().mean((1, 2, 3))
-    return (-10 * errors.log10()).mean().item()
+    return peak_signal_to_noise_ratio(autoencoder(images).sample.clamp(0, 1), images).mean().item()
 
 
 def _summary(output: Path, pipeline_folder: Path, report: DigitsReport) -> str:
