@@ -91,7 +91,7 @@ def extract(
             _extract_batch(source, extractor, chosen, share, keep_features)
             _require_size(share.first_size, expected_size)
             if len(share.unreadable) > max_bad_images:
-                raise _too_many_unreadable(_all_unreadable(source), max_bad_images)
+                raise too_many_unreadable(all_unreadable(source), max_bad_images)
             progress.update(len(chosen))
     return _join(gather_object([share]), source, max_bad_images)
 
@@ -107,7 +107,7 @@ def _extract_batch(
     sizes = share.first_size | {index: (image.shape[1], image.shape[2]) for index, image in images.items()}
     _require_one_size(sizes, source)
     share.first_size = dict([next(iter(sizes.items()))])
-    share.digests |= {index: _pixel_digest(image) for index, image in images.items()}
+    share.digests |= {index: pixel_digest(image) for index, image in images.items()}
     batch = torch.stack(list(images.values()))
     with full_float32(PartialState().device):
         features = extractor(batch).float().cpu()
@@ -121,7 +121,8 @@ def _extract_batch(
     share.moments.update(features)
 
 
-def _pixel_digest(image: torch.Tensor) -> bytes:
+def pixel_digest(image: torch.Tensor) -> bytes:
+    """Hash the size and the pixels of an image, uint8 (3, H, W)."""
     height_width = f"{image.shape[1]}x{image.shape[2]};".encode()
     return hashlib.sha256(height_width + image.permute(1, 2, 0).contiguous().numpy().tobytes()).digest()
 
@@ -145,12 +146,14 @@ def _require_size(first_size: dict[int, tuple[int, int]], expected: tuple[int, i
         )
 
 
-def _all_unreadable(source: ImageSource) -> list[Unreadable]:
-    loaded = (source.load([index])[0] for index in range(len(source)))
+def all_unreadable(source: ImageSource, indices: Sequence[int] | None = None) -> list[Unreadable]:
+    """Go through the images at `indices`, or through all, and return those that cannot be read."""
+    loaded = (source.load([index])[0] for index in (range(len(source)) if indices is None else indices))
     return [image for image in loaded if isinstance(image, Unreadable)]
 
 
-def _too_many_unreadable(unreadable: Sequence[Unreadable], allowed: int) -> UserError:
+def too_many_unreadable(unreadable: Sequence[Unreadable], allowed: int) -> UserError:
+    """Return the error that lists images which cannot be read."""
     shown = ", ".join(f"{image.name} ({image.reason})" for image in unreadable[:_NAMES_SHOWN])
     more = f" and {len(unreadable) - _NAMES_SHOWN} more" if len(unreadable) > _NAMES_SHOWN else ""
     return UserError(
@@ -170,7 +173,7 @@ def _join(shares: Sequence[_Share], source: ImageSource, max_bad_images: int) ->
         whole.unreadable |= share.unreadable
     unreadable = tuple(whole.unreadable[index] for index in sorted(whole.unreadable))
     if len(unreadable) > max_bad_images:
-        raise _too_many_unreadable(unreadable, max_bad_images)
+        raise too_many_unreadable(unreadable, max_bad_images)
     _require_one_size(whole.first_size, source)
     kept = [whole.features[index] for index in sorted(whole.features)]
     return Extraction(

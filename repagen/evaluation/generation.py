@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-from accelerate import PartialState
-
 from repagen.evaluation.extraction import Extraction, extract
-from repagen.evaluation.features import INCEPTION, ExtractorIdentity, FeatureExtractor, is_published_inception
+from repagen.evaluation.features import ExtractorIdentity, FeatureExtractor, is_published_inception
 from repagen.evaluation.metrics.frechet import frechet_distance
 from repagen.evaluation.moments import Statistics
 from repagen.evaluation.metrics.precision_recall import PrecisionRecall, precision_recall
 from repagen.evaluation.reference import ReferenceStatistics
+from repagen.evaluation.reporting import aligned, described, distance_remarks, software_versions
 from repagen.evaluation.samples import ImageSource
 
 _NEIGHBOURS = 3
-_LEAST_COMPARABLE_IMAGES = 2048
-_PACKAGES = ("repagen", "torch", "diffusers", "transformers", "torch-fidelity", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -76,21 +71,15 @@ class GenerationResult:
         rows += [
             ("N", f"{self.num_samples} samples, {self.num_reference or 'unknown number of'} reference images"),
             ("extractor", str(self.extractor)),
-            ("samples", _described(self.samples)),
-            ("reference", _described(self.reference)),
-            ("versions", _described(self.versions)),
+            ("samples", described(self.samples)),
+            ("reference", described(self.reference)),
+            ("versions", described(self.versions)),
             *(("not comparable", remark) for remark in self.remarks),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return aligned(rows)
 
     def _distance_name(self) -> str:
         return "FID" if is_published_inception(self.extractor) else "Frechet distance"
-
-
-def _described(facts: dict[str, Any]) -> str:
-    shortened = {name: value[:12] if name.endswith("sha256") else value for name, value in facts.items()}
-    return ", ".join(f"{name}={value}" for name, value in shortened.items())
 
 
 def evaluate_generation(
@@ -146,8 +135,10 @@ def evaluate_generation(
         extractor=extractor.identity,
         samples=_image_facts(samples, generated),
         reference=facts,
-        remarks=_remarks(generated.statistics, statistics, extractor.identity),
-        versions=_versions(),
+        remarks=distance_remarks(
+            {"samples": generated.count, "reference images": statistics.count}, statistics.dimension, extractor.identity
+        ),
+        versions=software_versions(),
         reference_statistics=statistics,
     )
 
@@ -167,32 +158,3 @@ def _image_facts(source: ImageSource, extraction: Extraction) -> dict[str, Any]:
 def _statistics_facts(reference: ReferenceStatistics) -> dict[str, Any]:
     made_from = reference.protocol or {"extractor": "not recorded, taken for Inception (ADM layout)"}
     return {"kind": "statistics", "path": str(reference.path), "sha256": reference.sha256, "of": made_from}
-
-
-def _remarks(samples: Statistics, reference: Statistics, extractor: ExtractorIdentity) -> tuple[str, ...]:
-    remarks = []
-    for name, side in (("samples", samples), ("reference images", reference)):
-        needed = max(_LEAST_COMPARABLE_IMAGES, side.dimension)
-        if side.count is not None and side.count < needed:
-            remarks.append(
-                f"{side.count} {name}, but {side.dimension} features need at least {needed}; the distance is biased "
-                "upwards in proportion to 1/N"
-            )
-    if extractor.name == INCEPTION and not is_published_inception(extractor):
-        remarks.append("Inception weights are not the published ones")
-    return tuple(remarks)
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # torch-fidelity is an extra
-            versions[package] = "not installed"
-    return {**versions, "device": _device_name()}
-
-
-def _device_name() -> str:
-    device = PartialState().device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
