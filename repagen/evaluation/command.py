@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Callable, Sequence
+
+from accelerate import Accelerator
+
+from repagen.errors import OneLineParser
 
 # Subcommand => (module with add_arguments(parser) and run(args) -> text to print or None, one line of help).
 SUBCOMMANDS = {
     "generation": ("repagen.evaluation.generation_command", "generated images against real ones, by a named protocol"),
+    "reconstruction": (
+        "repagen.evaluation.reconstruction.command",
+        "an autoencoder's reconstructions against the same originals: rFID, PSNR, SSIM, LPIPS",
+    ),
 }
 
 
@@ -22,3 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str | None:
     """Run the subcommand; return what it has to say."""
     return importlib.import_module(SUBCOMMANDS[args.subject][0]).run(args)
+
+
+def launched(subject: str) -> Callable[[Sequence[str]], None]:
+    """Return the program that runs a subcommand under `accelerate launch`: every process a share, the first prints."""
+
+    def main(arguments: Sequence[str]) -> None:
+        module_name, help_line = SUBCOMMANDS[subject]
+        module = importlib.import_module(module_name)
+        parser = OneLineParser(description=help_line)
+        module.add_arguments(parser)
+        accelerator = Accelerator()
+        accelerator.print(module.run(parser.parse_args(arguments)))
+        accelerator.end_training()
+
+    return main

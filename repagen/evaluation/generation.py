@@ -136,7 +136,9 @@ def evaluate_generation(
         samples=_image_facts(samples, generated),
         reference=facts,
         remarks=distance_remarks(
-            {"samples": generated.count, "reference images": statistics.count}, statistics.dimension, extractor.identity
+            {"samples": generated.count, "reference images": statistics.count},
+            statistics.dimension,
+            extractor.identity,
         ),
         versions=software_versions(),
         reference_statistics=statistics,

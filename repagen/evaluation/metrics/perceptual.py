@@ -95,7 +95,8 @@ class PerceptualDistance(nn.Module):
             "heads": Path(heads) if heads else _packaged_heads(backbone),
         }
         digests = {path.name: _verified_sha256(path, part) for part, path in paths.items()}
-        network = cls(*(_read_tensors(path, part) for part, path in paths.items()), backbone)
+        tensors = {part: _read_tensors(path, part) for part, path in paths.items()}
+        network = cls(tensors["trunk"], tensors["heads"], backbone)
         network.files = digests
         return network
 

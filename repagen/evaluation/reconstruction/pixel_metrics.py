@@ -26,7 +26,9 @@ def peak_signal_to_noise_ratio(originals: torch.Tensor, reconstructions: torch.T
 
 
 def structural_similarity(originals: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-    """Return the SSIM of each image (Wang et al. 2004) by torchmetrics: Gaussian window of 11 px, sigma 1.5, range 1.
+    """Return the SSIM of each image (Wang et al. 2004, Eq. 13) by torchmetrics, as RAE does.
+
+    A Gaussian window of 11 px and sigma 1.5 around every pixel, the image mirrored at its borders; range 1.
 
     Args:
         originals: (B, 3, H, W) float in [0, 1].
