@@ -47,6 +47,29 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def put_file(final: Path, content: bytes) -> None:
+    """Write a file in one rename, without flushing it to disk: whole or not there when the process dies."""
+    temporary = final.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{final.name}")
+    temporary.write_bytes(content)
+    os.replace(temporary, final)
+
+
+def replace_file(final: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` write a file under a temporary name beside `final`, then put it in `final`'s place.
+
+    Where `write` fails, `final` stays as it was and nothing else is left.
+    """
+    temporary = final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
+    try:
+        write(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_file(temporary)
+    temporary.rename(final)
+    sync_folder(final.parent)
+
+
 def replace_folder(final: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a folder under a temporary name beside `final`, then put it in `final`'s place.
 

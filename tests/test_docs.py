@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from repagen import cli
+from repagen.config import load_config, preset_names
 from repagen.conversion import FAMILIES as CONVERSION_FAMILIES
 from repagen.conversion.recipes import OFFICIAL_FAMILIES
 from repagen.data import DataConfig, data_config_from_words
 from repagen.encoders import FAMILIES
 from repagen.schedulers.presets import SAMPLER_PRESETS
-from repagen.training.config import load_config, preset_names
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.end_to_end_config import EndToEndConfig
 from repagen.training.generator_config import GeneratorConfig

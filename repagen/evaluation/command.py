@@ -17,6 +17,10 @@ SUBCOMMANDS = {
         "repagen.evaluation.reconstruction.command",
         "an autoencoder's reconstructions against the same originals: rFID, PSNR, SSIM, LPIPS",
     ),
+    "text-to-image": (
+        "repagen.evaluation.text_to_image.command",
+        "images against their prompts (CLIPScore, PickScore), or their export for GenEval and DPG-Bench",
+    ),
 }
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from repagen.evaluation.features import INCEPTION, ExtractorIdentity, is_published_inception
+from repagen.evaluation.extractor import ExtractorIdentity
+from repagen.evaluation.inception import INCEPTION, is_published_inception
 
 _LEAST_COMPARABLE_IMAGES = 2048
 _PACKAGES = ("repagen", "torch", "diffusers", "transformers", "torch-fidelity", "numpy", "pillow")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from repagen.config import require
 from repagen.errors import naming
 from repagen.evaluation.metrics.perceptual import PerceptualDistance
-from repagen.training.config import require
 
 
 @dataclass

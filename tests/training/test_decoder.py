@@ -16,9 +16,9 @@ import torch
 from decoder_parts import folder_bytes, rows, run_two_processes, settings, words, write_parts
 
 from repagen import RepresentationAutoencoder, UserError
+from repagen.config import load_config, preset_names, read_preset, save_config
 from repagen.data import open_dataset
 from repagen.randomness import generator_for
-from repagen.training.config import load_config, preset_names, read_preset, save_config
 from repagen.training.decoder import KINDS, build_loss_networks, train
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.decoder_step import DecoderStep, Gates

@@ -11,7 +11,9 @@ from typing import Any
 from accelerate import PartialState
 
 from repagen.errors import UserError, naming
-from repagen.evaluation.features import Pooling, open_extractor
+from repagen.evaluation.encoder_extractors import open_extractor
+from repagen.evaluation.extractor import ExtractorRule, FeatureExtractor, Pooling
+from repagen.evaluation.inception import INCEPTION
 from repagen.evaluation.metrics.perceptual import Backbone, PerceptualDistance
 from repagen.evaluation.reconstruction.evaluate import DEFAULT_METRICS, evaluate_reconstruction, require_originals
 from repagen.evaluation.reconstruction.picture import save_case_picture
@@ -42,8 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-images", type=int, help="this many images, drawn by --seed (default all)")
     parser.add_argument("--seed", type=int, default=0, help="of that draw (default 0)")
-    parser.add_argument("--batch-size", type=int, default=50, help="images at once per process (default 50)")
-    parser.add_argument("--max-bad-images", type=int, default=0, help="unreadable images to leave out (default 0)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=128,
+        help="images in hand at once per process; no figure depends on it (default 128)",
+    )
+    parser.add_argument("--max-bad", type=int, default=0, help="unreadable images to leave out (default 0)")
     parser.add_argument("--output", metavar="FOLDER", help="write result.json, per_image.csv, worst_and_median.png")
     _add_network_arguments(parser)
 
@@ -53,7 +60,7 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
     rfid.add_argument("--extractor", default="inception", help="inception (default), or an encoder's id or folder")
     rfid.add_argument("--extractor-weights", metavar="FILE", help="Inception's weights, where not in torch's cache")
     rfid.add_argument(
-        "--pooling", choices=typing.get_args(Pooling), default="mean", help="tokens of an encoder (default mean)"
+        "--pooling", choices=typing.get_args(Pooling)[:2], default="mean", help="tokens of an encoder (default mean)"
     )
     lpips = parser.add_argument_group("network of lpips")
     lpips.add_argument(
@@ -74,21 +81,18 @@ def run(args: argparse.Namespace) -> str | None:
     """
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
-    source = require_originals(open_reference(args.data, args.max_bad_images))
+    source = require_originals(open_reference(args.data))
     device = PartialState().device
     perceptual = _open_perceptual(args)
-    extractor = None
-    if "rfid" in args.metrics:
-        extractor = open_extractor(args.extractor, weights=args.extractor_weights, pooling=args.pooling, device=device)
     autoencoder = open_component(args.autoencoder, "vae", "--autoencoder").to(device)
     result = evaluate_reconstruction(
         autoencoder,
         source,
         metrics=args.metrics,
-        extractor=extractor,
+        extractor=_open_extractor(args) if "rfid" in args.metrics else None,
         perceptual=perceptual,
         batch_size=args.batch_size,
-        max_bad_images=args.max_bad_images,
+        max_bad_images=args.max_bad,
         num_images=args.num_images,
         seed=args.seed,
     )
@@ -97,6 +101,13 @@ def run(args: argparse.Namespace) -> str | None:
     if args.output:
         _write(Path(args.output), result, source, autoencoder)
     return result.table()
+
+
+def _open_extractor(args: argparse.Namespace) -> FeatureExtractor:
+    rule = ExtractorRule()
+    if args.extractor not in ("inception", INCEPTION):
+        rule = ExtractorRule(kind="encoder", model=args.extractor, pooling=args.pooling)
+    return open_extractor(rule, weights=args.extractor_weights, device=PartialState().device)
 
 
 def _open_perceptual(args: argparse.Namespace) -> PerceptualDistance | None:

@@ -8,7 +8,6 @@ of other images.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +20,15 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from repagen.errors import UserError, refusing
-from repagen.evaluation.extraction import all_unreadable, pixel_digest, too_many_unreadable
-from repagen.evaluation.features import ExtractorIdentity, FeatureExtractor, full_float32
+from repagen.evaluation.extraction import (
+    FORWARD_BATCH_SIZE,
+    all_unreadable,
+    pixel_digest,
+    pixels_sha256,
+    too_many_unreadable,
+)
+from repagen.evaluation.extractor import ExtractorIdentity, FeatureExtractor, full_float32, in_fixed_batches
+from repagen.evaluation.inception import INCEPTION
 from repagen.evaluation.metrics.frechet import frechet_distance
 from repagen.evaluation.metrics.perceptual import PerceptualDistance
 from repagen.evaluation.moments import FeatureMoments
@@ -60,7 +66,7 @@ def evaluate_reconstruction(
     metrics: Sequence[Metric] = DEFAULT_METRICS,
     extractor: FeatureExtractor | None = None,
     perceptual: PerceptualDistance | None = None,
-    batch_size: int = 50,
+    batch_size: int = 128,
     max_bad_images: int = 0,
     num_images: int | None = None,
     seed: int = 0,
@@ -68,8 +74,8 @@ def evaluate_reconstruction(
     """Reconstruct images and compare each, and all of them, with the originals.
 
     There is no chance in it: the autoencoder is put into eval mode, in which RAE adds no noise, and of
-    `AutoencoderKL`'s posterior the mode is taken. Under `accelerate launch` batch i is made by process i mod their
-    number, and all processes return the same result, that of one process.
+    `AutoencoderKL`'s posterior the mode is taken. Under `accelerate launch` the processes take turns with batches, and
+    all return the same result, that of one process.
 
     Args:
         autoencoder: as in `repagen.images_to_latents`, on the device that shall compute.
@@ -77,7 +83,7 @@ def evaluate_reconstruction(
         metrics: what to compute. The mean over images of `psnr` (dB), `ssim`, `lpips`; and `rfid`.
         extractor: of the features for `rfid`: Inception for figures beside published ones, or any encoder.
         perceptual: the network for `lpips`.
-        batch_size: images at once, per process.
+        batch_size: images in hand at once, per process; networks see 32 of them, and no figure depends on it.
         max_bad_images: unreadable images allowed; they are left out and listed.
         num_images: this many images, drawn without replacement by `seed`; None: all.
         seed: of that draw.
@@ -122,16 +128,20 @@ def reconstruct(autoencoder: Any, originals: torch.Tensor, names: Sequence[str])
         UserError: when a reconstruction has pixels that are no numbers.
     """
     device = autoencoder.device
+
+    def run(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        latents = images_to_latents(autoencoder, batch.to(device).float() / 255, sample_posterior=False)
+        return {"images": latents_to_images(autoencoder, latents)}
+
     with full_float32(device):
-        latents = images_to_latents(autoencoder, originals.to(device).float() / 255, sample_posterior=False)
-        images = latents_to_images(autoencoder, latents)
+        images = in_fixed_batches(run, originals, FORWARD_BATCH_SIZE)["images"]
     broken = images.isnan().flatten(1).any(dim=1).tolist()
     if any(broken):
         raise UserError(
             f"the reconstruction of {names[broken.index(True)]} has pixels that are not finite; look at that image, "
             "and at the autoencoder's weights and dtype"
         )
-    return to_uint8(images).cpu()
+    return to_uint8(images)
 
 
 # --- what is asked for ---------------------------------------------------------------------------------------------
@@ -144,7 +154,7 @@ def require_originals(source: ImageSource | ReferenceStatistics) -> ImageSource:
         UserError: it is a file of statistics; says why rFID is not measured against one.
     """
     if isinstance(source, ReferenceStatistics) or (
-        isinstance(source, NpzImages) and {"mu", "sigma"} & npz_keys(source.path)
+        isinstance(source, NpzImages) and any(key.startswith(("mu", "sigma")) for key in npz_keys(source.path))
     ):
         raise UserError(
             f"{source.path}: holds statistics, but rFID compares reconstructions with the same originals, image by "
@@ -173,7 +183,7 @@ def _comparisons(
 
 def _extractor_of(metrics: Sequence[Metric], extractor: FeatureExtractor | None) -> FeatureExtractor | None:
     if "rfid" in metrics and extractor is None:
-        raise UserError("metrics: rfid needs an extractor; give extractor=open_extractor(...), or leave rfid out")
+        raise UserError("metrics: rfid needs an extractor; give extractor=InceptionExtractor(), or leave rfid out")
     return extractor if "rfid" in metrics else None
 
 
@@ -239,14 +249,19 @@ class _Task:
     @property
     def spaces(self) -> dict[str, ExtractorIdentity]:
         """Spaces in which rFID is measured => who makes their features. With `features` the place that knows how."""
-        return {self.extractor.identity.name: self.extractor.identity} if self.extractor else {}
+        return {self._space: self.extractor.identity} if self.extractor else {}
+
+    @property
+    def _space(self) -> str:
+        return "inception" if self.extractor and self.extractor.identity.name == INCEPTION else "encoder"
 
     def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 (B, 3, H, H) => features (B, D) float32 on the CPU, by space."""
         if self.extractor is None:
             return {}
         with full_float32(PartialState().device):
-            return {self.extractor.identity.name: self.extractor(images).float().cpu()}
+            features = in_fixed_batches(self.extractor, images, FORWARD_BATCH_SIZE)
+        return {self._space: next(iter(features.values())).float()}  # the first: Inception's pooled ones
 
 
 @dataclass
@@ -256,12 +271,16 @@ class _Share:
     originals: dict[str, FeatureMoments] = field(default_factory=dict)
     reconstructions: dict[str, FeatureMoments] = field(default_factory=dict)
     figures: dict[int, dict[PairedMetric, float]] = field(default_factory=dict)
-    digests: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    digests: dict[int, tuple[str, str]] = field(default_factory=dict)
     unreadable: dict[int, Unreadable] = field(default_factory=dict)
+
+    def pixels_sha256(self, side: int) -> str:
+        """Hash all originals (0) or all reconstructions (1)."""
+        return pixels_sha256([self.digests[index][side] for index in sorted(self.digests)])
 
 
 def _run_share(task: _Task, indices: Sequence[int], batch_size: int, max_bad_images: int) -> _Share:
-    """Go through this process's batches. Whole batches are shared out, so that each is the same on any number."""
+    """Go through this process's batches. Batches are shared out in turn."""
     state = PartialState()
     share = _Share()
     starts = range(state.process_index * batch_size, len(indices), state.num_processes * batch_size)
@@ -313,10 +332,14 @@ def _add_features(
 @torch.no_grad()
 def _compare(task: _Task, originals: torch.Tensor, reconstructions: torch.Tensor) -> list[dict[PairedMetric, float]]:
     device = task.autoencoder.device
-    pairs = [pictures.to(device).float() / 255 for pictures in (originals, reconstructions)]
+
+    def run(pairs: torch.Tensor) -> dict[str, torch.Tensor]:
+        sides = (pairs.to(device).float() / 255).chunk(2, dim=1)
+        return {metric: compare(*sides) for metric, compare in task.comparisons.items()}
+
     with full_float32(device):
-        columns = {metric: compare(*pairs).tolist() for metric, compare in task.comparisons.items()}
-    return [{metric: column[row] for metric, column in columns.items()} for row in range(len(originals))]
+        columns = in_fixed_batches(run, torch.cat([originals, reconstructions], dim=1), FORWARD_BATCH_SIZE)
+    return [{metric: columns[metric][row].item() for metric in task.comparisons} for row in range(len(originals))]
 
 
 def _join(shares: Sequence[_Share]) -> _Share:
@@ -391,7 +414,7 @@ def _reconstruction_facts(task: _Task, whole: _Share) -> dict[str, Any]:
         "latents": "mode of the posterior" if isinstance(autoencoder, AutoencoderKL) else "without noise",
         "uint8": "rounded",
         "size": f"{task.side}x{task.side}",
-        "pixels_sha256": _pixels_sha256(whole, 1),
+        "pixels_sha256": whole.pixels_sha256(1),
     }
 
 
@@ -399,10 +422,6 @@ def _original_facts(task: _Task, whole: _Share) -> dict[str, Any]:
     left_out = [whole.unreadable[index].name for index in sorted(whole.unreadable)]
     return {
         "size": f"{task.side}x{task.side}",
-        "pixels_sha256": _pixels_sha256(whole, 0),
+        "pixels_sha256": whole.pixels_sha256(0),
         **({"left_out": left_out} if left_out else {}),
     }
-
-
-def _pixels_sha256(whole: _Share, side: int) -> str:
-    return hashlib.sha256(b"".join(whole.digests[index][side] for index in sorted(whole.digests))).hexdigest()

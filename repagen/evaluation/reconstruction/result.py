@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from repagen.evaluation.features import ExtractorIdentity, is_published_inception
+from repagen.evaluation.extractor import ExtractorIdentity
+from repagen.evaluation.inception import is_published_inception
 from repagen.evaluation.reporting import aligned, described
+from repagen.evaluation.result import SCHEMA
 
 Metric = Literal["psnr", "ssim", "lpips", "rfid"]
 PairedMetric = Literal["psnr", "ssim", "lpips"]
@@ -50,7 +52,7 @@ class ReconstructionResult:
         spread: paired metric => its spread over the images.
         num_samples: images behind every figure.
         per_image: the paired metrics of single images, in the order of their indices; empty where none was asked for.
-        spaces: extractor => its identity; empty without rFID.
+        spaces: what made the features of rFID, `inception` or `encoder` => its identity; empty without rFID.
         definitions: how each paired metric is computed.
         samples: the reconstructions: autoencoder, hash of its weights, dtype, hash of the pixels, rounding.
         reference: the originals: protocol and hash of the pixels.
@@ -75,7 +77,7 @@ class ReconstructionResult:
         """Everything but the figures of single images, ready for JSON."""
         shown = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "per_image"}
         return {
-            "schema": 1,
+            "schema": SCHEMA,
             "kind": "reconstruction",
             **shown,
             "spread": {metric: asdict(spread) for metric, spread in self.spread.items()},
@@ -96,7 +98,7 @@ class ReconstructionResult:
         rows = [*self._distance_rows(), *self._paired_rows()]
         rows += [
             ("N", f"{self.num_samples} images, each with its reconstruction"),
-            *(("extractor", str(identity)) for identity in self.spaces.values()),
+            *((f"space {space}", str(identity)) for space, identity in self.spaces.items()),
             ("originals", described(self.reference)),
             ("reconstructions", described(self.samples)),
             ("versions", described(self.versions)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +14,13 @@ from lpips_parts import random_alex_lpips, random_lpips
 
 from repagen import PixelAutoencoder, frechet_distance
 from repagen.errors import UserError
-from repagen.evaluation import EncoderExtractor, FolderImages, ImageSource, NpzImages, save_statistics
+from repagen.evaluation import EncoderExtractor, FolderImages, NpzImages, TensorImages, save_statistics
 from repagen.evaluation.metrics.perceptual import PerceptualDistance
 from repagen.evaluation.moments import FeatureMoments
 from repagen.evaluation.reconstruction import evaluate
 from repagen.evaluation.reconstruction.evaluate import evaluate_reconstruction
 from repagen.evaluation.reconstruction.pixel_metrics import peak_signal_to_noise_ratio, structural_similarity
 from repagen.evaluation.reference import load_statistics
-from repagen.evaluation.samples import Unreadable
 from repagen.models.fingerprint import autoencoder_sha256
 
 ALL = ("psnr", "ssim", "lpips", "rfid")
@@ -31,24 +29,6 @@ ALL = ("psnr", "ssim", "lpips", "rfid")
 @pytest.fixture
 def perceptual() -> PerceptualDistance:
     return PerceptualDistance(*random_lpips())
-
-
-class _Images(ImageSource):
-    """Images in memory."""
-
-    protocol: dict[str, Any] = {"kind": "memory"}  # type: ignore[assignment]  # noqa: RUF012
-
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, indices: Sequence[int]) -> list[torch.Tensor | Unreadable]:
-        return [self.images[index] for index in indices]
-
-    def describe(self, index: int) -> str:
-        return f"memory[{index}]"
 
 
 def rounded(images: torch.Tensor) -> torch.Tensor:
@@ -70,7 +50,7 @@ def test_it_is_what_the_definitions_give(
             "ssim": structural_similarity(*pair),
             "lpips": perceptual(*pair),
         }
-    features = [extractor(side.to(torch.uint8)) for side in (originals, reconstructions)]
+    features = [extractor(side.to(torch.uint8))["features"] for side in (originals, reconstructions)]
     assert result.num_samples == len(result.per_image) == len(digits) == 355
     for metric, values in columns.items():
         assert result.metrics[metric] == pytest.approx(values.mean().item(), rel=1e-4)
@@ -93,7 +73,7 @@ def test_rounding_is_by_the_nearest_level() -> None:
 
     model = Shifted(image_size=32)
     pictures = torch.full((3, 3, 32, 32), 0, dtype=torch.uint8)
-    source = _Images(pictures)
+    source = TensorImages(pictures)
     for shift, expected in ((0.4, 100.0), (0.6, 20 * np.log10(255))):
         model.shift = shift
         result = evaluate_reconstruction(model, source, metrics=["psnr"])
@@ -114,7 +94,7 @@ def test_rfid_tells_a_perfect_autoencoder_from_other_images_of_the_same_kind(
 ) -> None:
     """What an npz of training statistics would measure: real against real, and not zero."""
     images = torch.stack(digits.load(range(len(digits))))
-    halves = [extractor(images[start::2]) for start in (0, 1)]
+    halves = [extractor(images[start::2])["features"] for start in (0, 1)]
     result = evaluate_reconstruction(identity, digits, metrics=["rfid"], extractor=extractor)
     assert result.metrics["rfid"] < 1e-9 < 1e-4 < frechet_distance(*halves)
     assert result.per_image == () and result.spread == {}
@@ -151,6 +131,15 @@ def test_some_images_are_drawn_by_the_seed(identity: Any, digits: Any) -> None:
     assert drawn[0].reference["drawn"] == "30 of 355, seed 0"
 
 
+def test_no_figure_depends_on_the_batch_size(
+    rae: Any, digits: Any, extractor: EncoderExtractor, perceptual: PerceptualDistance
+) -> None:
+    networks = {"metrics": ALL, "extractor": extractor, "perceptual": perceptual, "num_images": 70}
+    one, other = (evaluate_reconstruction(rae, digits, batch_size=size, **networks) for size in (7, 64))
+    assert one.per_image == other.per_image and one.samples == other.samples
+    assert one.metrics["rfid"] == pytest.approx(other.metrics["rfid"], rel=1e-9)
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_shares_of_several_processes_are_joined_to_the_moments_of_one(
     rae: Any, digits: Any, extractor: EncoderExtractor, monkeypatch: pytest.MonkeyPatch, processes: int
@@ -182,7 +171,7 @@ def test_the_result_says_all_it_depends_on(
     facts = result.as_dict()
     assert (facts["schema"], facts["kind"], facts["num_samples"]) == (1, "reconstruction", 50)
     assert set(facts["metrics"]) == set(ALL)
-    assert facts["spaces"] == {extractor.identity.name: extractor.identity.as_dict()}
+    assert facts["spaces"] == {"encoder": extractor.identity.as_dict()}
     assert "per_image" not in facts and facts["wall_time_s"] > 0
     assert facts["samples"]["uint8"] == "rounded" and facts["samples"]["dtype"] == "float32"
     assert len(facts["samples"]["weights_sha256"]) == 64
@@ -240,7 +229,7 @@ def test_statistics_are_refused_with_the_reason(
     moments = FeatureMoments(4)
     moments.update(torch.randn(9, 4))
     path = tmp_path / "VIRTUAL.npz"
-    save_statistics(path, moments.statistics(), extractor.identity, {})
+    save_statistics(path, {"encoder.features": moments.statistics()}, {"encoder": extractor.identity}, {})
     if carries_images:  # ADM's file holds 10,000 images beside the statistics
         np.savez(path, mu=np.zeros(4), sigma=np.eye(4), arr_0=random_pictures(5, seed=0, size=32))
     source: Any = NpzImages(path) if carries_images else load_statistics(path)
@@ -276,19 +265,22 @@ def test_reconstructions_that_are_not_numbers_name_the_image(digits: Any) -> Non
 
     images = torch.stack(digits.load(range(8))) // 2
     images[5] += 100
-    with pytest.raises(UserError, match=r"reconstruction of memory\[5\] has pixels that are not finite"):
-        evaluate_reconstruction(Broken(image_size=32), _Images(images), metrics=["psnr"])
+    with pytest.raises(UserError, match=r"reconstruction of tensor\[5\] has pixels that are not finite"):
+        evaluate_reconstruction(Broken(image_size=32), TensorImages(images), metrics=["psnr"])
 
 
 def test_features_that_are_not_finite_name_the_image(identity: Any, digits: Any, extractor: EncoderExtractor) -> None:
     class Diverging(EncoderExtractor):
-        def __call__(self, images: torch.Tensor) -> torch.Tensor:
-            return super().__call__(images).where(images.flatten(1).float().mean(1)[:, None] < 200, torch.inf)
+        def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            dark = images.flatten(1).float().mean(1)[:, None] < 200
+            return {name: rows.where(dark, torch.inf) for name, rows in super().__call__(images).items()}
 
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     images[2] = 255
-    with pytest.raises(UserError, match=r"features of memory\[2\] are not finite"):
-        evaluate_reconstruction(identity, _Images(images), metrics=["rfid"], extractor=Diverging(extractor.encoder))
+    with pytest.raises(UserError, match=r"features of tensor\[2\] are not finite"):
+        evaluate_reconstruction(
+            identity, TensorImages(images), metrics=["rfid"], extractor=Diverging(extractor.encoder)
+        )
 
 
 @pytest.mark.parametrize(
@@ -317,7 +309,7 @@ def test_one_image_is_refused(identity: Any, tmp_path: Path, random_pictures: An
 
 
 def test_a_metric_that_cannot_see_so_small_images_is_refused_before_the_pass(perceptual: PerceptualDistance) -> None:
-    images = _Images(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    images = TensorImages(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
     with pytest.raises(UserError, match="ssim cannot compare images of 4 px"):
         evaluate_reconstruction(PixelAutoencoder(image_size=4), images, metrics=["ssim"])
     deep = PerceptualDistance(*random_alex_lpips(), "alex")

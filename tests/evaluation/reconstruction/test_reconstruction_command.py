@@ -122,7 +122,7 @@ def test_two_processes_give_the_result_of_one(
     results, tables = [], []
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        options = ["--batch-size", "4", "--max-bad-images", "1", "--output", str(output)]
+        options = ["--batch-size", "4", "--max-bad", "1", "--output", str(output)]
         done = run_door(processes, [*words, *options])
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Frechet distance") == 1
