@@ -10,6 +10,10 @@ from accelerate import Accelerator
 # Subcommand => (module with add_arguments(parser) and run(args) -> text to print or None, one line of help).
 SUBCOMMANDS = {
     "generation": ("repagen.evaluation.generation_command", "generated images against real ones, by a named protocol"),
+    "reconstruction": (
+        "repagen.evaluation.reconstruction.command",
+        "an autoencoder's reconstructions against the same originals: rFID, PSNR, SSIM, LPIPS",
+    ),
     "text-to-image": (
         "repagen.evaluation.text_to_image.command",
         "images against their prompts (CLIPScore, PickScore), or their export for GenEval and DPG-Bench",
