@@ -1,4 +1,4 @@
-"""`repagen evaluate reconstruction` on several processes: accelerate launch eval/reconstruction.py --autoencoder ..."""
+"""`repagen evaluate reconstruction` on several processes: accelerate launch eval/reconstruction.py ..."""
 
 from __future__ import annotations
 
