@@ -39,6 +39,7 @@ import torch
 from diffusers import AutoencoderKL
 
 import repagen
+from repagen.config import load_config
 from repagen.data import DataConfig, open_dataset
 from repagen.data.digits import digits_to_images, load_digits
 from repagen.models.autoencoder_pixel import PixelAutoencoder
@@ -47,7 +48,6 @@ from repagen.pipelines.grid import save_image_grid
 from repagen.quickstart.judge import agreement, to_small, train_digit_classifier
 from repagen.randomness import generator_for
 from repagen.training import decoder, generator
-from repagen.training.config import load_config
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.generator_model import build_model

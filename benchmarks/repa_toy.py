@@ -26,17 +26,19 @@ from toy_science import mean_and_interval
 
 import repagen
 from repagen.alignment import AlignmentTarget
+from repagen.config import load_config
 from repagen.data import DataConfig, digits_encoder_path, open_dataset
 from repagen.data.digits import digits_to_images, load_digits
-from repagen.evaluation.features import EncoderExtractor
+from repagen.evaluation.encoder_extractors import EncoderExtractor
 from repagen.evaluation.generation import evaluate_generation
-from repagen.evaluation.samples import DatasetImages, PipelineImages
+from repagen.evaluation.pipeline_images import PipelineImages
+from repagen.evaluation.protocol import encoder_protocol
+from repagen.evaluation.samples import DatasetImages
 from repagen.flow.path import interpolate
 from repagen.models.latents import images_to_latents
 from repagen.quickstart.figures import save_loss_plot
 from repagen.randomness import generator_for
 from repagen.training import generator
-from repagen.training.config import load_config
 from repagen.training.generator_config import GeneratorConfig
 
 BLOCK, PROJECTOR_DIM, PROBE_STEPS = 2, 256, 600
@@ -149,9 +151,9 @@ def frechet_distance(pipeline: Path, seed: int) -> float:
     extractor = EncoderExtractor(repagen.VisionEncoder.from_pretrained(digits_encoder_path()))
     reference = DatasetImages(open_dataset(DataConfig(kind="digits", image_size=32)))
     samples = PipelineImages(pipe, 2000, seed=seed, num_inference_steps=50)
-    return evaluate_generation(
-        samples, reference, extractor, batch_size=250, precision_recall_images=0
-    ).frechet_distance
+    protocol = encoder_protocol(str(digits_encoder_path()), metrics=["fd"])
+    result = evaluate_generation(samples, reference, protocol, {"encoder": extractor}, batch_size=250)
+    return result.metrics["fd_encoder"]
 
 
 def main() -> None:

@@ -30,12 +30,12 @@ from typing import Any
 import torch
 
 import repagen
+from repagen.config import load_config
 from repagen.data.digits import digits_encoder_path, digits_to_images, load_digits
 from repagen.evaluation.metrics.frechet import frechet_distance
-from repagen.evaluation.samples import PipelineImages
+from repagen.evaluation.pipeline_images import PipelineImages
 from repagen.quickstart.judge import agreement, to_small, train_digit_classifier
 from repagen.training import decoder, generator
-from repagen.training.config import load_config
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.generator_config import GeneratorConfig
 

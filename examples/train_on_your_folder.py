@@ -15,9 +15,9 @@ from pathlib import Path
 from PIL import Image
 
 import repagen
+from repagen.config import load_config
 from repagen.data.digits import load_digits
 from repagen.training import decoder, generator
-from repagen.training.config import load_config
 from repagen.training.decoder import DecoderConfig
 from repagen.training.generator_config import GeneratorConfig
 

@@ -47,6 +47,13 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def put_file(final: Path, content: bytes) -> None:
+    """Write a file in one rename, without flushing it to disk: whole or not there when the process dies."""
+    temporary = final.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{final.name}")
+    temporary.write_bytes(content)
+    os.replace(temporary, final)
+
+
 def replace_file(final: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` write a file under a temporary name beside `final`, then put it in `final`'s place.
 

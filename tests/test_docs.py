@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from repagen import cli
+from repagen.config import load_config, preset_names
 from repagen.conversion import FAMILIES as CONVERSION_FAMILIES
 from repagen.conversion.recipes import OFFICIAL_FAMILIES
 from repagen.data import DataConfig, data_config_from_words
 from repagen.encoders import FAMILIES
 from repagen.schedulers.presets import SAMPLER_PRESETS
-from repagen.training.config import load_config, preset_names
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.end_to_end_config import EndToEndConfig
 from repagen.training.generator_config import GeneratorConfig
@@ -32,6 +32,7 @@ DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
+DOORS = {"reference": ["reference"]}  # scripts of eval/ that are no subject of `repagen evaluate`
 SCHEMAS = {"decoder": DecoderConfig, "generator": GeneratorConfig, "end_to_end": EndToEndConfig}
 
 
@@ -203,8 +204,8 @@ def check(program: str, words: list[str]) -> None:
         check_training(training[1], words)
     elif program in ("repagen", "repagen.cli"):
         check_repagen(words)
-    elif program == "eval/generation.py":
-        check_repagen(["evaluate", "generation", *words])
+    elif door := re.fullmatch(r"eval/(\w+)\.py", program):
+        check_repagen([*DOORS.get(door[1], ["evaluate", door[1]]), *words])
     else:
         assert not program.startswith("repagen") and (not program.endswith(".py") or (ROOT / program).exists())
 

@@ -1,1 +1,1 @@
-"""Presets: one YAML per recipe, read through `repagen.training.config.load_config`."""
+"""Presets: one YAML per recipe, read through `repagen.config.load_config`."""

@@ -123,11 +123,19 @@ class ImageDataset(SampleDataset):
             UserError: the image is bad and `max_bad_images` does not allow another one.
         """
         try:
-            image = self._square(self._decode(index), generator)
+            image = self.read(index, generator)
         except BadImageError as error:
             self._count_bad(index, str(error))
             return None
         return {"image": image, "label": int(self.labels[index]), "index": index}
+
+    def read(self, index: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Return image `index` (3, S, S) as the config crops it; bad images are the caller's to count.
+
+        Raises:
+            BadImageError: the image is bad; the message is the reason.
+        """
+        return self._square(self._decode(index), generator)
 
     def _square(self, image: Image.Image, generator: torch.Generator | None) -> torch.Tensor:
         size = self.config.image_size

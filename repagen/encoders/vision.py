@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch.func import functional_call
 from repagen.encoders.backbones import Backbone, TimmBackbone, build_timm, build_transformers
 from repagen.encoders.families import FAMILIES, EncoderFamily
 from repagen.encoders.files import find_encoder, weights_file
-from repagen.encoders.weights import load_weights
+from repagen.encoders.weights import load_weights, weights_sha256
 from repagen.errors import UserError
 
 Layers = Literal["last"] | int | Sequence[int]
@@ -299,12 +298,7 @@ class VisionEncoder(nn.Module):
         Two encoders with equal fingerprints, image sizes and readings give the same tokens.
         """
         if self._fingerprint is None:
-            digests = []
-            for value in self.backbone.state_dict().values():
-                rounded = value.detach().cpu().to(torch.bfloat16).contiguous()
-                content = rounded.flatten().view(torch.uint8).numpy().tobytes()
-                digests.append(hashlib.sha256(f"{tuple(value.shape)}".encode() + content).digest())
-            self._fingerprint = hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+            self._fingerprint = weights_sha256(self.backbone)
         return self._fingerprint
 
     def save_pretrained(self, folder: str | os.PathLike[str], variant: str | None = None) -> None:

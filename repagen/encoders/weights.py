@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,9 +42,7 @@ def load_weights(family: EncoderFamily, description: Mapping[str, Any], weights:
         backbone: Backbone = _load_timm(description, weights, name)
     else:
         backbone = _load_transformers(family, description, weights, name)
-    for key, value in backbone.model.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{weights}:{key}: not finite; the file of encoder {name!r} is damaged, fetch it again")
+    refuse_not_finite(backbone.model, weights, name)
     return backbone
 
 
@@ -55,12 +54,30 @@ def _load_transformers(
     config = transformers_config(family, description, f"{name}:config.json")
     variant = FROZEN_VARIANT if weights.name == f"model.{FROZEN_VARIANT}.safetensors" else None
     mapping = {rf"^{re.escape(family.tower_prefix)}": ""} if family.tower_prefix else None
+    model = load_pretrained(
+        getattr(transformers, family.model_class), weights, name,
+        config=config, variant=variant, key_mapping=mapping, **family.constructor,
+    )  # fmt: skip
+    return TransformersBackbone(family, model)
+
+
+def load_pretrained(model_class: Any, weights: Path, name: str, **options: Any) -> Any:
+    """Load a transformers model in float32 from the folder of its weights file, offline.
+
+    Args:
+        model_class: a class of transformers.
+        weights: path of the weights file or its index.
+        name: the encoder, for messages.
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: for weights that cannot be read, are missing or misshapen.
+    """
     try:
         with quiet_transformers():
-            model, report = getattr(transformers, family.model_class).from_pretrained(
-                weights.parent, config=config, variant=variant, dtype=torch.float32, local_files_only=True,
-                use_safetensors=weights.suffix != ".bin", ignore_mismatched_sizes=True, output_loading_info=True,
-                key_mapping=mapping, **family.constructor,
+            model, report = model_class.from_pretrained(
+                weights.parent, dtype=torch.float32, local_files_only=True, use_safetensors=weights.suffix != ".bin",
+                ignore_mismatched_sizes=True, output_loading_info=True, **options,
             )  # fmt: skip
     except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{weights}: encoder {name!r} cannot be read: {' '.join(str(error).split())}") from error
@@ -68,7 +85,7 @@ def _load_transformers(
         key, given, needed = mismatched[0]
         raise UserError(f"{weights}:{key}: shape {tuple(given)} does not fit the config, which needs {tuple(needed)}")
     refuse_missing(report["missing_keys"], weights)
-    return TransformersBackbone(family, model)
+    return model
 
 
 def _load_timm(description: Mapping[str, Any], weights: Path, name: str) -> TimmBackbone:
@@ -93,3 +110,20 @@ def refuse_missing(keys: Any, weights: Path) -> None:
     """Refuse a file that lacks tensors, naming the first and their number."""
     if missing := sorted(keys):
         raise UserError(f"{weights}: {len(missing)} tensors are missing, the first is {missing[0]}")
+
+
+def refuse_not_finite(model: nn.Module, weights: Path, name: str) -> None:
+    """Refuse weights with an infinity or NaN, naming the first tensor."""
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"{weights}:{key}: not finite; the file of encoder {name!r} is damaged, fetch it again")
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash a model's weights: the same for float32 and bfloat16 copies and for any tensor names."""
+    digests = []
+    for value in model.state_dict().values():
+        rounded = value.detach().cpu().to(torch.bfloat16).contiguous()
+        content = rounded.flatten().view(torch.uint8).numpy().tobytes()
+        digests.append(hashlib.sha256(f"{tuple(value.shape)}".encode() + content).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

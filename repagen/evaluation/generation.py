@@ -1,161 +1,253 @@
-"""How far generated images are from real ones: the figures, and beside them everything they depend on."""
+"""How far generated images are from real ones, by a protocol."""
 
 from __future__ import annotations
 
-import importlib.metadata
-from dataclasses import dataclass, field
-from functools import partial
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
-from repagen.evaluation.extraction import Extraction, extract
-from repagen.evaluation.features import INCEPTION, ExtractorIdentity, FeatureExtractor, is_published_inception
-from repagen.evaluation.metrics.frechet import frechet_distance
+from repagen.errors import UserError
+from repagen.evaluation.encoder_extractors import open_extractor
+from repagen.evaluation.extraction import Extraction, ImageSink, extract
+from repagen.evaluation.extractor import ExtractorIdentity, FeatureExtractor
+from repagen.evaluation.measures import Figures, Side, feature_of, measure, needs_of
+from repagen.evaluation.metrics.ratios import Normaliser, frechet_distance_ratio
 from repagen.evaluation.moments import Statistics
-from repagen.evaluation.metrics.precision_recall import PrecisionRecall, precision_recall
+from repagen.evaluation.pipeline_images import PipelineImages
+from repagen.evaluation.protocol import EvaluationProtocol, metric_names
 from repagen.evaluation.reference import ReferenceStatistics
+from repagen.evaluation.reporting import distance_remarks, software_versions
+from repagen.evaluation.result import GenerationResult
 from repagen.evaluation.samples import ImageSource
-
-_NEIGHBOURS = 3
-_LEAST_COMPARABLE_IMAGES = 2048
-_PACKAGES = ("repagen", "torch", "diffusers", "transformers", "torch-fidelity", "numpy", "pillow")
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """Figures and protocol of one evaluation.
-
-    Attributes:
-        frechet_distance: in squared units of the features; with published Inception weights the FID.
-        precision: fraction of samples inside the manifold of the reference (k = 3), None without reference images.
-        recall: fraction of the reference inside the manifold of the samples, None without reference images.
-        num_samples: images behind the samples' statistics.
-        num_reference: images behind the reference's statistics; None where a file does not say it.
-        num_precision_recall: (samples, reference images) behind precision and recall.
-        extractor: what made the features.
-        samples: protocol and pixel hash of the samples.
-        reference: protocol and hash of the reference.
-        remarks: why the distance must not stand beside figures from elsewhere; empty where it may.
-        versions: of the packages involved, and the device.
-        reference_statistics: for `save_statistics`.
-    """
-
-    frechet_distance: float
-    precision: float | None
-    recall: float | None
-    num_samples: int
-    num_reference: int | None
-    num_precision_recall: tuple[int, int] | None
-    extractor: ExtractorIdentity
-    samples: dict[str, Any]
-    reference: dict[str, Any]
-    remarks: tuple[str, ...]
-    versions: dict[str, str]
-    reference_statistics: Statistics = field(repr=False, compare=False)
-
-    @property
-    def comparable(self) -> bool:
-        """Whether the distance may stand beside figures made elsewhere by the same protocol."""
-        return not self.remarks
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but the reference's matrices, ready for JSON."""
-        shown = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "reference_statistics"}
-        return {**shown, "extractor": self.extractor.as_dict(), "comparable": self.comparable}
-
-    def table(self) -> str:
-        """The result as aligned lines of text."""
-        rows = [
-            (self._distance_name(), f"{self.frechet_distance:.6g}{'' if self.comparable else '  (not comparable)'}")
-        ]
-        if self.precision is not None and self.recall is not None and self.num_precision_recall is not None:
-            counts = "{} samples, {} reference images".format(*self.num_precision_recall)
-            rows.append(("precision, recall", f"{self.precision:.4f}, {self.recall:.4f} (k={_NEIGHBOURS}; {counts})"))
-        rows += [
-            ("N", f"{self.num_samples} samples, {self.num_reference or 'unknown number of'} reference images"),
-            ("extractor", str(self.extractor)),
-            ("samples", _described(self.samples)),
-            ("reference", _described(self.reference)),
-            ("versions", _described(self.versions)),
-            *(("not comparable", remark) for remark in self.remarks),
-        ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-    def _distance_name(self) -> str:
-        return "FID" if is_published_inception(self.extractor) else "Frechet distance"
-
-
-def _described(facts: dict[str, Any]) -> str:
-    shortened = {name: value[:12] if name.endswith("sha256") else value for name, value in facts.items()}
-    return ", ".join(f"{name}={value}" for name, value in shortened.items())
 
 
 def evaluate_generation(
     samples: ImageSource,
     reference: ImageSource | ReferenceStatistics,
-    extractor: FeatureExtractor,
+    protocol: EvaluationProtocol,
+    extractors: Mapping[str, FeatureExtractor],
     *,
-    batch_size: int = 50,
+    name: str = "custom",
+    normalisers: Mapping[str, Normaliser] | None = None,
+    batch_size: int = 128,
     max_bad_images: int = 0,
-    precision_recall_images: int = 10_000,
+    folder: str | Path | None = None,
+    sink: ImageSink | None = None,
 ) -> GenerationResult:
-    """Compare samples with a reference.
+    """Compare samples with a reference, in one pass over the images of each side.
 
     Under `accelerate launch` every process takes a share of the images, and all return the same result.
 
     Args:
-        samples: generated images; see `repagen.evaluation.samples`.
-        reference: real images of the same size, or statistics made with the same extractor.
-        extractor: what turns images into features.
-        batch_size: images at once, per process; also the batch of a pipeline that samples on the fly.
+        samples: generated images; see `repagen.evaluation.samples` and `PipelineImages`.
+        reference: real images of the same size, or statistics made with the same extractors.
+        protocol: what to measure, and how; see `load_protocol`.
+        extractors: space => what turns images into its features; see `open_extractors`.
+        name: of the protocol.
+        normalisers: space => divisor of its Frechet distance, where the protocol has FDr.
+        batch_size: images in hand at once, per process. No figure depends on it.
         max_bad_images: unreadable images allowed on each side; they are left out and listed.
-        precision_recall_images: use this many first images of each side for precision and recall; 0 leaves them out.
+        folder: for features of an evaluation that may be interrupted; the same call continues from it. The caller
+            removes it afterwards. By default they are kept in a temporary folder, and lost with the process.
+        sink: takes the samples, for example to write them out.
 
     Raises:
         UserError: on images that cannot be read, differ in size, or give features that are not finite; on statistics
-            of another extractor; on fewer than two images on a side.
+            of another extractor, or a reference that the protocol does not allow; on fewer than two images on a side.
     """
-    extract_from = partial(
-        extract,
-        extractor=extractor,
-        batch_size=batch_size,
-        max_bad_images=max_bad_images,
-        keep_features=precision_recall_images,
-    )
-    # The reference first: where it fails, no hours of sampling are lost.
-    if isinstance(reference, ReferenceStatistics):
-        reference.require_extractor(extractor.identity)
-        carried = reference.images if precision_recall_images else None
-        real = extract_from(carried, title="reference") if carried else None
-        statistics, facts = reference.statistics, _statistics_facts(reference)
-    else:
-        real = extract_from(reference, title="reference")
-        statistics, facts = real.statistics, _image_facts(reference, real)
-    generated = extract_from(samples, title="samples", expected_size=real.image_size if real else None)
-    near = _precision_recall(generated, real) if real else None
+    started = time.monotonic()
+    _require_reference(protocol, name, reference)
+    with _kept_or_temporary(folder) as place:
+        # The reference first: where it fails, no hours of sampling are lost.
+        real, statistics = None, reference.statistics if isinstance(reference, ReferenceStatistics) else None
+        images = reference.images if isinstance(reference, ReferenceStatistics) else reference
+        if isinstance(reference, ReferenceStatistics):
+            _require_statistics(protocol, reference, extractors)
+        needs = needs_of(protocol, extractors, reference=True)
+        if statistics is not None:  # images beside statistics serve metrics of single images alone
+            needs = dataclasses.replace(needs, moments=())
+        if images is not None and (needs.kept or needs.moments):
+            real = extract(
+                images, extractors, needs, place / "reference",
+                batch_size=batch_size, max_bad_images=max_bad_images, title="reference",
+            )  # fmt: skip
+        generated = extract(
+            samples, extractors, needs_of(protocol, extractors), place / "samples",
+            batch_size=batch_size, max_bad_images=max_bad_images, sink=sink, title="samples",
+            expected_size=real.image_size if real else None,
+        )  # fmt: skip
+    known = Side(statistics or (real.statistics if real else {}), real.features if real else {})
+    figures = measure(protocol, Side.of(generated), known)
+    identities = {space: extractor.identity for space, extractor in extractors.items()}
+    _add_ratio(protocol, figures, normalisers, identities, reference)
     return GenerationResult(
-        frechet_distance=frechet_distance(generated.statistics, statistics),
-        precision=near.precision if near else None,
-        recall=near.recall if near else None,
+        protocol=name,
+        settings=dataclasses.asdict(protocol),
+        deviations=_deviations(protocol, samples, generated),
+        metrics=figures.metrics,
+        left_out=figures.left_out,
         num_samples=generated.count,
-        num_reference=statistics.count,
-        num_precision_recall=(len(generated.features), len(real.features)) if near and real else None,
-        extractor=extractor.identity,
+        num_reference=next((one.count for one in known.statistics.values()), real.count if real else None),
+        counts=figures.counts,
+        spaces=identities,
         samples=_image_facts(samples, generated),
-        reference=facts,
-        remarks=_remarks(generated.statistics, statistics, extractor.identity),
-        versions=_versions(),
-        reference_statistics=statistics,
+        reference=_reference_facts(reference, real),
+        training=samples.training if isinstance(samples, PipelineImages) else {},
+        remarks=_remarks(protocol, identities, generated.statistics, known.statistics),
+        versions=software_versions(),
+        wall_time_s=round(time.monotonic() - started, 3),
+        reference_statistics=dict(known.statistics),
     )
 
 
-def _precision_recall(generated: Extraction, real: Extraction) -> PrecisionRecall | None:
-    if min(len(generated.features), len(real.features)) <= _NEIGHBOURS:
-        return None
-    return precision_recall(generated.features, real.features, _NEIGHBOURS)
+def open_extractors(protocol: EvaluationProtocol, weights: str | None = None) -> dict[str, FeatureExtractor]:
+    """Open the extractor of every space of a protocol, on this process's device.
+
+    Args:
+        protocol: names them.
+        weights: file with Inception's weights, where not in torch's cache.
+
+    Raises:
+        UserError: when something is missing, or `weights` is given and no space is Inception's.
+    """
+    kinds = [space.extractor.kind for space in protocol.spaces]
+    if weights is not None and "inception" not in kinds:
+        raise UserError("--extractor-weights are Inception's, and no space of this protocol is; leave them out")
+    return {
+        space.name: open_extractor(
+            space.extractor,
+            weights=weights if space.extractor.kind == "inception" else None,
+            device=PartialState().device,
+        )
+        for space in protocol.spaces
+    }
+
+
+@contextmanager
+def _kept_or_temporary(folder: str | Path | None) -> Iterator[Path]:
+    """The given folder, or one that all processes see under one name and that is gone afterwards."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    state = PartialState()
+    own = TemporaryDirectory(prefix="repagen-features-") if state.is_main_process else None
+    name = [own.name if own else ""]
+    if state.num_processes > 1:
+        broadcast_object_list(name)
+    try:
+        yield Path(name[0])
+        state.wait_for_everyone()  # a process that fails alone must not wait for the others
+    finally:
+        if own:
+            own.cleanup()
+
+
+def _require_reference(protocol: EvaluationProtocol, name: str, reference: ImageSource | ReferenceStatistics) -> None:
+    is_statistics = isinstance(reference, ReferenceStatistics)
+    wanted = protocol.reference.kind
+    if wanted != "any" and is_statistics != (wanted == "statistics"):
+        given = "statistics" if is_statistics else "images"
+        raise UserError(
+            f"protocol {name} compares with {wanted} ({protocol.reference.description}), but {given} "
+            "are given; give those, or use the protocol torch-fidelity for references of your own"
+        )
+    carried = reference.images if isinstance(reference, ReferenceStatistics) else None
+    if carried is not None and protocol.image_size and carried.shape[1:3] != (protocol.image_size,) * 2:
+        raise UserError(
+            f"protocol {name} is for {protocol.image_size} px, but the images in the reference are "
+            f"{carried.shape[2]}x{carried.shape[1]}; give the reference of this protocol"
+        )
+
+
+def _require_statistics(
+    protocol: EvaluationProtocol, reference: ReferenceStatistics, extractors: Mapping[str, FeatureExtractor]
+) -> None:
+    for space in protocol.spaces:
+        reference.require_extractor(space.name, extractors[space.name].identity)
+        feature = feature_of("fd", space)
+        if "fd" in space.metrics and feature not in reference.statistics:
+            raise UserError(
+                f"the reference {reference.path} holds no statistics of {feature} (it has "
+                f"{', '.join(reference.statistics)}); make one with `repagen reference make`"
+            )
+        if feature in reference.statistics:
+            given, needed = reference.statistics[feature].dimension, extractors[space.name].dimensions
+            if given != needed[feature.split(".")[1]]:
+                raise UserError(
+                    f"{reference.path}: {given} features of {space.name}, but the extractor gives "
+                    f"{needed[feature.split('.')[1]]}; give statistics of this extractor"
+                )
+
+
+def _add_ratio(
+    protocol: EvaluationProtocol,
+    figures: Figures,
+    normalisers: Mapping[str, Normaliser] | None,
+    identities: Mapping[str, ExtractorIdentity],
+    reference: ImageSource | ReferenceStatistics,
+) -> None:
+    spaces = [space.name for space in protocol.spaces if "fdr" in space.metrics]
+    if not spaces:
+        return
+    if normalisers is None:
+        figures.left_out["fdr"] = "no table of normalisers is given (--normalisers FILE)"
+        return
+    missing = [space for space in spaces if metric_names("fd", space)[0] not in figures.metrics]
+    if missing:
+        figures.left_out["fdr"] = f"the Frechet distance of {', '.join(missing)} is missing"
+        return
+    for space, normaliser in normalisers.items():
+        _require_normaliser(space, normaliser, identities, reference)
+    distances = {space: figures.metrics[metric_names("fd", space)[0]] for space in spaces}
+    divisors = {space: normaliser.frechet_distance for space, normaliser in normalisers.items()}
+    figures.metrics["fdr"] = frechet_distance_ratio(distances, divisors)
+
+
+def _require_normaliser(
+    space: str,
+    normaliser: Normaliser,
+    identities: Mapping[str, ExtractorIdentity],
+    reference: ImageSource | ReferenceStatistics,
+) -> None:
+    identity = identities.get(space)
+    if identity and normaliser.extractor and not normaliser.extractor.matches(identity):
+        raise UserError(
+            f"normaliser of {space}: measured with {normaliser.extractor}, but the extractor is {identity}; give the "
+            "table of these extractors"
+        )
+    given = reference.sha256 if isinstance(reference, ReferenceStatistics) else None
+    if normaliser.reference_sha256 and normaliser.reference_sha256 != given:
+        raise UserError(
+            f"normaliser of {space}: belongs to reference {normaliser.reference_sha256[:12]}, but the reference is "
+            f"{given[:12] if given else 'not a file of statistics'}; give the table of this reference"
+        )
+
+
+def _deviations(protocol: EvaluationProtocol, samples: ImageSource, generated: Extraction) -> tuple[str, ...]:
+    """What the protocol says and this evaluation does not do, as far as the samples tell it."""
+    facts = samples.protocol
+    deviations = []
+    if protocol.num_samples is not None and generated.count != protocol.num_samples:
+        deviations.append(f"{generated.count} samples, the protocol says {protocol.num_samples}")
+    if protocol.image_size is not None and generated.image_size != (protocol.image_size,) * 2:
+        height, width = generated.image_size
+        deviations.append(f"samples are {width}x{height}, the protocol says {protocol.image_size} px")
+    for key, wanted in (
+        ("label_mode", protocol.label_mode),
+        ("rounding", protocol.rounding),
+        ("dtype", protocol.sampling_dtype),
+    ):
+        given = facts.get(key)
+        if given is not None and wanted is not None and given != wanted:
+            deviations.append(f"{key}={given}, the protocol says {wanted}")
+    return tuple(deviations)
 
 
 def _image_facts(source: ImageSource, extraction: Extraction) -> dict[str, Any]:
@@ -164,35 +256,25 @@ def _image_facts(source: ImageSource, extraction: Extraction) -> dict[str, Any]:
     return {**source.protocol, "size": f"{width}x{height}", "pixels_sha256": extraction.pixels_sha256, **left_out}
 
 
-def _statistics_facts(reference: ReferenceStatistics) -> dict[str, Any]:
-    made_from = reference.protocol or {"extractor": "not recorded, taken for Inception (ADM layout)"}
-    return {"kind": "statistics", "path": str(reference.path), "sha256": reference.sha256, "of": made_from}
+def _reference_facts(reference: ImageSource | ReferenceStatistics, real: Extraction | None) -> dict[str, Any]:
+    if isinstance(reference, ReferenceStatistics):
+        made_from = reference.protocol or "not recorded, taken for Inception's"
+        return {"kind": "statistics", "path": str(reference.path), "sha256": reference.sha256, "of": made_from}
+    assert real is not None, "a reference of images is looked at"
+    return _image_facts(reference, real)
 
 
-def _remarks(samples: Statistics, reference: Statistics, extractor: ExtractorIdentity) -> tuple[str, ...]:
-    remarks = []
-    for name, side in (("samples", samples), ("reference images", reference)):
-        needed = max(_LEAST_COMPARABLE_IMAGES, side.dimension)
-        if side.count is not None and side.count < needed:
-            remarks.append(
-                f"{side.count} {name}, but {side.dimension} features need at least {needed}; the distance is biased "
-                "upwards in proportion to 1/N"
-            )
-    if extractor.name == INCEPTION and not is_published_inception(extractor):
-        remarks.append("Inception weights are not the published ones")
-    return tuple(remarks)
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # torch-fidelity is an extra
-            versions[package] = "not installed"
-    return {**versions, "device": _device_name()}
-
-
-def _device_name() -> str:
-    device = PartialState().device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _remarks(
+    protocol: EvaluationProtocol,
+    identities: Mapping[str, ExtractorIdentity],
+    samples: Mapping[str, Statistics],
+    reference: Mapping[str, Statistics],
+) -> tuple[str, ...]:
+    remarks: list[str] = []
+    for space in protocol.spaces:
+        feature = feature_of("fd", space)
+        if feature in samples:
+            known = reference[feature].count if feature in reference else None
+            counts = {"samples": samples[feature].count, "reference images": known}
+            remarks += distance_remarks(counts, samples[feature].dimension, identities[space.name])
+    return tuple(dict.fromkeys(remarks))

@@ -1,20 +1,36 @@
-"""`repagen evaluate generation`: the Frechet distance between samples and a reference, with everything it depends on."""
+"""`repagen evaluate generation`: generated images against real ones, by a named protocol."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 
 from repagen.errors import UserError
-from repagen.evaluation.features import Pooling, open_extractor
-from repagen.evaluation.generation import GenerationResult, evaluate_generation
+from repagen.evaluation.extractor import Pooling
+from repagen.evaluation.generation import evaluate_generation, open_extractors
+from repagen.evaluation.metrics.ratios import load_normalisers
+from repagen.evaluation.pipeline_images import PipelineImages
+from repagen.evaluation.protocol import (
+    EvaluationProtocol,
+    MetricName,
+    encoder_protocol,
+    load_protocol,
+    protocol_names,
+)
 from repagen.evaluation.reference import open_reference, save_statistics
-from repagen.evaluation.samples import ImageSource, LabelMode, PipelineImages, open_images
+from repagen.evaluation.result import GenerationResult
+from repagen.evaluation.samples import ImageSource, LabelMode, open_images
+from repagen.evaluation.sinks import SampleWriter
+from repagen.files import replace_file
 from repagen.pipelines.sample_command import add_sampler_options, load_pipeline, sampler_options
+
+_SAMPLING = ("num_samples", "label_mode", "seed", "dtype", "forward_batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,39 +47,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="folder of images, npz of images or statistics, or data.KEY=VALUE ...",
     )
-    parser.add_argument("--extractor", default="inception", help="inception (default), or an encoder's id or folder")
+    parser.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help=f"one of {', '.join(protocol_names())}, or a YAML file (default torch-fidelity; `repagen evaluate show`)",
+    )
     parser.add_argument("--extractor-weights", metavar="FILE", help="Inception's weights, where not in torch's cache")
-    parser.add_argument(
-        "--pooling", choices=typing.get_args(Pooling), default="mean", help="tokens of an encoder (default mean)"
-    )
-    parser.add_argument("--batch-size", type=int, default=50, help="images at once per process (default 50)")
-    parser.add_argument("--max-bad-images", type=int, default=0, help="unreadable images to leave out (default 0)")
-    parser.add_argument(
-        "--precision-recall-images",
-        type=int,
-        default=10_000,
-        help="first images of each side for precision and recall (default 10000, 0 = leave them out)",
-    )
-    parser.add_argument("--output", metavar="FILE", help="write the result as JSON")
-    parser.add_argument("--save-reference", metavar="FILE", help="write the reference's statistics as npz")
+    parser.add_argument("--normalisers", metavar="FILE", help="JSON table of divisors for FDr")
+    _add_custom_protocol(parser.add_argument_group("in place of a protocol"))
     _add_sampling_arguments(parser.add_argument_group("sampling, with --model"))
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=128,
+        help="images in hand at once per process, rounded up to forward passes of 32; no figure depends on it "
+        "(default 128)",
+    )
+    parser.add_argument(
+        "--max-bad", type=int, default=0, help="unreadable images to leave out on each side (default 0)"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="write the result as JSON; the same command continues if killed"
+    )
+    parser.add_argument("--save-reference", metavar="FILE", help="write the reference's statistics as npz")
+    parser.add_argument("--save-samples", metavar="PATH", help="write the samples as a folder of PNGs, or one .npz")
+
+
+def _add_custom_protocol(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--extractor", metavar="ENCODER", help="an encoder's id or folder: measure in its space alone")
+    group.add_argument("--pooling", choices=typing.get_args(Pooling)[:2], help="tokens of the encoder (default mean)")
+    group.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=[name for name in typing.get_args(MetricName) if name not in ("sfid", "inception_score", "fdr")],
+        help="what to measure there (default fd precision_recall)",
+    )
 
 
 def _add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--num-samples", type=int, help="images to draw (50000 in published figures)")
+    group.add_argument("--num-samples", type=int, help="images to draw (default: the protocol's)")
     group.add_argument(
         "--label-mode",
         choices=typing.get_args(LabelMode),
-        default="balanced",
-        help="class i mod num_classes (default), or uniform draws",
+        help="class i mod num_classes, or uniform draws (default: the protocol's, else balanced)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of noise and random labels (default 0)")
+    group.add_argument("--seed", type=int, help="of noise and random labels (default 0)")
     add_sampler_options(group)
     group.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default="float32",
-        help="of the pipeline (default float32)",
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the pipeline (default: the protocol's)"
+    )
+    group.add_argument(
+        "--forward-batch-size",
+        type=int,
+        help="images in one pass of the pipeline; another number changes last bits (default 32)",
     )
 
 
@@ -73,48 +109,99 @@ def run(args: argparse.Namespace) -> str | None:
     Raises:
         UserError: on options that contradict each other, and as `evaluate_generation` does.
     """
-    for option in ("batch_size", "num_samples"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise UserError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
-    reference = open_reference(args.reference, args.max_bad_images)
-    extractor = open_extractor(
-        args.extractor, weights=args.extractor_weights, pooling=args.pooling, device=PartialState().device
-    )
+    _require_numbers(args)
+    name, protocol = choose_protocol(args)
+    reference = open_reference(args.reference)
+    normalisers = load_normalisers(args.normalisers) if args.normalisers else None
+    extractors = open_extractors(protocol, args.extractor_weights)
+    samples = _open_samples(args, name, protocol)
+    writer = SampleWriter(Path(args.save_samples), len(samples)) if args.save_samples else None
+    features = Path(f"{args.output}.partial") if args.output else None
     result = evaluate_generation(
-        _open_samples(args),
+        samples,
         reference,
-        extractor,
+        protocol,
+        extractors,
+        name=name,
+        normalisers=normalisers,
         batch_size=args.batch_size,
-        max_bad_images=args.max_bad_images,
-        precision_recall_images=args.precision_recall_images,
+        max_bad_images=args.max_bad,
+        folder=features,
+        sink=writer,
     )
+    PartialState().wait_for_everyone()
     if not PartialState().is_main_process:
         return None
+    if writer is not None:
+        writer.finish()
     _write(result, args)
+    if features is not None:
+        shutil.rmtree(features)
     return result.table()
 
 
-def _open_samples(args: argparse.Namespace) -> ImageSource:
+def _require_numbers(args: argparse.Namespace) -> None:
+    for option, least in {"batch_size": 1, "num_samples": 1, "forward_batch_size": 1, "max_bad": 0}.items():
+        value = getattr(args, option)
+        if value is not None and value < least:
+            raise UserError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+    if args.output and Path(args.output).is_dir():
+        raise UserError(f"--output {args.output} is a folder; name a file")
+
+
+def choose_protocol(args: argparse.Namespace) -> tuple[str, EvaluationProtocol]:
+    """The protocol that a command line asks for, with its name; `custom` where it is put together from options.
+
+    Raises:
+        UserError: when it names a protocol and puts one together, or asks for an unknown one.
+    """
+    if args.extractor is None:
+        for option in ("pooling", "metrics"):
+            if getattr(args, option) is not None:
+                raise UserError(f"--{option} is for --extractor; a protocol fixes it (`repagen evaluate show`)")
+        name = args.protocol or "torch-fidelity"
+        return Path(name).stem if name not in protocol_names() else name, load_protocol(name)
+    if args.protocol is not None:
+        raise UserError("--protocol and --extractor exclude each other; write a protocol of your own as a YAML file")
+    if args.extractor in ("inception", "inception-v3-compat"):
+        raise UserError("--extractor is for encoders; Inception's metrics are those of --protocol torch-fidelity")
+    metrics: Sequence[MetricName] = args.metrics or ("fd", "precision_recall")
+    return "custom", encoder_protocol(args.extractor, pooling=args.pooling or "mean", metrics=metrics)
+
+
+def _open_samples(args: argparse.Namespace, name: str, protocol: EvaluationProtocol) -> ImageSource:
     if args.model is None:
-        given = [*(["num_samples"] if args.num_samples is not None else []), *sampler_options(args)]
+        given = [option for option in _SAMPLING if getattr(args, option) is not None] + [*sampler_options(args)]
         if given:
             raise UserError(
                 f"--{given[0].replace('_', '-')} is for --model; samples that exist already cannot heed it"
             )
-        return open_images(args.samples, args.max_bad_images)
-    if args.num_samples is None:
-        raise UserError("--model needs --num-samples; published figures draw 50000")
-    pipeline = load_pipeline(args.model, str(PartialState().device), args.dtype)
+        if args.save_samples:
+            raise UserError("--save-samples is for --model; samples that exist already are written")
+        return open_images(args.samples)
+    number = args.num_samples or protocol.num_samples
+    if number is None:
+        raise UserError(
+            f"--model needs --num-samples, since the protocol {name} fixes none; published figures draw 50000"
+        )
+    dtype = args.dtype or protocol.sampling_dtype or "float32"
+    pipeline = load_pipeline(args.model, str(PartialState().device), dtype)
     return PipelineImages(
-        pipeline, args.num_samples, seed=args.seed, label_mode=args.label_mode, **sampler_options(args)
+        pipeline,
+        number,
+        seed=args.seed or 0,
+        label_mode=args.label_mode or protocol.label_mode or "balanced",
+        rounding=protocol.rounding,
+        forward_batch_size=args.forward_batch_size or 32,
+        **sampler_options(args),
     )
 
 
 def _write(result: GenerationResult, args: argparse.Namespace) -> None:
     if args.output:
         path = Path(args.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
+        text = json.dumps(result.as_dict(), indent=2) + "\n"
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     if args.save_reference:
-        save_statistics(args.save_reference, result.reference_statistics, result.extractor, result.reference)
+        statistics, reference = result.reference_statistics, result.reference
+        save_statistics(args.save_reference, statistics, result.spaces, reference)

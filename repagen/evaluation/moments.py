@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,6 +30,32 @@ def as_matrix(features: Features) -> torch.Tensor:
     return matrix
 
 
+def as_covariance(covariance: Features) -> torch.Tensor:
+    """Return a covariance (D, D) as a symmetric float64 tensor on the CPU.
+
+    Raises:
+        UserError: when it is not square, or a row is not finite.
+    """
+    matrix = as_matrix(covariance)
+    if matrix.shape[0] != matrix.shape[1]:
+        raise UserError(f"a covariance is a square matrix, got shape {tuple(matrix.shape)}; check the statistics file")
+    return (matrix + matrix.T) / 2
+
+
+def require_covariance(eigenvalues: torch.Tensor) -> None:
+    """Check eigenvalues (D,) in ascending order.
+
+    Raises:
+        UserError: when some are below zero by more than the rounding of a float32 covariance.
+    """
+    smallest, largest = eigenvalues[0].item(), max(eigenvalues[-1].item(), 0.0)
+    if smallest < -1e-3 * largest:  # float32 covariances of other tools reach about -1e-6
+        raise UserError(
+            f"not a covariance: eigenvalues from {smallest:.3g} to {eigenvalues[-1].item():.3g}; check the statistics "
+            "file"
+        )
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Mean (D,) and unbiased covariance (D, D) of features, float64; `count` is None where a file does not say it."""
@@ -41,6 +68,19 @@ class Statistics:
     def dimension(self) -> int:
         """Number of features D."""
         return self.mean.shape[0]
+
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """R (rank, D) with R^T R = covariance; computed once, so that a reference may serve many comparisons.
+
+        Raises:
+            UserError: when the matrix is no covariance.
+        """
+        eigenvalues, eigenvectors = torch.linalg.eigh(as_covariance(self.covariance))
+        require_covariance(eigenvalues)
+        # Rounding noise around zero would enter by its square root, 1e-8 of the scale for each missing dimension.
+        kept = eigenvalues > eigenvalues[-1].abs() * len(eigenvalues) * torch.finfo(torch.float64).eps
+        return eigenvalues[kept].sqrt()[:, None] * eigenvectors[:, kept].T
 
 
 class FeatureMoments:

@@ -1,27 +1,27 @@
-"""Where uint8 images come from: a folder, an npz of the ADM layout, a dataset, or a pipeline sampling on the fly."""
+"""Where uint8 images come from: a folder, an npz of the ADM layout, a dataset, or memory."""
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
 
 from repagen.data import ImageDataset, data_config_from_words, open_image_dataset
-from repagen.data.images import EXTENSIONS, BadImageError, decode_image
+from repagen.data.images import EXTENSIONS, UNREAD_EXTENSIONS, BadImageError, decode_image
 from repagen.errors import UserError
-from repagen.pipelines.sampling_options import SamplingOptions
-from repagen.randomness import generator_for
-
-if TYPE_CHECKING:
-    from repagen.pipelines.class_to_image import ClassToImagePipeline
 
 LabelMode = Literal["balanced", "random"]
+Rounding = Literal["round", "truncate"]
+_DECODING_THREADS = 8  # Pillow decodes without the interpreter's lock
+_ANY_NUMBER = 2**62
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ class ImageSource(ABC):
     def protocol(self) -> dict[str, Any]:
         """How the images came about, for the result file."""
 
+    def state(self) -> str:
+        """What must be the same for features of an interrupted evaluation to be used again; see `FeatureStore`."""
+        return ""
+
 
 class FolderImages(ImageSource):
     """All images below a folder, in the order of their paths, as they are: nothing is cropped or resized.
@@ -67,7 +71,9 @@ class FolderImages(ImageSource):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"no such folder of images: {folder}")
-        self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        self.paths = sorted(
+            path for path in self.folder.rglob("*") if path.suffix.lower() in EXTENSIONS | UNREAD_EXTENSIONS
+        )
         if not self.paths:
             raise UserError(f"{folder}: no images found; looked for {', '.join(sorted(EXTENSIONS))}")
 
@@ -76,7 +82,8 @@ class FolderImages(ImageSource):
 
     def load(self, indices: Sequence[int]) -> list[torch.Tensor | Unreadable]:
         """Decode image files to RGB."""
-        return [self._decode(index) for index in indices]
+        with ThreadPoolExecutor(min(_DECODING_THREADS, max(len(indices), 1))) as pool:
+            return list(pool.map(self._decode, indices))
 
     def _decode(self, index: int) -> torch.Tensor | Unreadable:
         try:
@@ -93,6 +100,10 @@ class FolderImages(ImageSource):
     def protocol(self) -> dict[str, Any]:
         """Kind and folder."""
         return {"kind": "folder", "path": str(self.folder)}
+
+    def state(self) -> str:
+        """Names, sizes and times of the files."""
+        return _state_of_files(self.paths)
 
 
 class NpzImages(ImageSource):
@@ -151,6 +162,50 @@ class NpzImages(ImageSource):
         """Kind and file."""
         return {"kind": "npz", "path": str(self.path)}
 
+    def state(self) -> str:
+        """Size and time of the file."""
+        return _state_of_files([self.path])
+
+
+class TensorImages(ImageSource):
+    """Images in memory.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        name: what they are, for messages and results.
+
+    Raises:
+        UserError: for another dtype or shape.
+    """
+
+    def __init__(self, images: torch.Tensor, name: str = "tensor") -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(
+                f"{name}: images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}; see to_uint8"
+            )
+        self.images = images
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, indices: Sequence[int]) -> list[torch.Tensor | Unreadable]:
+        """Return single images."""
+        return [self.images[index].cpu() for index in indices]
+
+    def describe(self, index: int) -> str:
+        """Row of the tensor."""
+        return f"{self.name}[{index}]"
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Kind and name."""
+        return {"kind": "tensor", "name": self.name}
+
+    def state(self) -> str:
+        """A hash of the pixels."""
+        return hashlib.sha256(self.images.cpu().contiguous().numpy().tobytes()).hexdigest()
+
 
 def npz_keys(path: Path) -> set[str]:
     """Names of the arrays in an npz.
@@ -182,7 +237,7 @@ def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype
 
 
 class DatasetImages(ImageSource):
-    """A dataset of `repagen.data`: its crops, rounded to uint8. How many may be bad is its config's to say."""
+    """A dataset of `repagen.data`: its central or resized crops, rounded to uint8."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
@@ -195,12 +250,10 @@ class DatasetImages(ImageSource):
         return [self._load(index) for index in indices]
 
     def _load(self, index: int) -> torch.Tensor | Unreadable:
-        sample = self.dataset.try_load(index)
-        return (
-            Unreadable(self.describe(index), "left out by the dataset")
-            if sample is None
-            else to_uint8(sample["image"])
-        )
+        try:
+            return to_uint8(self.dataset.read(index))
+        except BadImageError as error:
+            return Unreadable(self.describe(index), str(error))
 
     def describe(self, index: int) -> str:
         """The dataset's own name for an image."""
@@ -217,107 +270,43 @@ class DatasetImages(ImageSource):
             source |= {"split": config.split, "revision": config.revision}
         return {"kind": config.kind, **source, "image_size": config.image_size, "crop": config.crop}
 
+    def state(self) -> str:
+        """The dataset's fingerprint."""
+        return self.dataset.fingerprint()
 
-class PipelineImages(ImageSource):
-    """Images that a pipeline draws when they are asked for.
 
-    Noise, and the label in mode `random`, are functions of (seed, index) alone, so that image i does not depend on
-    batch size or process count beyond the rounding of differently shaped matrix products. The pipeline's own progress
-    bar is switched off.
+def to_uint8(images: torch.Tensor, rounding: Rounding = "round") -> torch.Tensor:
+    """Bring images in [0, 1] to uint8; values outside are clamped.
 
     Args:
-        pipeline: class-conditional, or unconditional where its transformer has no classes.
-        num_images: how many there are.
-        seed: of noise and random labels.
-        label_mode: `balanced` takes class i mod num_classes (RAE, JiT); `random` draws it uniformly (SiT, REPA).
-            RAE reports a FID about 0.1 lower with balanced labels.
-        options: sampling options as in the pipeline's call (steps, guidance); those not given are the pipeline's own.
-
-    Raises:
-        UserError: when no image is asked for, or an option is unknown.
+        images: of any shape.
+        rounding: to the nearest value, or down (`truncate`, as RAE's and REPA's samplers do it).
     """
-
-    def __init__(
-        self,
-        pipeline: ClassToImagePipeline,
-        num_images: int,
-        *,
-        seed: int = 0,
-        label_mode: LabelMode = "balanced",
-        **options: Any,
-    ) -> None:
-        if num_images < 1:
-            raise UserError(f"num_images must be at least 1, got {num_images}")
-        self.pipeline = cast(Any, pipeline)  # diffusers sets components as attributes, which no type checker sees
-        self.num_images = num_images
-        self.seed = seed
-        self.num_classes: int = self.pipeline.transformer.config.num_classes
-        self.label_mode = label_mode if self.num_classes else "unconditional"
-        self.options = options
-        self.resolved = SamplingOptions.resolve(self.pipeline.config.get("sampling_defaults"), options)
-        self.pipeline.set_progress_bar_config(disable=True)
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def label(self, index: int) -> int | None:
-        """Class of image `index`; None for an unconditional pipeline."""
-        if self.num_classes == 0:
-            return None
-        if self.label_mode == "balanced":
-            return index % self.num_classes
-        generator = generator_for(self.seed, "evaluation label", index)
-        return int(torch.randint(self.num_classes, (), generator=generator))
-
-    def load(self, indices: Sequence[int]) -> list[torch.Tensor | Unreadable]:
-        """Sample the images at `indices` as one batch."""
-        generators = [generator_for(self.seed, "evaluation noise", index) for index in indices]
-        labels = [self.label(index) for index in indices] if self.num_classes else None
-        images = self.pipeline(labels, generator=generators, output_type="pt", **self.options).images
-        finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
-        if not all(finite):
-            raise UserError(f"{self.describe(indices[finite.index(False)])} has pixels that are not finite")
-        return list(to_uint8(images).cpu())
-
-    def describe(self, index: int) -> str:
-        """Number and label of a sample."""
-        return f"sample {index} (label {self.label(index)})"
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """Everything that moves the figure: labels, seed, sampler, steps, guidance, dtype."""
-        scheduler = self.pipeline.scheduler
-        return {
-            "kind": "pipeline",
-            "path": self.pipeline.config.get("_name_or_path"),
-            "label_mode": self.label_mode,
-            "seed": self.seed,
-            "scheduler": type(scheduler).__name__,
-            "shift": scheduler.config.get("shift"),
-            "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
-            **{name: value for name, value in asdict(self.resolved).items() if value is not None},
-        }
+    scaled = images.float().clamp(0, 1).mul(255)
+    return (scaled.round() if rounding == "round" else scaled).to(torch.uint8)
 
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Round images in [0, 1] to uint8; values outside are clamped."""
-    return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+def _state_of_files(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        status = path.stat()
+        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
-def open_images(words: Sequence[str], max_bad_images: int = 0) -> FolderImages | NpzImages | DatasetImages:
+def open_images(words: Sequence[str]) -> FolderImages | NpzImages | DatasetImages:
     """Open images named on a command line.
 
     Args:
         words: one path of a folder or an npz; or the settings of a dataset, `data.kind=digits data.subset=train`.
-        max_bad_images: a dataset's own, where that is not larger; elsewhere `extract` decides.
+            How many images may be bad is for `extract` to decide.
 
     Raises:
         UserError: when there is nothing there, or a setting is unknown.
     """
     if all(word.startswith("data.") and "=" in word for word in words):
-        config = data_config_from_words(words)
-        allowed = max(config.max_bad_images, max_bad_images)
-        return DatasetImages(open_image_dataset(replace(config, max_bad_images=allowed)))
+        config = replace(data_config_from_words(words), max_bad_images=_ANY_NUMBER)
+        return DatasetImages(open_image_dataset(config))
     if len(words) > 1:
         raise UserError(f"give one path, or settings of a dataset (data.KEY=VALUE ...), got {' '.join(words)}")
     path = Path(words[0])

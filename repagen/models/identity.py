@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
 from typing import Any
-
-import torch
 
 from repagen.encoders import VisionEncoder
 from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, StandardisedLatents
+from repagen.models.fingerprint import hash_tensors
 
 _READING = ("image_size", "layers", "combination", "norm_affine", "image_mean", "image_std")
 
@@ -30,10 +28,10 @@ def describe_autoencoder(autoencoder: Any) -> dict[str, Any]:
     """
     if isinstance(autoencoder, StandardisedLatents):
         name, encoder = _describe_own_encoding(autoencoder)
-        statistics = _hash_tensors([autoencoder.latents_mean, autoencoder.latents_std])
+        statistics = hash_tensors([autoencoder.latents_mean, autoencoder.latents_std])
     else:
         state = autoencoder.state_dict()
-        encoder = _hash_tensors(state[key] for key in sorted(state) if key.startswith(("encoder.", "quant_conv.")))
+        encoder = hash_tensors(state[key] for key in sorted(state) if key.startswith(("encoder.", "quant_conv.")))
         known = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
         statistics = _hash_json({key: autoencoder.config.get(key) for key in known})
         name = autoencoder.config.get("_name_or_path")
@@ -46,7 +44,7 @@ def describe_transformer(transformer: Any) -> dict[str, Any]:
     facts = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     return {
         "class": type(transformer).__name__,
-        "weights": _hash_json([facts, sorted(state), _hash_tensors(state[key] for key in sorted(state))]),
+        "weights": _hash_json([facts, sorted(state), hash_tensors(state[key] for key in sorted(state))]),
     }
 
 
@@ -58,15 +56,7 @@ def _describe_own_encoding(autoencoder: StandardisedLatents) -> tuple[str | None
         spec = autoencoder.config.encoder or {}
         name = spec.get("name_or_path")
         facts = [autoencoder.config.encoder_fingerprint, {key: spec.get(key) for key in _READING}, *facts]
-    return name, _hash_json([*facts, _hash_tensors(tensors)] if tensors else facts)
-
-
-def _hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        value = tensor.detach().float().cpu().contiguous()
-        digest.update(f"{tuple(value.shape)}".encode() + value.numpy().tobytes())
-    return digest.hexdigest()
+    return name, _hash_json([*facts, hash_tensors(tensors)] if tensors else facts)
 
 
 def _hash_json(value: Any) -> str:

@@ -21,19 +21,23 @@ import numpy as np
 import torch
 from PIL import Image
 
+from repagen.config import load_config
 from repagen.data import DataConfig, digits_encoder_path
 from repagen.data.digits import DigitsDataset, digits_to_images, load_digits
 from repagen.encoders import VisionEncoder
-from repagen.evaluation.features import EncoderExtractor
-from repagen.evaluation.generation import GenerationResult, evaluate_generation
-from repagen.evaluation.samples import DatasetImages, NpzImages, PipelineImages
+from repagen.evaluation.encoder_extractors import EncoderExtractor
+from repagen.evaluation.generation import evaluate_generation
+from repagen.evaluation.pipeline_images import PipelineImages
+from repagen.evaluation.protocol import encoder_protocol
+from repagen.evaluation.reconstruction.pixel_metrics import peak_signal_to_noise_ratio
+from repagen.evaluation.result import GenerationResult
+from repagen.evaluation.samples import DatasetImages, NpzImages
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.grid import save_image_grid
 from repagen.quickstart.figures import save_loss_plot
 from repagen.quickstart.judge import agreement, nearest_distance, to_small, train_digit_classifier
 from repagen.training import decoder, generator
-from repagen.training.config import load_config
 from repagen.training.decoder import DecoderConfig
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.latent_cache import cache_latents
@@ -167,7 +171,8 @@ def judge_digits(
     clock.begin("evaluation", "evaluation: an independent classifier, Frechet distance, recall, nearest neighbours")
     extractor = EncoderExtractor(VisionEncoder.from_pretrained(digits_encoder_path()))
     reference = DatasetImages(DigitsDataset(DataConfig(kind="digits", image_size=32)))
-    result = evaluate_generation(NpzImages(output / "samples.npz"), reference, extractor)
+    protocol = encoder_protocol(str(digits_encoder_path()))
+    result = evaluate_generation(NpzImages(output / "samples.npz"), reference, protocol, {"encoder": extractor})
     train_x, train_y = _pictures("train")
     held_x, held_y = _pictures("validation")
     pictures = to_small(samples.float() / 255)
@@ -177,9 +182,9 @@ def judge_digits(
         class_agreement=agreement(classifier, pictures, labels),
         classifier_accuracy=agreement(classifier, held_x, held_y),
         reconstruction_psnr_db=_reconstruction_psnr_db(output / "decoder" / "autoencoder"),
-        frechet_distance=result.frechet_distance,
-        precision=result.precision,
-        recall=result.recall,
+        frechet_distance=result.metrics["fd_encoder"],
+        precision=result.metrics.get("precision_encoder"),
+        recall=result.metrics.get("recall_encoder"),
         nearest_training_distance_of_samples=nearest_distance(pictures, train_x),
         nearest_training_distance_of_held_out=nearest_distance(held_x, train_x),
         num_samples=NUM_SAMPLES,
@@ -209,8 +214,7 @@ def _reconstruction_psnr_db(autoencoder_folder: Path) -> float:
     """Mean PSNR of the held-out digits in dB."""
     autoencoder = RepresentationAutoencoder.from_pretrained(autoencoder_folder)
     images = digits_to_images(load_digits("validation")[0])
-    errors = (autoencoder(images).sample.clamp(0, 1) - images).square().mean((1, 2, 3))
-    return (-10 * errors.log10()).mean().item()
+    return peak_signal_to_noise_ratio(autoencoder(images).sample.clamp(0, 1), images).mean().item()
 
 
 def _summary(output: Path, pipeline_folder: Path, report: DigitsReport) -> str:
@@ -227,8 +231,8 @@ files             {output}/samples.png, loss.png, metrics.json, samples.npz; the
 
 Next:
   repagen sample --model {pipeline_folder} --class-labels 3 7 --guidance-scale 1.5 --output {output}/more
-  repagen evaluate generation --model {pipeline_folder} --num-samples 1000 --reference data.kind=digits data.image_size=32 \
---extractor {digits_encoder_path()}
+  repagen evaluate generation --model {pipeline_folder} --num-samples 1000 --reference data.kind=digits \
+data.image_size=32 --extractor {digits_encoder_path()}
   repagen recipes"""
 
 

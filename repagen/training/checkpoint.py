@@ -29,9 +29,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from repagen.config import require
 from repagen.errors import UserError
 from repagen.files import TEMPORARY_PREFIX, file_digest, sync_file, sync_folder
-from repagen.training.config import require
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from repagen.config import require
 from repagen.data import DataConfig
 from repagen.encoders import Combination
 from repagen.errors import UserError
 from repagen.models.autoencoder_representation import DECODER_SIZES
-from repagen.training.config import require
 from repagen.training.discriminator import AdversarialConfig
 from repagen.training.ema import EmaConfig
 from repagen.training.optimizer import OptimizerConfig

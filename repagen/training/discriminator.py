@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from repagen.config import require
 from repagen.errors import UserError
-from repagen.training.config import require
 from repagen.training.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:

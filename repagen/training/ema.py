@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from repagen.config import require
 from repagen.errors import UserError
-from repagen.training.config import require
 
 
 @dataclass

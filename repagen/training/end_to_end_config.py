@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from repagen.config import require
 from repagen.errors import UserError
-from repagen.training.config import require
 from repagen.training.decoder_config import DecoderConfig, KLConfig, TrainedAutoencoderConfig
 from repagen.training.discriminator import AdversarialConfig
 from repagen.training.generator_config import GeneratorConfig

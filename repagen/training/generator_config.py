@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from repagen.alignment import AlignmentSchedule
+from repagen.config import build_value, nearest, require
 from repagen.data import DataConfig
 from repagen.errors import UserError
 from repagen.flow.distillation import student_loss_weight
 from repagen.flow.time import TimeShift
-from repagen.training.config import build_value, nearest, require
 from repagen.training.ema import EmaConfig
 from repagen.training.optimizer import OptimizerConfig
 from repagen.training.run_config import RunConfig

@@ -19,8 +19,8 @@ import torch
 from accelerate import Accelerator
 
 import repagen
+from repagen.config import load_config
 from repagen.errors import OneLineParser, UserError
-from repagen.training.config import load_config
 from repagen.training.run_config import RunConfig
 
 logger = logging.getLogger(__name__)

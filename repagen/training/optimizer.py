@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from repagen.training.config import require
+from repagen.config import require
 
 
 @dataclass

@@ -6,7 +6,7 @@ import argparse
 import importlib.resources
 import textwrap
 
-from repagen.training.config import preset_names, read_preset
+from repagen.config import preset_names, read_preset
 
 _WIDTH = 110
 

@@ -37,11 +37,11 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import nn
 from tqdm.auto import tqdm
 
+from repagen.config import flatten, save_config, to_plain
 from repagen.data import SampleDataset, StreamBatchSampler, load_batches
 from repagen.errors import UserError
 from repagen.randomness import derived_seed, generator_for
 from repagen.training.checkpoint import Checkpoint, CheckpointFolder, folder_lock, read_checkpoint
-from repagen.training.config import flatten, save_config, to_plain
 from repagen.training.launch import RunStopped, StopFlag, environment, start_accelerator, stop_signals
 from repagen.training.log import MetricsLog, MetricValue
 from repagen.training.run_config import BatchPlan, RunConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from repagen.config import require
 from repagen.errors import UserError
 from repagen.training.checkpoint import CheckpointConfig
-from repagen.training.config import require
 
 
 @dataclass

@@ -110,7 +110,7 @@ def tiny_settings(parts: Path, output: Path, architecture: str) -> dict[str, Any
 
 def train_settings(values: dict[str, Any], folder: Path, *words: str) -> Path:
     """Train from settings, written into `folder` first; => the run's folder."""
-    from repagen.training.config import load_config
+    from repagen.config import load_config
     from repagen.training.generator import train
     from repagen.training.generator_config import GeneratorConfig
 

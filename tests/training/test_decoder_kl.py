@@ -11,9 +11,9 @@ from decoder_parts import folder_bytes, rows, settings, words, write_parts
 from diffusers import AutoencoderKL
 
 from repagen import UserError, images_to_latents
+from repagen.config import load_config
 from repagen.data import open_dataset
 from repagen.randomness import generator_for
-from repagen.training.config import load_config
 from repagen.training.decoder import KINDS, build_loss_networks, train
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.decoder_kl import build_kl

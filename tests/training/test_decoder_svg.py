@@ -11,10 +11,10 @@ from decoder_parts import folder_bytes, rows, run_two_processes, settings, words
 from safetensors.torch import load_file
 
 from repagen import UserError
+from repagen.config import load_config, save_config
 from repagen.data import open_dataset
 from repagen.models.autoencoder_svg import SVGAutoencoder
 from repagen.randomness import generator_for
-from repagen.training.config import load_config, save_config
 from repagen.training.decoder import KINDS, build_loss_networks, train
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.decoder_step import DecoderStep

@@ -12,10 +12,10 @@ from generator_parts import write_parts
 from torch import nn
 
 from repagen import ClassToImagePipeline, UserError, images_to_latents
+from repagen.config import load_config, save_config
 from repagen.data import open_dataset
 from repagen.randomness import generator_for
 from repagen.training.checkpoint import CheckpointFolder
-from repagen.training.config import load_config, save_config
 from repagen.training.end_to_end import build_objective, train
 from repagen.training.end_to_end_config import EndToEndConfig
 from repagen.training.end_to_end_step import EndToEndStep, LatentNorm, constant

@@ -27,13 +27,13 @@ from generator_parts import (
 from generator_parts import metric_rows as rows
 from safetensors.torch import load_file
 
+from repagen.config import load_config
 from repagen.data import DataConfig, open_dataset
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.training import generator as generator_module
-from repagen.training.config import load_config
 from repagen.training.generator import train
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.latent_cache import CacheConfig, cache_latents

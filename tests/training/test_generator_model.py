@@ -20,8 +20,8 @@ from repagen import (
     export_checkpoint,
     sampler_preset,
 )
+from repagen.config import load_config
 from repagen.errors import UserError
-from repagen.training.config import load_config
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.generator_model import build_model, refuse_other_autoencoder, token_grid
 

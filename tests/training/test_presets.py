@@ -10,13 +10,13 @@ import torch
 from generator_parts import TINY, write_parts
 
 from repagen.cli import COMMANDS
+from repagen.config import load_config, preset_names, read_preset
 from repagen.conversion.recipes import OFFICIAL_FAMILIES
 from repagen.flow.time import TimeShift
 from repagen.layers.embeddings import FourierTimeEmbedding
 from repagen.pipelines.sampling_options import SamplingOptions
 from repagen.schedulers.presets import SAMPLER_PRESETS
 from repagen.training import recipes_command
-from repagen.training.config import load_config, preset_names, read_preset
 from repagen.training.generator import time_distribution, train
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.generator_model import build_model

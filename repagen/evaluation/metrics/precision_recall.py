@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from repagen.errors import UserError
-from repagen.evaluation.moments import Features, as_matrix
+from repagen.evaluation.metrics.pairs import given_precision, neighbourhood_pair
+from repagen.evaluation.moments import Features
 
 _ROWS = 2048  # rows of a distance matrix in memory at once
 
@@ -21,7 +19,10 @@ class PrecisionRecall:
 
 
 def precision_recall(samples: Features, reference: Features, neighbours: int = 3) -> PrecisionRecall:
-    """Compute Eq. 2 of 1904.06991 with Euclidean distances in float64.
+    """Compute Eq. 2 of 1904.06991 with torch-fidelity, edges of balls included.
+
+    Float32 features are computed with in float32, as torch-fidelity does, so that the figures agree; float64 features
+    in float64.
 
     Args:
         samples: features (N, D) of generated images.
@@ -29,24 +30,19 @@ def precision_recall(samples: Features, reference: Features, neighbours: int = 3
         neighbours: k; a point's ball reaches its k-th nearest other point of its own set (ADM: 3).
 
     Raises:
-        UserError: when a set has no more than k points, or the numbers of features differ.
+        UserError: when a set has no more than k points, k is below 1, features are not finite (the row is named), or
+            the numbers of features differ.
     """
-    generated, real = as_matrix(samples), as_matrix(reference)
-    if min(len(generated), len(real)) <= neighbours:
-        raise UserError(
-            f"precision and recall with k={neighbours} need more than {neighbours} images on each side, "
-            f"got {len(generated)} and {len(real)}"
-        )
-    if generated.shape[1] != real.shape[1]:
-        raise UserError(
-            f"cannot compare {generated.shape[1]} features with {real.shape[1]}; use the same extractor for both"
-        )
-    return PrecisionRecall(_covered(generated, real, neighbours), _covered(real, generated, neighbours))
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-
-def _covered(points: torch.Tensor, centres: torch.Tensor, neighbours: int) -> float:
-    """Fraction of points (N, D) that lie in the ball of at least one centre (M, D)."""
-    # The nearest point of the own set is the point itself: hence k + 1.
-    radii = torch.cat([torch.cdist(rows, centres).kthvalue(neighbours + 1).values for rows in centres.split(_ROWS)])
-    hits = [(torch.cdist(rows, centres) <= radii).any(dim=1) for rows in points.split(_ROWS)]
-    return torch.cat(hits).double().mean().item()
+    generated, real = neighbourhood_pair(samples, reference, metric="precision and recall", neighbours=neighbours)
+    dtype = given_precision(samples, reference)
+    figures = prc_features_to_metric(
+        generated.to(dtype),
+        real.to(dtype),
+        prc_neighborhood=neighbours,
+        prc_batch_size=_ROWS,
+        save_cpu_ram=True,  # by blocks of rows; its other way holds all pairs at once
+        verbose=False,
+    )
+    return PrecisionRecall(figures[KEY_METRIC_PRECISION], figures[KEY_METRIC_RECALL])

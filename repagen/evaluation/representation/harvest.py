@@ -15,7 +15,7 @@ from repagen.data import ImageDataset, load_in_order
 from repagen.data.shards import without_names
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
-from repagen.evaluation.features import full_float32
+from repagen.evaluation.extractor import full_float32
 from repagen.evaluation.representation.cache import FeatureCache
 from repagen.evaluation.representation.sources import EncoderSource, FeatureSlice, FeatureSource, GeneratorSource
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from repagen.evaluation.reporting import aligned, described
 from repagen.evaluation.representation.hyperfeatures import HyperfeatureResult
 from repagen.evaluation.representation.sources import FeatureSlice
 
@@ -122,11 +122,11 @@ class RepresentationResult:
     def table(self) -> str:
         """The result as aligned lines of text: best and last, then every slice, then what it depends on."""
         per_slice = [name for name in self.readouts if self.reading_is_per_slice(name)]
-        parts = [_aligned([("read-out", "best slice", "last block or layer"), *self._summary()])]
+        parts = [aligned([("read-out", "best slice", "last block or layer"), *self._summary()])]
         if per_slice:
             rows = [(str(place), *(str(self.reading(name, place)) for name in per_slice)) for place in self.slices]
-            parts.append(_aligned([("slice", *per_slice), *rows]))
-        parts.append(_aligned(self._facts()))
+            parts.append(aligned([("slice", *per_slice), *rows]))
+        parts.append(aligned(self._facts()))
         return "\n\n".join(parts)
 
     def reading_is_per_slice(self, readout: str) -> bool:
@@ -143,9 +143,9 @@ class RepresentationResult:
         return rows
 
     def _facts(self) -> list[tuple[str, str]]:
-        facts = [("model", described(self.subject))]
+        facts = [("model", described(_known(self.subject)))]
         if self.target is not None:
-            facts.append(("target", described(self.target)))
+            facts.append(("target", described(_known(self.target))))
         facts += [
             (name, described(value) if isinstance(value, dict) else str(value)) for name, value in self.data.items()
         ]
@@ -164,20 +164,5 @@ class RepresentationResult:
         return facts
 
 
-def described(facts: dict[str, Any]) -> str:
-    """Facts in one line; hashes by their first digits."""
-
-    def shown(value: Any) -> str:
-        if isinstance(value, dict):
-            return f"({described(value)})"
-        text = str(value)
-        return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
-
-    return ", ".join(f"{name}={shown(value)}" for name, value in facts.items() if value is not None)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+def _known(facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if value is not None}

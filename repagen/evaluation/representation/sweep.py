@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 import typing
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 from repagen.data import ImageDataset
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
+from repagen.evaluation.reporting import software_versions
 from repagen.evaluation.representation.correspondence import warp_images
 from repagen.evaluation.representation.harvest import Change, FeatureType, Harvest, harvest
 from repagen.evaluation.representation.hyperfeatures import HyperfeatureResult
@@ -40,7 +40,6 @@ from repagen.randomness import generator_for
 DEFAULT_TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _TEST_SHARE = 0.2
 _LEAST_IMAGES = 8
-_PACKAGES = ("repagen", "torch", "diffusers", "transformers", "numpy")
 
 
 def evaluate_representation(
@@ -96,7 +95,6 @@ def evaluate_representation(
     for seed in seeds:
         sweep.read(seed)
     source = sweep.source(seeds[0])
-    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     return RepresentationResult(
         subject={key: value for key, value in source.describe().items() if key not in ("seed", "draw")},
         target=EncoderSource(target, [-1]).describe() if target is not None and sweep.wants(SIMILARITIES) else None,
@@ -108,7 +106,7 @@ def evaluate_representation(
         mixes=sweep.mixes,
         seeds=sweep.seeds,
         settings=sweep.describe_settings() | {"features": dtype},
-        versions={**versions, "device": _device_name(source.device)},
+        versions=software_versions(),
         seconds=time.monotonic() - started,
     )
 
@@ -292,7 +290,3 @@ def _check(
 
 def _described_dataset(dataset: ImageDataset) -> dict[str, Any]:
     return {**DatasetImages(dataset).protocol, "fingerprint": dataset.fingerprint()}
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

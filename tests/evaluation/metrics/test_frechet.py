@@ -7,6 +7,7 @@ import torch
 from repagen import frechet_distance
 from repagen.errors import UserError
 from repagen.evaluation import FeatureMoments, Statistics
+from repagen.evaluation.metrics.frechet import expected_frechet_bias
 
 
 def orthogonal(dimension: int) -> torch.Tensor:
@@ -98,16 +99,96 @@ def test_it_equals_torch_fidelity() -> None:
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_bias_of_a_finite_sample_follows_its_formula() -> None:
-    """E[FD] = (1/N) (5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j)) of N samples against the exact Gaussian."""
-    count, dimension, trials = 2000, 16, 300
-    variances = torch.linspace(0.2, 3, dimension, dtype=torch.float64)
-    exact = gaussian(torch.zeros(dimension, dtype=torch.float64), variances, torch.eye(dimension, dtype=torch.float64))
-    pairs = variances[:, None] * variances / (variances[:, None] + variances)
-    expected = (1.25 * variances.sum() + 0.5 * pairs.sum()).item() / count
-    draws = torch.randn(trials, count, dimension, dtype=torch.float64) * variances.sqrt()
-    measured = sum(frechet_distance(draw, exact) for draw in draws) / trials
-    assert measured == pytest.approx(expected, rel=0.03)
+def test_regular_covariances_take_the_fast_way_to_the_same_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvalues over six decades, as features of real networks have them."""
+    axes, scales = orthogonal(96), torch.logspace(0, -6, 96, dtype=torch.float64).sqrt() * 5
+    a, b = (statistics_of(torch.randn(2000, 96, dtype=torch.float64) * scales @ axes) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "svdvals", None)
+        fast = frechet_distance(a, b)
+    monkeypatch.setattr("repagen.evaluation.metrics.frechet._ROUNDING", 0)
+    assert frechet_distance(a, b) == pytest.approx(fast, abs=1e-8)
+
+
+@pytest.mark.parametrize("weakest", [1e-4, 1e-13, 0])
+def test_nearly_singular_covariances_have_the_closed_form(weakest: float) -> None:
+    """The eigenvalues' way is left where rounding would cost it more than 1e-10; that of factors holds at any rank."""
+    axes = orthogonal(64)
+    variances_1, variances_2 = torch.rand(2, 64, dtype=torch.float64) + 0.5
+    variances_1[:30] *= weakest
+    variances_2[10:40] *= weakest
+    exact = (variances_1.sqrt() - variances_2.sqrt()).square().sum().item()
+    mean = torch.zeros(64, dtype=torch.float64)
+    found = frechet_distance(gaussian(mean, variances_1, axes), gaussian(mean, variances_2, axes))
+    assert found == pytest.approx(exact, rel=1e-7 if weakest == 1e-13 else 1e-9)
+
+
+def test_common_weak_directions_cost_no_accuracy() -> None:
+    """Squared, 1e-7 drowns in the rounding of 1: the eigenvalues' way would be off by 1e-8 unnoticed."""
+    axes = orthogonal(64)
+    variances_1, variances_2 = torch.rand(2, 64, dtype=torch.float64) + 0.5
+    variances_1[:54] *= 1e-7
+    variances_2[:54] *= 1e-7
+    exact = (variances_1.sqrt() - variances_2.sqrt()).square().sum().item()
+    mean = torch.zeros(64, dtype=torch.float64)
+    found = frechet_distance(gaussian(mean, variances_1, axes), gaussian(mean, variances_2, axes))
+    assert found == pytest.approx(exact, rel=1e-9)
+
+
+def test_collapsed_sets_are_as_far_as_their_spread_and_means() -> None:
+    """Samples that are all equal have the covariance 0: |m_a - m_b|^2 + tr S_b remains."""
+    point, real = torch.full((300, 8), 2.0), torch.randn(300, 8, dtype=torch.float64)
+    expected = (point[0] - real.mean(dim=0)).square().sum() + real.var(dim=0).sum()
+    for a, b in ((point, real), (real, point)):
+        assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-12)
+    assert frechet_distance(point, point) == 0
+
+
+def test_a_reference_is_factored_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = statistics_of(torch.randn(300, 8))
+    first = frechet_distance(torch.randn(200, 8), reference)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    assert frechet_distance(torch.randn(200, 8) + 1, reference) > first
+
+
+def test_the_bias_has_its_closed_form_and_that_of_its_definition() -> None:
+    """White features: (5/4 d + 1/4 d^2) s^2 / N."""
+    white = torch.eye(24, dtype=torch.float64) * 3
+    expected = (1.25 * 24 + 0.25 * 24**2) * 3
+    assert expected_frechet_bias(white, num_samples=1000) == pytest.approx(expected / 1000, rel=1e-12)
+    both = expected_frechet_bias(white, num_samples=1000, num_reference=500)
+    assert both == pytest.approx(expected * (1 / 1000 + 1 / 500), rel=1e-12)
+    variances = [0.0, 0.3, 2.0]
+    pairs = sum(p * q / (p + q) for p in variances for q in variances if p + q)
+    axes = orthogonal(3)
+    singular = axes @ torch.diag(torch.tensor(variances, dtype=torch.float64)) @ axes.T
+    assert expected_frechet_bias(singular, num_samples=2) == pytest.approx((1.25 * 2.3 + 0.5 * pairs) / 2, rel=1e-9)
+    assert expected_frechet_bias(singular * 0, num_samples=2) == 0
+
+
+@pytest.mark.parametrize("num_reference", [None, 1500])
+def test_the_bias_of_a_finite_sample_is_measured(num_reference: int | None) -> None:
+    """N = 32 d samples against the exact Gaussian, or against others."""
+    dimension, trials = 32, 200
+    count = 32 * dimension
+    deviations = torch.linspace(0.3, 2, dimension, dtype=torch.float64)
+    exact = gaussian(torch.zeros(dimension, dtype=torch.float64), deviations**2, torch.eye(dimension).double())
+    total = 0.0
+    for _ in range(trials):
+        samples = torch.randn(count, dimension, dtype=torch.float64) * deviations
+        other = torch.randn(num_reference or 0, dimension, dtype=torch.float64) * deviations
+        total += frechet_distance(samples, other if num_reference else exact)
+    expected = expected_frechet_bias(exact.covariance, num_samples=count, num_reference=num_reference)
+    assert total / trials == pytest.approx(expected, rel=0.02)
+
+
+def test_the_bias_refuses_what_has_none() -> None:
+    with pytest.raises(UserError, match="at least 1 sample on each side, got 0"):
+        expected_frechet_bias(torch.eye(3), num_samples=9, num_reference=0)
+    with pytest.raises(UserError, match="not a covariance"):
+        expected_frechet_bias(-torch.eye(3), num_samples=9)
+    with pytest.raises(UserError, match=r"square matrix, got shape \(3, 4\)"):
+        expected_frechet_bias(torch.randn(3, 4), num_samples=9)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +198,8 @@ def test_the_bias_of_a_finite_sample_follows_its_formula() -> None:
         (torch.randn(9, 4), torch.randn(9, 5), "cannot compare 4 features with 5"),
         (torch.randn(9), torch.randn(9, 5), r"matrix \(N, D\), got shape \(9,\)"),
         (Statistics(torch.zeros(2), -torch.eye(2)), torch.randn(9, 2), "not a covariance"),
+        (torch.randn(9, 2), Statistics(torch.zeros(2), -torch.eye(2)), "not a covariance"),
+        (Statistics(torch.zeros(2), torch.eye(2)[:1]), torch.randn(9, 2), r"square matrix, got shape \(1, 2\)"),
         (torch.full((3, 2), torch.inf), torch.randn(9, 2), "sample 0 are not finite"),
     ],
 )

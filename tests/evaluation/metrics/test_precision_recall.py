@@ -2,18 +2,44 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torch_fidelity_run import torch_fidelity_run
 
 from repagen.errors import UserError
 from repagen.evaluation import precision_recall
 
 
-def test_it_equals_torch_fidelity_on_the_same_features() -> None:
-    metric = pytest.importorskip("torch_fidelity.metric_prc")
-    samples, real = torch.randn(300, 8).double() * 0.8 + 0.3, torch.randn(250, 8).double()
-    theirs = metric.prc_features_to_metric(samples, real, verbose=False, prc_neighborhood=3)
-    ours = precision_recall(samples, real)
-    assert (ours.precision, ours.recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-7)
+def test_it_equals_a_run_of_torch_fidelity(capsys: pytest.CaptureFixture[str]) -> None:
+    run = torch_fidelity_run()
+    ours = precision_recall(run.samples, run.reference)
+    assert (ours.precision, ours.recall) == (run.figures["precision"], run.figures["recall"])
     assert 0.2 < ours.recall < ours.precision < 1
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_do_not_count(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, real = torch.randn(300, 8, dtype=dtype) * 0.8 + 0.3, torch.randn(250, 8, dtype=dtype)
+    whole = prc_features_to_metric(samples, real, prc_neighborhood=4, save_cpu_ram=False, verbose=False)
+    monkeypatch.setattr("repagen.evaluation.metrics.precision_recall._ROWS", 64)
+    ours = precision_recall(samples, real, neighbours=4)
+    assert (ours.precision, ours.recall) == (whole["precision"], whole["recall"])
+
+
+def test_it_follows_its_definition() -> None:
+    samples, real = torch.randn(40, 3, dtype=torch.float64), torch.randn(30, 3, dtype=torch.float64) * 1.5
+
+    def fraction_inside(points: torch.Tensor, centres: torch.Tensor) -> float:
+        radii = [sorted((centre - other).norm().item() for other in centres)[3] for centre in centres]
+        inside = [
+            any((point - centre).norm() <= radius for centre, radius in zip(centres, radii, strict=True))
+            for point in points
+        ]
+        return sum(inside) / len(inside)
+
+    found = precision_recall(samples, real)
+    assert found.precision == pytest.approx(fraction_inside(samples, real))
+    assert found.recall == pytest.approx(fraction_inside(real, samples))
 
 
 def test_a_set_covers_itself_and_nothing_far_away() -> None:
@@ -38,6 +64,6 @@ def test_balls_reach_the_kth_neighbour_including_its_edge() -> None:
     assert precision_recall(samples, real, neighbours=1).precision == 0.5
 
 
-def test_too_few_images_are_refused() -> None:
-    with pytest.raises(UserError, match="more than 3 images on each side, got 3 and 9"):
-        precision_recall(torch.randn(3, 2), torch.randn(9, 2))
+def test_a_number_of_neighbours_below_one_is_refused() -> None:
+    with pytest.raises(UserError, match="precision and recall needs at least 1 neighbour, got 0"):
+        precision_recall(torch.randn(9, 2), torch.randn(9, 2), neighbours=0)

@@ -33,13 +33,19 @@ _MAXIMUM_DEPTH = 32
 _REQUIRED = object()
 
 
-def preset_names() -> list[str]:
-    """Names of the presets in `repagen/configs`, sorted."""
-    entries = importlib.resources.files("repagen.configs").iterdir()
+PRESETS = "repagen.configs"
+"""Package of the training presets."""
+
+
+def preset_names(presets: str = PRESETS) -> list[str]:
+    """Names of the presets in a package of YAML files, sorted."""
+    entries = importlib.resources.files(presets).iterdir()
     return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
 
 
-def load_config(schema: type[Schema], name_or_path: str | Path, overrides: Sequence[str] = ()) -> Schema:
+def load_config(
+    schema: type[Schema], name_or_path: str | Path, overrides: Sequence[str] = (), *, presets: str = PRESETS
+) -> Schema:
     """Read a preset or a YAML file, apply `key=value` overrides, and build the typed configuration.
 
     Args:
@@ -47,12 +53,13 @@ def load_config(schema: type[Schema], name_or_path: str | Path, overrides: Seque
         name_or_path: a preset's name (see `preset_names`), or the path of a YAML file.
         overrides: `section.key=value` words; the value is YAML, list entries are addressed by number
             (`alignment.targets.0.block=4`).
+        presets: package that holds the presets.
 
     Raises:
         UserError: for an unknown, missing, repeated or ill-typed key, an interpolation or an unreadable file; the
             message names `file:key` and the nearest key that exists.
     """
-    origin, text = _read(name_or_path)
+    origin, text = _read(name_or_path, presets)
     tree = _parse(text, origin)
     overridden = {key: _apply_override(tree, key, value) for key, value in _split_overrides(overrides)}
     return _Builder(schema, origin, tuple(overridden)).build(OmegaConf.to_container(tree, resolve=False))
@@ -60,7 +67,7 @@ def load_config(schema: type[Schema], name_or_path: str | Path, overrides: Seque
 
 def read_preset(name_or_path: str | Path) -> dict[str, Any]:
     """The plain content of a preset or YAML file, unchecked by any schema (for listings)."""
-    origin, text = _read(name_or_path)
+    origin, text = _read(name_or_path, PRESETS)
     return typing.cast(dict[str, Any], OmegaConf.to_container(_parse(text, origin), resolve=False))
 
 
@@ -102,16 +109,16 @@ def build_value(kind: Any, value: Any, key: str) -> Any:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _read(name_or_path: str | Path) -> tuple[str, str]:
+def _read(name_or_path: str | Path, presets: str) -> tuple[str, str]:
     """=> (how messages call the file, its text)."""
-    presets = preset_names()
+    names = preset_names(presets)
     path: Any = Path(name_or_path)
-    if str(name_or_path) in presets:
-        path = importlib.resources.files("repagen.configs") / f"{name_or_path}.yaml"
+    if str(name_or_path) in names:
+        path = importlib.resources.files(presets) / f"{name_or_path}.yaml"
     elif not path.is_file():
         raise UserError(
-            f"no configuration named {str(name_or_path)!r}{nearest(str(name_or_path), presets)}: it is neither a file "
-            f"nor a preset; presets: {', '.join(presets)}"
+            f"no configuration named {str(name_or_path)!r}{nearest(str(name_or_path), names)}: it is neither a file "
+            f"nor a preset; presets: {', '.join(names)}"
         )
     content = path.read_bytes()
     if len(content) > _MAXIMUM_BYTES:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from repagen.config import flatten, load_config, preset_names, save_config
 from repagen.errors import UserError
-from repagen.training.config import flatten, load_config, preset_names, save_config
 from repagen.training.generator_config import GeneratorConfig
 
 VALID = """

@@ -1,0 +1,52 @@
+"""Density and coverage (2002.09797): precision and recall that outliers among the real images do not inflate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from repagen.evaluation.metrics.pairs import neighbourhood_pair
+from repagen.evaluation.moments import Features
+
+_ROWS = 1024  # rows of a distance matrix in memory at once
+
+
+@dataclass(frozen=True)
+class DensityCoverage:
+    """Density = real balls around a sample, in units of k, above 0 and perhaps above 1; coverage in [0, 1]."""
+
+    density: float
+    coverage: float
+
+
+def density_coverage(samples: Features, reference: Features, neighbours: int = 5) -> DensityCoverage:
+    """Compute both (2002.09797, Sec. 3) with Euclidean distances in float64; balls are without their edge.
+
+    A real image's ball reaches its k-th nearest other real image. Density is the mean over samples of the number of
+    balls that hold the sample, divided by k; coverage is the fraction of balls that hold at least one sample.
+
+    Args:
+        samples: features (N, D) of generated images.
+        reference: features (M, D) of real images.
+        neighbours: k (the paper and dgm-eval: 5).
+
+    Raises:
+        UserError: when a set has no more than k points, k is below 1, features are not finite (the row is named), or
+            the numbers of features differ.
+    """
+    generated, real = neighbourhood_pair(samples, reference, metric="density and coverage", neighbours=neighbours)
+    samples_in_ball = torch.cat([_samples_in_balls(rows, real, generated, neighbours) for rows in real.split(_ROWS)])
+    return DensityCoverage(
+        density=samples_in_ball.sum().item() / (neighbours * len(generated)),
+        coverage=(samples_in_ball > 0).double().mean().item(),
+    )
+
+
+def _samples_in_balls(
+    centres: torch.Tensor, real: torch.Tensor, generated: torch.Tensor, neighbours: int
+) -> torch.Tensor:
+    """Number of samples (C,) in the ball of each of some centres (C, D)."""
+    # The nearest point of the own set is the point itself: hence k + 1.
+    radii = torch.cdist(centres, real).kthvalue(neighbours + 1).values
+    return (torch.cdist(centres, generated) < radii[:, None]).sum(dim=1)

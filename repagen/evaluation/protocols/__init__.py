@@ -1,0 +1,1 @@
+"""Evaluation protocols: one YAML each, read through `repagen.evaluation.protocol.load_protocol`."""
