@@ -124,7 +124,7 @@ def test_pck_of_unmoved_points_is_counted() -> None:
     shares = []
     for go in maps:
         moves = [(go(x, y), (x, y)) for x in centres for y in centres]
-        kept = [math.dist(to, point) for to, point in moves if all(-1e-3 <= place <= side - 1 + 1e-3 for place in to)]
+        kept = [math.dist(to, point) for to, point in moves if all(-0.5 <= place <= side - 0.5 for place in to)]
         shares.append(np.mean([distance <= alpha * side for distance in kept]))
     assert unmoved_pck(side, alpha) == pytest.approx(np.mean(shares))
     assert len(known_warps(side)) == 4
