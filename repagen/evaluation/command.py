@@ -8,6 +8,7 @@ import importlib
 # Subcommand => (module with add_arguments(parser) and run(args) -> text to print or None, one line of help).
 SUBCOMMANDS = {
     "generation": ("repagen.evaluation.generation_command", "generated images against real ones, by a named protocol"),
+    "show": ("repagen.evaluation.show_command", "what a protocol fixes, in plain words; without a name, all of them"),
     "text-to-image": (
         "repagen.evaluation.text_to_image.command",
         "images against their prompts (CLIPScore, PickScore), or their export for GenEval and DPG-Bench",
