@@ -39,13 +39,13 @@ _ADVICE = {
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedResult:
-    """A result file, or an evaluated moment of a training run.
+    """A result file, perhaps one of those that a training run left.
 
     Attributes:
         label: name of its row.
         group: the model; results of one group are moments of one training.
-        origin: the file or folder, as messages name it.
-        kind: `generation`, `reconstruction`, ... or `training run`.
+        origin: the file, as messages name it.
+        kind: `generation`, `reconstruction`, ...
         metrics: name => value; spreads are called `..._std`.
         fixed: what must be equal, by dotted key; what is not known of samples is None.
         shown: what may differ, and is shown.
@@ -88,7 +88,7 @@ def protocol_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
     spaces = settings.get("spaces")
     if isinstance(spaces, list) and all(isinstance(space, dict) and "name" in space for space in spaces):
         settings = {**settings, "spaces": {space["name"]: space for space in spaces}}
-    return {key: value for key, value in flatten(dict(settings)).items() if key not in _PROSE}
+    return {key: value for key, value in flatten(settings).items() if key and key not in _PROSE}
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def differences(results: Sequence[ComparedResult]) -> list[Difference]:
     for key in dict.fromkeys(key for result in results for key in result.fixed):
         told = [one for one in results if one.fixed.get(key) is not None or not key.startswith(_MAY_BE_UNKNOWN)]
         unlike = [Difference(key, told[0], one) for one in told[1:] if _value(one, key) != _value(told[0], key)]
-        found += {one.other.origin: one for one in reversed(unlike)}.values()  # a run has many moments, one origin
+        # The many moments of a run that differ in one way are one difference.
+        found += {(one.other.group, str(_value(one.other, key))): one for one in reversed(unlike)}.values()
     return found
 
 

@@ -10,20 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from repagen.config import flatten, read_preset
+from repagen.config import flatten
 from repagen.errors import UserError, refusing
 from repagen.evaluation.compare import ComparedResult, protocol_facts
-from repagen.evaluation.pipeline_images import TRAINING_FILE
 from repagen.evaluation.result import SCHEMA
-from repagen.pipelines.sampling_options import SamplingOptions
 
 KINDS = ("generation", "reconstruction", "text_to_image", "representation")
-RUN = "training run"
 LOG_PREFIX = "evaluation/"
+RUN_RESULTS = "evaluation/step-{:08d}.json"
 
 _FIXED_OF_SAMPLES = ("label_mode", "rounding", "dtype", "size")
-_SAMPLING = tuple(SamplingOptions.__dataclass_fields__)
-_MAY_DIFFER_IN_RUNS = (*_SAMPLING, "seed", "batch_size", "forward_batch_size")
 _TRAINING = ("images", "step", "dataset_images")
 
 
@@ -95,6 +91,10 @@ def _section(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]
     return value
 
 
+def _leaves(section: Mapping[str, Any]) -> dict[str, Any]:
+    return flatten(section) if section else {}  # an empty tree is a value to `flatten`
+
+
 def _texts(path: Path, content: Mapping[str, Any], key: str) -> tuple[str, ...]:
     value = content.get(key, [])
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
@@ -103,7 +103,7 @@ def _texts(path: Path, content: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _metrics(path: Path, content: Mapping[str, Any]) -> dict[str, float]:
-    metrics = flatten(_section(path, content, "metrics"))
+    metrics = _leaves(_section(path, content, "metrics"))
     for name, value in metrics.items():
         if not _is_number(value):
             raise UserError(
@@ -123,7 +123,7 @@ def _fixed_facts(path: Path, content: Mapping[str, Any], samples: Mapping[str, A
     facts: dict[str, Any] = {"kind": content["kind"], "protocol": content.get("protocol")}
     facts |= {f"settings.{key}": value for key, value in protocol_facts(_section(path, content, "settings")).items()}
     for section in ("definitions", "normalisers"):
-        facts |= {f"{section}.{key}": value for key, value in flatten(_section(path, content, section)).items()}
+        facts |= {f"{section}.{key}": value for key, value in _leaves(_section(path, content, section)).items()}
     facts["deviations"] = sorted(_texts(path, content, "deviations"))
     for space, identity in _section(path, content, "spaces").items():
         if not isinstance(identity, dict) or not {"weights_sha256", "settings"} <= identity.keys():
@@ -156,65 +156,28 @@ def _training(path: Path, facts: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _read_run(folder: Path, name: str) -> list[ComparedResult]:
-    """Every evaluated moment of a training run."""
-    log, config_file = folder / "metrics.jsonl", folder / "config.yaml"
-    if not (log.is_file() and config_file.is_file()):
-        raise UserError(f"{folder}: not the folder of a training run, which holds config.yaml and metrics.jsonl")
-    config = read_preset(config_file)
-    fixed, shown = _facts_of_run(config_file, config)
-    training = _training_of_run(folder)
-    moments = [
-        ComparedResult(
-            label=f"{name}@{row['step']}",
-            group=name,
-            origin=str(folder),
-            kind=RUN,
-            metrics=metrics,
-            fixed=fixed,
-            shown=shown,
-            training={**training, **_training(log, {key: row.get(key) for key in ("images", "step")})},
-        )
-        for row in _rows(log)
-        if (metrics := _metrics_of_row(row))
-    ]
+    """The results of a training run that its log holds to.
+
+    The log has the figures, the result beside it what they depend on. Results of steps that the log does not have are
+    left over from before the run went back to a checkpoint.
+    """
+    log = folder / "metrics.jsonl"
+    if not log.is_file():
+        raise UserError(f"{folder}: not the folder of a training run, which holds metrics.jsonl; name a result's JSON")
+    moments = []
+    for row in _rows(log):
+        figures = {key.removeprefix(LOG_PREFIX): value for key, value in row.items() if key.startswith(LOG_PREFIX)}
+        if figures:
+            path = folder / RUN_RESULTS.format(row["step"])
+            if not path.is_file():
+                raise UserError(f"{path}: is missing, and {log} has figures of that step; evaluate its weights again")
+            moment = replace(_read_result(path, name), label=f"{name}@{row['step']}")
+            if any(moment.metrics.get(key) != value for key, value in figures.items()):
+                raise UserError(f"{path}: is not of this run, {log} has other figures of that step; remove the file")
+            moments.append(moment)
     if not moments:
         raise UserError(f"{folder}: no row of metrics.jsonl has a column {LOG_PREFIX}...; the run never evaluated")
     return moments
-
-
-def _metrics_of_row(row: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        name.removeprefix(LOG_PREFIX): value
-        for name, value in row.items()
-        if name.startswith(LOG_PREFIX) and not name.endswith("time_s") and _is_number(value)
-    }
-
-
-def _facts_of_run(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what must be equal, what is shown) of the evaluation that a run's configuration asks for."""
-    facts = flatten(_section(path, config, "evaluation"))
-    fixed: dict[str, Any] = {"kind": RUN}
-    sampler = _section(path, config, "sampler")  # holds where the evaluation leaves an option open
-    shown = {key: sampler[key] for key in _SAMPLING if sampler.get(key) is not None}
-    for key, value in facts.items():
-        parts = key.split(".")
-        option = next((number for number, part in enumerate(parts) if part in _MAY_DIFFER_IN_RUNS), None)
-        if option is not None:
-            shown |= {".".join(parts[option:]): value} if value is not None else {}
-        elif not parts[-1].startswith("every"):  # how often it evaluates moves no figure
-            fixed[f"evaluation.{key}"] = value
-    return fixed, shown
-
-
-def _training_of_run(folder: Path) -> dict[str, int]:
-    """Images in the run's dataset, as its pipelines say it."""
-    for path in sorted([*folder.glob(TRAINING_FILE), *folder.glob(f"*/{TRAINING_FILE}")]):
-        with refusing(f"{path}: cannot be read as JSON"):
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        known = _training(path, facts if isinstance(facts, dict) else {})
-        if "dataset_images" in known:
-            return {"dataset_images": known["dataset_images"]}
-    return {}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -225,7 +188,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         with refusing(f"{path}: line {number} is damaged"):
             row = json.loads(line)
-        if not isinstance(row, dict) or "step" not in row:
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{path}: line {number} is damaged, a row holds a step; it is not the log of a run")
         rows.append(row)
     return rows

@@ -200,12 +200,17 @@ def _neighbours(rule: NeighbourRule) -> str:
     )
 
 
-def _memory(protocol: EvaluationProtocol) -> dict[str, float]:
-    """Megabytes by side: of features that are held, and of covariances."""
-    dimensions = {
+def _dimensions(protocol: EvaluationProtocol) -> dict[str, dict[str, int]]:
+    """Space => feature => width."""
+    return {
         space.name: InceptionExtractor.dimensions if space.extractor.kind == "inception" else {FEATURE: _ASSUMED_WIDTH}
         for space in protocol.spaces
     }
+
+
+def _memory(protocol: EvaluationProtocol) -> dict[str, float]:
+    """Megabytes by side: of features that are held, and of covariances."""
+    dimensions = _dimensions(protocol)
     extractors = cast(Any, {name: SimpleNamespace(dimensions=widths) for name, widths in dimensions.items()})
     memory = {}
     for side in ("samples", "reference images"):
@@ -219,11 +224,12 @@ def _memory(protocol: EvaluationProtocol) -> dict[str, float]:
 
 def _memory_sentence(protocol: EvaluationProtocol) -> str:
     held = " and ".join(f"{value:,.0f} MB for {side}" for side, value in _memory(protocol).items())
+    stored = 4 * sum(width for widths in _dimensions(protocol).values() for width in widths.values()) / 1000
     encoders = any(space.extractor.kind != "inception" for space in protocol.spaces)
     assumed = f", an encoder taken for {_ASSUMED_WIDTH:,} features wide" if encoders else ""
     return (
-        f"Features that are compared one by one, and covariances, take up to {held}{assumed}. Features of all other "
-        "images lie on disk while it runs."
+        f"Features that are compared one by one, and covariances, take up to {held}{assumed}. On disk are "
+        f"{stored:.0f} kB of features an image while it runs."
     )
 
 

@@ -60,12 +60,13 @@ def _listing(protocols: dict[str, EvaluationProtocol]) -> str:
 
 def _text(explanation: Explanation) -> str:
     protocol = explanation.protocol
+    wrapper = textwrap.TextWrapper(_WIDTH, break_on_hyphens=False)
     head = [f"{explanation.name}: {protocol.title}", f"source: {protocol.source}"]
-    lines = [line for text in (*head, protocol.explanation) for line in textwrap.wrap(text, _WIDTH)]
+    lines = [line for text in (*head, protocol.explanation) for line in wrapper.wrap(text)]
     width = max(len(title) for title, _ in explanation.facts)
     lines.append("")
+    wrapper.subsequent_indent = " " * (width + 2)
     for title, sentences in explanation.facts:
-        lines += textwrap.wrap(
-            sentences, _WIDTH, initial_indent=f"{title:<{width}}  ", subsequent_indent=" " * (width + 2)
-        )
+        wrapper.initial_indent = f"{title:<{width}}  "
+        lines += wrapper.wrap(sentences)
     return "\n".join([*lines, "", "Measure it with", f"  {explanation.command}"])
