@@ -138,10 +138,8 @@ def _fixed_facts(path: Path, content: Mapping[str, Any], samples: Mapping[str, A
 
 def _shown_facts(path: Path, content: Mapping[str, Any], samples: Mapping[str, Any]) -> dict[str, Any]:
     left_out = ("kind", "pixels_sha256", *_FIXED_OF_SAMPLES)
-    return {
-        **{key: value for key, value in samples.items() if key not in left_out},
-        **{f"{key} version": value for key, value in _section(path, content, "versions").items()},
-    }
+    told = {key: value for key, value in samples.items() if key not in left_out}
+    return {**told, **_section(path, content, "versions")}
 
 
 def _training(path: Path, facts: Mapping[str, Any]) -> dict[str, int]:

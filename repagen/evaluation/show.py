@@ -140,8 +140,10 @@ def _drawing(protocol: EvaluationProtocol) -> Iterator[tuple[str, str]]:
     yield "labels", _LABELS[protocol.label_mode]
     yield "8 bits", _ROUNDING[protocol.rounding]
     dtype = protocol.sampling_dtype
-    sampling = f"The generator samples in {dtype}" if dtype else "The generator may sample in any precision"
-    yield "precision", f"{sampling}; the result says in which. What samples are given as files is taken as it is."
+    sampling = (
+        f"The generator samples in {dtype}" if dtype else "The generator samples in any precision, told in the result"
+    )
+    yield "precision", f"{sampling}. Samples given as files are taken as they are."
     reference = protocol.reference
     named = f": {reference.description}" if reference.description else ", of your choice"
     yield "reference", f"{_REFERENCES[reference.kind]}{named}. The hash of it stands in the result."

@@ -21,6 +21,7 @@ from repagen.errors import UserError
 from repagen.evaluation.extractor import ExtractorRule
 from repagen.evaluation.protocol import EvaluationProtocol, MetricName, SpaceRule, load_protocol, protocol_names
 from repagen.evaluation.show import explain
+from repagen.evaluation.show_command import measured
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation_protocols.md"
 
@@ -161,10 +162,10 @@ def test_the_guide_lists_the_protocols() -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     listed = {row[0].strip("`"): row[1:] for row in cells if row[0].strip("`") in protocol_names()}
     assert list(listed) == protocol_names()
-    for name, (kernels, count, labels, rounding, reference, _) in listed.items():
+    for name, (kernels, count, labels, rounding, reference, metrics) in listed.items():
         protocol = load_protocol(name)
         used = dict.fromkeys(f"`{space.extractor.kernel}`" for space in protocol.spaces)
         assert kernels == ", ".join(used)
         assert count == (f"{protocol.num_samples:,}" if protocol.num_samples else "any")
         assert (labels, rounding) == (protocol.label_mode or "any", protocol.rounding)
-        assert reference == protocol.reference.kind
+        assert (reference, metrics) == (protocol.reference.kind, ", ".join(measured(protocol)))
