@@ -184,10 +184,10 @@ def metrics_of(results: Sequence[ComparedResult], chosen: Sequence[str] | None =
 
 
 def best_rows(results: Sequence[ComparedResult], metric: str) -> set[int]:
-    """Numbers of the results that are best in a metric: several where equal, none where nothing is compared."""
+    """Numbers of the results that are best in a metric: several where equal, none where all are."""
     lower = lower_is_better(metric)
     values = {number: one.metrics[metric] for number, one in enumerate(results) if metric in one.metrics}
-    if lower is None or len(values) < 2:
+    if lower is None or len(set(values.values())) < 2:
         return set()
     best = min(values.values()) if lower else max(values.values())
     return {number for number, value in values.items() if value == best}

@@ -128,7 +128,7 @@ def _notes(
     fixed, equal = results[0].fixed, {key: value for key, value in facts[0].items() if value is not None}
     alike = {key: value for key, value in fixed.items() if value not in (None, []) and not key.startswith("settings.")}
     alike |= {key: value for key, value in equal.items() if key not in _differing(facts)}
-    notes = [("alike", ", ".join(f"{key}={described_value(value)}" for key, value in alike.items()))]
+    notes = [("alike", "; ".join(f"{key}={described_value(value)}" for key, value in alike.items()))]
     if len(results) > 1:
         lowest = [name for name in metrics if lower_is_better(name)]
         highest = [name for name in metrics if lower_is_better(name) is False]

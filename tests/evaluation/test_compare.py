@@ -195,7 +195,7 @@ def test_directions_of_other_metrics() -> None:
 def test_best_rows() -> None:
     results = [result(fid=2.0), result("b", fid=1.5), result("c", fid=1.5)]
     assert best_rows(results, "fid") == {1, 2}
-    assert best_rows(results, "recall") == {0, 1, 2}
+    assert best_rows(results, "recall") == set()  # equal everywhere
     assert best_rows(results[:1], "fid") == set()
 
 
