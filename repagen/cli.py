@@ -19,6 +19,7 @@ COMMANDS = {
         "repagen.evaluation.command",
         "generated images, reconstructions, representations: what they are worth",
     ),
+    "compare": ("repagen.evaluation.compare_command", "put results side by side, if they are alike"),
     "recipes": ("repagen.training.recipes_command", "list the presets with paper, cost and expected result"),
 }
 
