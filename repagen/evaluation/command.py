@@ -18,6 +18,7 @@ SUBCOMMANDS = {
         "repagen.evaluation.reconstruction.command",
         "an autoencoder's reconstructions against the same originals: rFID, PSNR, SSIM, LPIPS",
     ),
+    "show": ("repagen.evaluation.show_command", "what a protocol fixes, in plain words; without a name, all of them"),
     "text-to-image": (
         "repagen.evaluation.text_to_image.command",
         "images against their prompts (CLIPScore, PickScore), or their export for GenEval and DPG-Bench",

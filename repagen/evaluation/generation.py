@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from repagen.errors import UserError
+from repagen.errors import UserError, naming
 from repagen.evaluation.encoder_extractors import open_extractor
 from repagen.evaluation.extraction import Extraction, ImageSink, extract
 from repagen.evaluation.extractor import ExtractorIdentity, FeatureExtractor
@@ -21,7 +21,7 @@ from repagen.evaluation.measures import Figures, Side, feature_of, measure, need
 from repagen.evaluation.metrics.ratios import Normaliser, frechet_distance_ratio
 from repagen.evaluation.moments import Statistics
 from repagen.evaluation.pipeline_images import PipelineImages
-from repagen.evaluation.protocol import EvaluationProtocol, metric_names
+from repagen.evaluation.protocol import EvaluationProtocol, MetricName, metric_names
 from repagen.evaluation.reference import ReferenceStatistics
 from repagen.evaluation.reporting import distance_remarks, software_versions
 from repagen.evaluation.result import GenerationResult
@@ -63,13 +63,13 @@ def evaluate_generation(
             of another extractor, or a reference that the protocol does not allow; on fewer than two images on a side.
     """
     started = time.monotonic()
-    _require_reference(protocol, name, reference)
+    require_reference(protocol, name, reference)
     with _kept_or_temporary(folder) as place:
         # The reference first: where it fails, no hours of sampling are lost.
         real, statistics = None, reference.statistics if isinstance(reference, ReferenceStatistics) else None
         images = reference.images if isinstance(reference, ReferenceStatistics) else reference
         if isinstance(reference, ReferenceStatistics):
-            _require_statistics(protocol, reference, extractors)
+            require_statistics(protocol, reference, extractors)
         needs = needs_of(protocol, extractors, reference=True)
         if statistics is not None:  # images beside statistics serve metrics of single images alone
             needs = dataclasses.replace(needs, moments=())
@@ -97,7 +97,7 @@ def evaluate_generation(
         num_reference=next((one.count for one in known.statistics.values()), real.count if real else None),
         counts=figures.counts,
         spaces=identities,
-        samples=_image_facts(samples, generated),
+        samples=image_facts(samples, generated),
         reference=_reference_facts(reference, real),
         training=samples.training if isinstance(samples, PipelineImages) else {},
         remarks=_remarks(protocol, identities, generated.statistics, known.statistics),
@@ -149,7 +149,12 @@ def _kept_or_temporary(folder: str | Path | None) -> Iterator[Path]:
             own.cleanup()
 
 
-def _require_reference(protocol: EvaluationProtocol, name: str, reference: ImageSource | ReferenceStatistics) -> None:
+def require_reference(protocol: EvaluationProtocol, name: str, reference: ImageSource | ReferenceStatistics) -> None:
+    """Refuse a reference of another kind or size than a protocol's.
+
+    Raises:
+        UserError: saying what the protocol compares with.
+    """
     is_statistics = isinstance(reference, ReferenceStatistics)
     wanted = protocol.reference.kind
     if wanted != "any" and is_statistics != (wanted == "statistics"):
@@ -166,24 +171,41 @@ def _require_reference(protocol: EvaluationProtocol, name: str, reference: Image
         )
 
 
-def _require_statistics(
+def require_statistics(
     protocol: EvaluationProtocol, reference: ReferenceStatistics, extractors: Mapping[str, FeatureExtractor]
 ) -> None:
+    """Refuse statistics that are not those of a protocol's extractors, or no statistics at all.
+
+    Raises:
+        UserError: on another extractor, a missing feature, another number of features, or a matrix that is no
+            covariance.
+    """
     for space in protocol.spaces:
-        reference.require_extractor(space.name, extractors[space.name].identity)
-        feature = feature_of("fd", space)
-        if "fd" in space.metrics and feature not in reference.statistics:
-            raise UserError(
-                f"the reference {reference.path} holds no statistics of {feature} (it has "
-                f"{', '.join(reference.statistics)}); make one with `repagen reference make`"
-            )
-        if feature in reference.statistics:
-            given, needed = reference.statistics[feature].dimension, extractors[space.name].dimensions
-            if given != needed[feature.split(".")[1]]:
+        metrics: list[MetricName] = [metric for metric in ("fd", "sfid") if metric in space.metrics]
+        if not metrics:  # it needs single images alone, whose features are taken here
+            continue
+        extractor = extractors[space.name]
+        reference.require_extractor(space.name, extractor.identity)
+        for metric in metrics:
+            feature = feature_of(metric, space)
+            if feature in reference.statistics:
+                _require_gaussian(reference, feature, extractor.dimensions[feature.split(".")[1]])
+            elif metric == "fd":
                 raise UserError(
-                    f"{reference.path}: {given} features of {space.name}, but the extractor gives "
-                    f"{needed[feature.split('.')[1]]}; give statistics of this extractor"
+                    f"the reference {reference.path} holds no statistics of {feature} (it has "
+                    f"{', '.join(reference.statistics)}); make one with `repagen reference make`"
                 )
+
+
+def _require_gaussian(reference: ReferenceStatistics, feature: str, needed: int) -> None:
+    statistics = reference.statistics[feature]
+    if statistics.dimension != needed:
+        raise UserError(
+            f"{reference.path}: {statistics.dimension} features of {feature}, but the extractor gives {needed}; give "
+            "statistics of this extractor"
+        )
+    with naming({"not a covariance": f"{reference.path}: sigma of {feature} is not a covariance"}):
+        _ = statistics.root  # kept, and needed for the distance
 
 
 def _add_ratio(
@@ -250,7 +272,8 @@ def _deviations(protocol: EvaluationProtocol, samples: ImageSource, generated: E
     return tuple(deviations)
 
 
-def _image_facts(source: ImageSource, extraction: Extraction) -> dict[str, Any]:
+def image_facts(source: ImageSource, extraction: Extraction) -> dict[str, Any]:
+    """Where images came from, their size, and the hash of their pixels."""
     height, width = extraction.image_size
     left_out = {"left_out": [image.name for image in extraction.unreadable]} if extraction.unreadable else {}
     return {**source.protocol, "size": f"{width}x{height}", "pixels_sha256": extraction.pixels_sha256, **left_out}
@@ -261,7 +284,7 @@ def _reference_facts(reference: ImageSource | ReferenceStatistics, real: Extract
         made_from = reference.protocol or "not recorded, taken for Inception's"
         return {"kind": "statistics", "path": str(reference.path), "sha256": reference.sha256, "of": made_from}
     assert real is not None, "a reference of images is looked at"
-    return _image_facts(reference, real)
+    return image_facts(reference, real)
 
 
 def _remarks(

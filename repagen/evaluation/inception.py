@@ -17,6 +17,7 @@ from repagen.evaluation.resize import ResizeKernel, resize
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+TENSORFLOW_KERNEL: ResizeKernel = "tensorflow1-bilinear"  # of the graph itself, and of nearly all published figures
 _INCEPTION_SHA256_START = "6726825d"  # the published file carries the first digits of its hash in its name
 _SIDE = 299
 
@@ -47,7 +48,7 @@ class InceptionExtractor:
         self,
         weights: str | Path | None = None,
         device: torch.device | str = "cpu",
-        kernel: ResizeKernel = "tensorflow1-bilinear",
+        kernel: ResizeKernel = TENSORFLOW_KERNEL,
     ) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

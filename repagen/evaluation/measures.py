@@ -19,7 +19,7 @@ from repagen.evaluation.moments import Features, Statistics
 from repagen.evaluation.protocol import EvaluationProtocol, MetricName, SpaceRule, metric_names
 
 _INCEPTION_FEATURES: dict[MetricName, str] = {"sfid": "spatial", "inception_score": "logits"}
-_SINGLE_IMAGES: tuple[MetricName, ...] = ("kid", "precision_recall", "density_coverage", "mind", "cmmd")
+SINGLE_IMAGES: tuple[MetricName, ...] = ("kid", "precision_recall", "density_coverage", "mind", "cmmd")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def needs_of(
             if metric in ("fd", "sfid"):
                 moments.append(feature)
                 kept[feature] = max(kept.get(feature, 0), dimensions[feature.split(".")[1]])
-            elif metric in _SINGLE_IMAGES:
+            elif metric in SINGLE_IMAGES:
                 kept[feature] = max(kept.get(feature, 0), _images_kept(protocol, metric, reference))
             elif metric == "inception_score" and not reference:
                 rule = protocol.inception_score
@@ -116,7 +116,7 @@ def measure(protocol: EvaluationProtocol, samples: Side, reference: Side) -> Fig
                 figures.left_out[names[0]] = str(error)
                 continue
             figures.metrics.update(zip(names, values, strict=True))
-            if metric in _SINGLE_IMAGES:
+            if metric in SINGLE_IMAGES:
                 compared = _single_images(protocol, metric, feature_of(metric, space), samples, reference)
                 figures.counts[names[0]] = (len(compared[0]), len(compared[1]))
     return figures

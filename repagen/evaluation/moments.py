@@ -96,6 +96,21 @@ class FeatureMoments:
         self.mean = torch.zeros(dimension, dtype=torch.float64)
         self.scatter = torch.zeros(dimension, dimension, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
 
+    @classmethod
+    def of(cls, statistics: Statistics) -> FeatureMoments:
+        """What must have been seen for these statistics to come out.
+
+        Raises:
+            UserError: when their number of samples is not known.
+        """
+        if statistics.count is None:
+            raise UserError("statistics of an unknown number of samples cannot be taken further")
+        moments = cls(statistics.dimension)
+        moments.count = statistics.count
+        moments.mean = statistics.mean.clone()
+        moments.scatter = statistics.covariance * (statistics.count - 1)
+        return moments
+
     def update(self, features: Features) -> None:
         """Add features (B, D) of any float dtype."""
         matrix = as_matrix(features)
