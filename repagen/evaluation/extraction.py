@@ -224,7 +224,9 @@ def _add(share: _Share, content: FeatureBlock, needs: Needs, max_bad_images: int
     share.digests |= dict(zip(content.indices, content.digests, strict=True))
     for name in needs.moments:
         rows = content.features[name]
-        share.moments.setdefault(name, FeatureMoments(rows.shape[1])).update(rows)
+        if name not in share.moments:
+            share.moments[name] = FeatureMoments(rows.shape[1])
+        share.moments[name].update(rows)
     for name, kept in share.kept.items():
         for index, row in zip(content.indices, content.features[name], strict=True):
             if index < needs.kept[name] + max_bad_images:  # so many before it may be unreadable
@@ -292,7 +294,10 @@ def _join(shares: Sequence[_Share], source: ImageSource, max_bad_images: int) ->
     whole = _Share({}, {name: {} for name in shares[0].kept})
     for share in shares:
         for name, moments in share.moments.items():
-            whole.moments.setdefault(name, FeatureMoments(len(moments.mean))).merge(moments)
+            if name in whole.moments:
+                whole.moments[name].merge(moments)
+            else:
+                whole.moments[name] = moments
         for name, kept in share.kept.items():
             whole.kept[name] |= kept
         whole.first_size |= share.first_size
