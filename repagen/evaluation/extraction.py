@@ -125,13 +125,7 @@ def extract(
             the images.
     """
     state = PartialState()
-    key = {
-        "source": source.protocol,
-        "state": source.state(),
-        "extractors": {space: extractor.identity.as_dict() for space, extractor in extractors.items()},
-        "images": "kept" if sink else "not kept",
-    }
-    store = FeatureStore(folder, key)
+    store = FeatureStore(folder, {**features_key(source, extractors), "images": "kept" if sink else "not kept"})
     share = _Share({}, {name: {} for name in needs.kept})
     with tqdm(total=len(source), desc=title, unit="image", disable=not state.is_main_process) as progress:
         for blocks in _own_blocks(len(source), batch_size):
@@ -145,6 +139,15 @@ def extract(
     whole = _join(gather_object([share]), source, max_bad_images)
     own = [block for blocks in _own_blocks(len(source), batch_size) for block in blocks]
     return _result(whole, needs, _score(store, own, whole, needs))
+
+
+def features_key(source: ImageSource, extractors: Mapping[str, FeatureExtractor]) -> dict[str, Any]:
+    """What the features of a source are a function of, ready for JSON."""
+    return {
+        "source": source.protocol,
+        "state": source.state(),
+        "extractors": {space: extractor.identity.as_dict() for space, extractor in extractors.items()},
+    }
 
 
 def _own_blocks(count: int, batch_size: int) -> Iterator[dict[int, range]]:
