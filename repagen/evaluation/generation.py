@@ -59,12 +59,13 @@ def look_at_reference(
     name: str = "custom",
     batch_size: int = 128,
     max_bad_images: int = 0,
+    progress_bar: bool = True,
     keep: bool = False,
 ) -> KnownReference:
     """Check a reference, and look at its images where a protocol asks for more than its statistics.
 
     Args:
-        reference, protocol, extractors, name, batch_size, max_bad_images: see `evaluate_generation`.
+        reference, protocol, extractors, name, batch_size, max_bad_images, progress_bar: see `evaluate_generation`.
         folder: for features; see `extract`.
         keep: leave what is found in the folder, where a later call finds it; see `extract_once`.
 
@@ -84,7 +85,7 @@ def look_at_reference(
         reference,
         look(
             images, extractors, needs, folder,
-            batch_size=batch_size, max_bad_images=max_bad_images, title="reference",
+            batch_size=batch_size, max_bad_images=max_bad_images, title="reference", progress_bar=progress_bar,
         ),
     )  # fmt: skip
 
@@ -101,6 +102,7 @@ def evaluate_generation(
     max_bad_images: int = 0,
     folder: str | Path | None = None,
     sink: ImageSink | None = None,
+    progress_bar: bool = True,
 ) -> GenerationResult:
     """Compare samples with a reference, in one pass over the images of each side.
 
@@ -119,6 +121,7 @@ def evaluate_generation(
         folder: for features of an evaluation that may be interrupted; the same call continues from it. The caller
             removes it afterwards. By default they are kept in a temporary folder, and lost with the process.
         sink: takes the samples, for example to write them out.
+        progress_bar: show how far each side is.
 
     Raises:
         UserError: on images that cannot be read, differ in size, or give features that are not finite; on statistics
@@ -129,13 +132,13 @@ def evaluate_generation(
         # The reference first: where it fails, no hours of sampling are lost.
         known = reference if isinstance(reference, KnownReference) else look_at_reference(
             reference, protocol, extractors, place / "reference",
-            name=name, batch_size=batch_size, max_bad_images=max_bad_images,
+            name=name, batch_size=batch_size, max_bad_images=max_bad_images, progress_bar=progress_bar,
         )  # fmt: skip
         real = known.images
         generated = extract(
             samples, extractors, needs_of(protocol, extractors), place / "samples",
             batch_size=batch_size, max_bad_images=max_bad_images, sink=sink, title="samples",
-            expected_size=real.image_size if real else None,
+            expected_size=real.image_size if real else None, progress_bar=progress_bar,
         )  # fmt: skip
     figures = measure(protocol, Side.of(generated), known.side)
     statistics = known.side.statistics

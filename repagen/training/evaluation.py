@@ -66,7 +66,7 @@ def open_evaluation(
         with _naming("evaluation.reference"):
             reference = look_at_reference(
                 _open_reference(config), protocol, extractors, folder / "reference",
-                name=name, max_bad_images=_bad_images(config), keep=True,
+                name=name, max_bad_images=_bad_images(config), progress_bar=config.progress_bar, keep=True,
             )  # fmt: skip
             require_reference(protocol, reference.side)
             _require_size(reference, decoded_size(pipeline.vae, latent_shape))
@@ -188,6 +188,7 @@ class TrainingEvaluation:
                 name=self._name,
                 batch_size=self._config.forward_batch_size,
                 folder=partial,
+                progress_bar=self._run.config.progress_bar,
             )
         facts = {**training_facts(self._run, step, self._dataset), "evaluation_sha256": key}
         return dataclasses.replace(result, training=facts).as_dict()
