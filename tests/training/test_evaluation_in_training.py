@@ -294,7 +294,7 @@ def test_an_evaluation_that_fails_puts_everything_back_and_names_the_step(
         raise UserError("sample 3 has pixels that are not finite")
 
     monkeypatch.setattr(evaluation_module, "evaluate_generation", failing)
-    with pytest.raises(UserError, match="^evaluation: after 3 steps: sample 3 has pixels that are not finite"):
+    with pytest.raises(UserError, match=r"^evaluation: after 3 steps: sample 3 has pixels that are not finite"):
         evaluated(parts, tmp_path)
     assert len(metric_rows(tmp_path / "run")) == 2
 
@@ -553,9 +553,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"), WRONG, ids=[str(list(keys)[0]) + str(i) for i, (keys, _) in enumerate(WRONG)]
-)
+@pytest.mark.parametrize(("keys", "message"), WRONG, ids=[" ".join(keys) for keys, _ in WRONG])
 def test_wrong_input_is_named_before_training(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], message: str
 ) -> None:
@@ -601,7 +599,7 @@ def test_what_the_configuration_alone_tells_is_refused_when_it_is_read(
 def test_cached_latents_need_a_reference(parts: Path, tmp_path: Path) -> None:
     values = evaluated_settings(parts, tmp_path, reference=None)
     values["data"] = {"kind": "latents", "path": "somewhere"}
-    with pytest.raises(UserError, match="config.yaml:evaluation.reference: needed, since data.kind=latents"):
+    with pytest.raises(UserError, match=r"config.yaml:evaluation.reference: needed, since data.kind=latents"):
         load_config(GeneratorConfig, write_settings(values, tmp_path / "config.yaml"))
 
 
@@ -609,7 +607,7 @@ def test_too_few_reference_images_are_refused_before_training(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Run, "steps", lambda *arguments: pytest.fail("training began"))
-    with pytest.raises(UserError, match="^evaluation.reference: kid .* at least 1000 reference images, got 355"):
+    with pytest.raises(UserError, match=r"^evaluation.reference: kid .* at least 1000 reference images, got 355"):
         evaluated(parts, tmp_path, metrics=["kid"], num_samples=1000)
 
 
