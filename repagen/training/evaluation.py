@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ def open_evaluation(
                 _open_reference(config), protocol, extractors, folder / "reference",
                 name=name, max_bad_images=_bad_images(config), progress_bar=config.progress_bar, keep=True,
             )  # fmt: skip
+            run.on_main(lambda: _remove(folder.glob("reference/*.partial")))  # of references that were given before
             require_reference(protocol, reference.side)
             _require_size(reference, decoded_size(pipeline.vae, latent_shape))
     return TrainingEvaluation(config.evaluation, run, pipeline, dataset, (name, protocol), extractors, reference)
@@ -173,9 +174,7 @@ class TrainingEvaluation:
             except ValueError:
                 self._run.notice("%s: damaged, evaluated again", path)
         kept = record if record.get("training", {}).get("evaluation_sha256") == key else None
-        for leftover in self.folder.glob("*.partial"):
-            if leftover != partial or kept is not None:
-                shutil.rmtree(leftover)
+        _remove(path for path in self.folder.glob("*.partial") if path != partial or kept is not None)
         return kept
 
     def _evaluate(self, step: int, key: str, partial: Path) -> dict[str, Any]:
@@ -197,7 +196,12 @@ class TrainingEvaluation:
 def _write(path: Path, record: Mapping[str, Any], partial: Path) -> None:
     text = json.dumps(record, indent=2) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    shutil.rmtree(partial)
+    _remove([partial])
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 def _open_extractors(config: EvaluationConfig, protocol: EvaluationProtocol) -> dict[str, FeatureExtractor]:

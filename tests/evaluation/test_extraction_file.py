@@ -16,8 +16,9 @@ from repagen.evaluation.extraction import Needs, extract
 from repagen.evaluation.extraction_file import extract_once, load_extraction, save_extraction
 from repagen.evaluation.generation import KnownReference, evaluate_generation, look_at_reference
 from repagen.evaluation.measures import Side, least_images, measure, require_reference, require_samples
+from repagen.evaluation.metrics.inception_score import split_of_position
 from repagen.evaluation.moments import FeatureMoments
-from repagen.evaluation.protocol import EvaluationProtocol, KernelRule, MetricName, encoder_protocol
+from repagen.evaluation.protocol import EvaluationProtocol, KernelRule, MetricName, encoder_protocol, load_protocol
 
 NEEDS = Needs(("encoder.features",), {"encoder.features": 20})
 
@@ -103,6 +104,22 @@ def test_what_is_refused_beforehand_is_what_cannot_be_measured(metric: MetricNam
                 continue
             with pytest.raises(UserError, match=rf"^{metric} .*at least {least} .*got {count}"):
                 check()
+
+
+@pytest.mark.parametrize("count", range(2, 14))
+def test_an_inception_score_needs_an_image_in_each_split(count: int) -> None:
+    protocol = load_protocol("torch-fidelity")
+    [space] = protocol.spaces
+    protocol = dataclasses.replace(protocol, spaces=[dataclasses.replace(space, metrics=["inception_score"])])
+    splits = protocol.inception_score.splits
+    if count >= splits:
+        require_samples(protocol, count)
+        assert split_of_position(torch.arange(count), count, splits).unique().tolist() == list(range(splits))
+        return
+    with pytest.raises(UserError, match=f"^inception_score needs at least 10 samples, got {count}"):
+        require_samples(protocol, count)
+    with pytest.raises(UserError, match="10 splits"):
+        split_of_position(torch.arange(count), count, splits)
 
 
 @pytest.mark.parametrize("metric", METRICS)
