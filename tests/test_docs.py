@@ -32,6 +32,7 @@ DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
+DOORS = {"reference": ["reference"]}  # scripts of eval/ that are no subject of `repagen evaluate`
 SCHEMAS = {"decoder": DecoderConfig, "generator": GeneratorConfig, "end_to_end": EndToEndConfig}
 
 
@@ -203,8 +204,8 @@ def check(program: str, words: list[str]) -> None:
         check_training(training[1], words)
     elif program in ("repagen", "repagen.cli"):
         check_repagen(words)
-    elif program == "eval/generation.py":
-        check_repagen(["evaluate", "generation", *words])
+    elif door := re.fullmatch(r"eval/(\w+)\.py", program):
+        check_repagen([*DOORS.get(door[1], ["evaluate", door[1]]), *words])
     else:
         assert not program.startswith("repagen") and (not program.endswith(".py") or (ROOT / program).exists())
 

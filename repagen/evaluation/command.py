@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from accelerate import Accelerator
+
 # Subcommand => (module with add_arguments(parser) and run(args) -> text to print or None, one line of help).
 SUBCOMMANDS = {
     "generation": ("repagen.evaluation.generation_command", "generated images against real ones, by a named protocol"),
+    "reconstruction": (
+        "repagen.evaluation.reconstruction.command",
+        "an autoencoder's reconstructions against the same originals: rFID, PSNR, SSIM, LPIPS",
+    ),
     "text-to-image": (
         "repagen.evaluation.text_to_image.command",
         "images against their prompts (CLIPScore, PickScore), or their export for GenEval and DPG-Bench",
@@ -24,5 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str | None:
-    """Run the subcommand; return what it has to say."""
-    return importlib.import_module(SUBCOMMANDS[args.subject][0]).run(args)
+    """Run the subcommand; return what it has to say, on the main process.
+
+    Under `accelerate launch` or torchrun all processes take part; the same command without them is one process.
+    """
+    accelerator = Accelerator()  # joins the processes that a launcher started, on CPUs too
+    text = importlib.import_module(SUBCOMMANDS[args.subject][0]).run(args)
+    accelerator.end_training()
+    return text

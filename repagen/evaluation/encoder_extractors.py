@@ -194,11 +194,14 @@ def timm_extractor(rule: ExtractorRule, device: torch.device | str) -> PooledExt
 
     local = Path(rule.model).is_dir()
     name = f"local-dir:{rule.model}" if local else rule.model
-    sized: dict[str, Any] = (
-        {} if rule.size_px is None or "conv" in rule.model else {"img_size": rule.size_px, "dynamic_img_pad": True}
-    )
     with refusing(f"extractor {rule.model}: timm cannot open it; give a folder, or a timm name that is in the cache"):
-        model: Any = timm.create_model(name, pretrained=True, num_classes=0, **sized)
+        with torch.device("meta"):
+            resizable = hasattr(timm.create_model(name, pretrained=False), "dynamic_img_size")
+        # A transformer of another side resamples its positions and pads the image to whole patches, as in FD-Loss.
+        sized: dict[str, Any] = dict.fromkeys(("dynamic_img_size", "dynamic_img_pad"), True)
+        model: Any = timm.create_model(
+            name, pretrained=True, num_classes=0, **(sized if rule.size_px and resizable else {})
+        )
     if rule.pooling == "cls" and not getattr(model, "num_prefix_tokens", 0):
         raise UserError(f"extractor {rule.model}: has no class token; use pooling mean or attention")
     config = model.pretrained_cfg

@@ -273,10 +273,10 @@ def _refuse_other_sizes(sizes: Mapping[int, tuple[int, int]], source: ImageSourc
         )
 
 
-def all_unreadable(source: ImageSource) -> list[Unreadable]:
-    """Go through all images and return those that cannot be read."""
-    starts = range(0, len(source), FORWARD_BATCH_SIZE)
-    batches = (range(start, min(start + FORWARD_BATCH_SIZE, len(source))) for start in starts)
+def all_unreadable(source: ImageSource, indices: Sequence[int] | None = None) -> list[Unreadable]:
+    """Go through the images at `indices`, or through all, and return those that cannot be read."""
+    chosen = range(len(source)) if indices is None else indices
+    batches = (chosen[start : start + FORWARD_BATCH_SIZE] for start in range(0, len(chosen), FORWARD_BATCH_SIZE))
     return [image for batch in batches for image in source.load(batch) if isinstance(image, Unreadable)]
 
 

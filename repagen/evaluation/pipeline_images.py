@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from repagen.encoders.weights import weights_sha256
 from repagen.errors import UserError, refusing
 from repagen.evaluation.samples import ImageSource, LabelMode, Rounding, Unreadable, to_uint8
+from repagen.models.fingerprint import hash_tensors
 from repagen.pipelines.sampling_options import SamplingOptions
 from repagen.randomness import generator_for
 
@@ -135,4 +135,4 @@ class PipelineImages(ImageSource):
     def state(self) -> str:
         """A hash of the generator's weights and of the decoder's."""
         parts = [self.pipeline.transformer, self.pipeline.vae, getattr(self.pipeline, "guidance_transformer", None)]
-        return ",".join(weights_sha256(part) for part in parts if part is not None)
+        return ",".join(hash_tensors(part.state_dict().values()) for part in parts if part is not None)

@@ -13,7 +13,7 @@ from repagen.evaluation.extractor import ExtractorIdentity
 from repagen.evaluation.inception import INCEPTION, is_published_inception
 
 _LEAST_COMPARABLE_IMAGES = 2048
-_PACKAGES = ("repagen", "torch", "diffusers", "transformers", "torch-fidelity", "numpy", "pillow")
+_PACKAGES = ("repagen", "torch", "diffusers", "transformers", "torch-fidelity", "torchvision", "numpy", "pillow")
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> str:

@@ -18,6 +18,8 @@ def images_to_latents(
     autoencoder: Any,
     images: torch.Tensor,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    *,
+    sample_posterior: bool = True,
 ) -> torch.Tensor:
     """Encode images to standardised latents.
 
@@ -27,6 +29,7 @@ def images_to_latents(
         images: (B, 3, H, H) float in [0, 1], on the device on which the autoencoder runs.
         generator: of the draw from `AutoencoderKL`'s posterior: one for the batch, or one per image so that a latent
             does not depend on its neighbours. The others encode without chance in eval mode.
+        sample_posterior: draw from that posterior, as generators are trained; False: take its mode, without chance.
 
     Returns:
         (B, C, h, w) in the autoencoder's dtype. `AutoencoderKL`: (z - shift_factor) * scaling_factor, or with latent
@@ -44,7 +47,7 @@ def images_to_latents(
     streams = list(generator) if isinstance(generator, Sequence) else generator
     posterior = autoencoder.encode(images * 2 - 1, return_dict=False)[0]
     mean, std = kl_statistics(autoencoder, posterior.mean)
-    return (posterior.sample(generator=streams) - mean) / std
+    return ((posterior.sample(generator=streams) if sample_posterior else posterior.mode()) - mean) / std
 
 
 @torch.no_grad()

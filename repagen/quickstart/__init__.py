@@ -29,6 +29,7 @@ from repagen.evaluation.encoder_extractors import EncoderExtractor
 from repagen.evaluation.generation import evaluate_generation
 from repagen.evaluation.pipeline_images import PipelineImages
 from repagen.evaluation.protocol import encoder_protocol
+from repagen.evaluation.reconstruction.pixel_metrics import peak_signal_to_noise_ratio
 from repagen.evaluation.result import GenerationResult
 from repagen.evaluation.samples import DatasetImages, NpzImages
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
@@ -213,8 +214,7 @@ def _reconstruction_psnr_db(autoencoder_folder: Path) -> float:
     """Mean PSNR of the held-out digits in dB."""
     autoencoder = RepresentationAutoencoder.from_pretrained(autoencoder_folder)
     images = digits_to_images(load_digits("validation")[0])
-    errors = (autoencoder(images).sample.clamp(0, 1) - images).square().mean((1, 2, 3))
-    return (-10 * errors.log10()).mean().item()
+    return peak_signal_to_noise_ratio(autoencoder(images).sample.clamp(0, 1), images).mean().item()
 
 
 def _summary(output: Path, pipeline_folder: Path, report: DigitsReport) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from repagen.data import SampleDataset, open_dataset
 from repagen.errors import run_as_program
+from repagen.evaluation.metrics.perceptual import PerceptualDistance
 from repagen.files import replace_folder
 from repagen.pipelines.grid import save_image_grid
 from repagen.training.decoder_config import DecoderConfig
@@ -28,7 +29,7 @@ from repagen.training.discriminator import AdversarialConfig, DinoDiscriminator,
 from repagen.training.ema import Ema
 from repagen.training.launch import program_main
 from repagen.training.patch_discriminator import PatchDiscriminator
-from repagen.training.perceptual import LpipsConfig, PerceptualDistance
+from repagen.training.perceptual import LpipsConfig
 from repagen.training.run import Run, open_run
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def build_loss_networks(
     Raises:
         UserError: weights are absent; it says how to get them and how to do without.
     """
-    perceptual = PerceptualDistance.from_files(lpips.trunk, lpips.heads) if lpips.weight > 0 else None
+    perceptual = lpips.open()
     if adversarial.weight == 0:
         return perceptual, None
     if adversarial.discriminator == "patch":

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from repagen.data import SampleDataset
+from repagen.evaluation.metrics.perceptual import PerceptualDistance
+from repagen.evaluation.reconstruction.pixel_metrics import peak_signal_to_noise_ratio
 from repagen.randomness import generator_for
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.decoder_kind import AutoencoderKind, Inputs
 from repagen.training.discriminator import Discriminator, adaptive_weight, generator_loss, hinge_loss
 from repagen.training.optimizer import Optimizer, OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
-from repagen.training.perceptual import PerceptualDistance
 from repagen.training.run import Batch, Run
 
 
@@ -254,7 +255,7 @@ class DecoderStep:
         self, step: int, batches: list[Batch], drafts: list[Draft], weight: float
     ) -> dict[str, float]:
         for draft, batch in zip(drafts, batches, strict=True):
-            draft.values["psnr"] = psnr(draft.output, batch["image"])
+            draft.values["psnr"] = peak_signal_to_noise_ratio(draft.output.clamp(0, 1), batch["image"])
         means = self.run.mean([{name: value.mean() for name, value in draft.values.items()} for draft in drafts])
         del means["reconstruction"]
         row = {"loss": means.pop("whole"), **means}
@@ -321,12 +322,6 @@ class DecoderStep:
         set_learning_rate(optimizer, rate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio (B,) in dB of images (B, 3, H, W), clamped to [0, 1]; at most 100."""
-    errors = (images.clamp(0.0, 1.0) - references).square().mean((1, 2, 3))
-    return -10.0 * errors.clamp_min(1e-10).log10()
 
 
 def _gradient(losses: Tensor, pixels: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from repagen.data import ImageDataset
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError, refusing
 from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, StandardisedLatents
+from repagen.models.fingerprint import hash_tensors
 from repagen.models.opening import load_model, refuse_missing_folder
 
 _READING = ("image_size", "layers", "combination", "norm_affine", "image_mean", "image_std")
@@ -56,10 +56,10 @@ def describe_autoencoder(autoencoder: Any) -> dict[str, Any]:
     """
     if isinstance(autoencoder, StandardisedLatents):
         name, encoder = _describe_own_encoding(autoencoder)
-        statistics = _hash_tensors([autoencoder.latents_mean, autoencoder.latents_std])
+        statistics = hash_tensors([autoencoder.latents_mean, autoencoder.latents_std])
     else:
         state = autoencoder.state_dict()
-        encoder = _hash_tensors(state[key] for key in sorted(state) if key.startswith(("encoder.", "quant_conv.")))
+        encoder = hash_tensors(state[key] for key in sorted(state) if key.startswith(("encoder.", "quant_conv.")))
         known = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
         statistics = _hash_json({key: autoencoder.config.get(key) for key in known})
         name = autoencoder.config.get("_name_or_path")
@@ -74,7 +74,7 @@ def _describe_own_encoding(autoencoder: StandardisedLatents) -> tuple[str | None
         spec = autoencoder.config.encoder or {}
         name = spec.get("name_or_path")
         facts = [autoencoder.config.encoder_fingerprint, {key: spec.get(key) for key in _READING}, *facts]
-    return name, _hash_json([*facts, _hash_tensors(tensors)] if tensors else facts)
+    return name, _hash_json([*facts, hash_tensors(tensors)] if tensors else facts)
 
 
 def refuse_non_finite(values: torch.Tensor, indices: torch.Tensor, dataset: ImageDataset) -> None:
@@ -96,14 +96,6 @@ def process_group() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-def _hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        value = tensor.detach().float().cpu().contiguous()
-        digest.update(f"{tuple(value.shape)}".encode() + value.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _hash_json(value: Any) -> str:

@@ -1,37 +1,12 @@
-"""LPIPS, the perceptual distance of the decoder's loss (Zhang et al. 2018, arXiv 1801.03924, version 0.1, VGG16).
-
-Weights come from local files only: the trunk from a torchvision VGG16 state dict (the torch cache by default), the
-linear heads from the file that the `lpips` package carries. Nothing is downloaded and nothing but tensors is read.
-"""
+"""The perceptual part of the decoder's loss: what of it is configured, and opening it."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
-
-import torch
-from torch import Tensor, nn
 
 from repagen.config import require
-from repagen.errors import UserError
-
-# File name => sha256 of the published files. A file that bears one of these names must have this content.
-PUBLISHED_SHA256 = {
-    "vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-    "vgg.pth": "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
-}
-TRUNK_COMMAND = "python -c \"import torchvision; torchvision.models.vgg16(weights='IMAGENET1K_V1')\""
-
-# LPIPS's own normalisation of images in [-1, 1]; it is not ImageNet's.
-_SHIFT = (-0.030, -0.088, -0.188)
-_SCALE = (0.458, 0.448, 0.450)
-_EPS = 1e-10
+from repagen.errors import naming
+from repagen.evaluation.metrics.perceptual import PerceptualDistance
 
 
 @dataclass
@@ -58,175 +33,13 @@ class LpipsConfig:
         require(self.start_epoch >= 0, "start_epoch", self.start_epoch, "at least 0")
         require(self.start_step is None or self.start_step >= 0, "start_step", self.start_step, "at least 0")
 
-
-class PerceptualDistance(nn.Module):
-    """LPIPS with a VGG trunk: d(a, b) = sum over stages of mean over pixels of w . (u(a) - u(b))^2.
-
-    u are the features after the last ReLU of each stage, divided by their length over channels. The widths and depths
-    of the stages are those of the given state dicts, so a small VGG of the same layout works too. Frozen: its
-    parameters take no gradient and it stays in eval mode; gradients flow to the images.
-
-    Args:
-        trunk: a VGG's `features.{i}.{weight,bias}` without batch norm; indices advance by 2 within a stage and by 3
-            over a pooling. Other parts of the VGG (`classifier.*`) are left out.
-        heads: `lin{k}.model.1.weight` (1, C_k, 1, 1), one per stage.
-
-    Raises:
-        UserError: when the state dicts have another layout or do not fit together.
-    """
-
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, trunk: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        stages = _build_stages(trunk)
-        widths = [cast(nn.Conv2d, stage[-2]).out_channels for stage in stages]
-        self.stages = nn.ModuleList(stages)
-        for index, weight in enumerate(_head_weights(heads, widths)):
-            self.register_buffer(f"head_{index}", weight)
-        self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1))
-        self.files: dict[str, str] = {}
-        self.requires_grad_(False)
-        super().train(False)
-
-    @classmethod
-    def from_files(
-        cls, trunk: str | os.PathLike[str] | None = None, heads: str | os.PathLike[str] | None = None
-    ) -> PerceptualDistance:
-        """Load the network from local files and record their sha256 in `files`.
-
-        Args:
-            trunk: VGG state dict (`.pth` or `.safetensors`); None = torchvision's VGG16 in the torch cache.
-            heads: linear heads; None = the file inside the installed `lpips` package.
+    def open(self) -> PerceptualDistance | None:
+        """Load the network from its files; None where the weight is 0.
 
         Raises:
-            UserError: when a file is absent, damaged, not what its published name promises, or of another layout.
+            UserError: as `PerceptualDistance.from_files`, in the words of this configuration.
         """
-        paths = [Path(trunk) if trunk else _cached_trunk(), Path(heads) if heads else _packaged_heads()]
-        digests = [_verified_sha256(path) for path in paths]
-        network = cls(*(_read_tensors(path) for path in paths))
-        network.files = {path.name: digest for path, digest in zip(paths, digests, strict=True)}
-        return network
-
-    def train(self, mode: bool = True) -> PerceptualDistance:
-        """Stay in eval mode: the distance is a fixed function."""
-        return self
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Return the unit-length features of images (B, 3, H, W) in [0, 1]: one float32 (B, C_k, H_k, W_k) a stage."""
-        x = (2.0 * images.float() - 1.0 - self.shift) / self.scale
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            # vector_norm has gradient 0 at 0, where the textbook sqrt(sum of squares) gives NaN (dead ReLUs do occur).
-            length = torch.linalg.vector_norm(x.float(), dim=1, keepdim=True)
-            features.append(x.float() / (length + _EPS))
-        return features
-
-    def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        """Return the distance (B,) float32 between images and references, both (B, 3, H, W) in [0, 1].
-
-        Gradients flow to both arguments; pass `references` under no grad (they are data in training).
-        """
-        distance = images.new_zeros(images.shape[0], dtype=torch.float32)
-        for index, (a, b) in enumerate(zip(self.features(images), self.features(references), strict=True)):
-            weight = self.get_buffer(f"head_{index}")
-            distance = distance + ((a - b).square() * weight).sum(1).mean((1, 2))
-        return distance
-
-
-def _build_stages(state: Mapping[str, Tensor]) -> list[nn.Sequential]:
-    """Build the convolution stages that the keys of a VGG state dict describe, each with its weights."""
-    indices = sorted(int(m[1]) for key in state if (m := re.fullmatch(r"features\.(\d+)\.weight", key)))
-    if not indices or indices[0] != 0 or any(state[f"features.{i}.weight"].ndim != 4 for i in indices):
-        raise UserError(
-            "LPIPS trunk: the file holds no plain VGG (keys features.0.weight, features.2.weight, ... of "
-            "convolutions, no batch norm); give torchvision's vgg16 state dict"
-        )
-    stages: list[list[nn.Module]] = [[]]
-    for previous, index in zip([-2, *indices], indices, strict=False):
-        if index - previous not in (2, 3):
-            raise UserError(
-                f"LPIPS trunk: after features.{previous} comes features.{index}; a VGG goes on by 2 within a stage "
-                "and by 3 over a pooling"
-            )
-        if index - previous == 3:
-            stages.append([nn.MaxPool2d(2)])
-        stages[-1] += [_convolution(state, index), nn.ReLU(inplace=True)]
-    return [nn.Sequential(*layers) for layers in stages]
-
-
-def _convolution(state: Mapping[str, Tensor], index: int) -> nn.Conv2d:
-    weight, bias = state[f"features.{index}.weight"], state.get(f"features.{index}.bias")
-    if bias is None:
-        raise UserError(f"LPIPS trunk: features.{index}.bias is missing")
-    layer = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=weight.shape[2] // 2)
-    layer.load_state_dict({"weight": weight, "bias": bias})
-    return layer
-
-
-def _head_weights(state: Mapping[str, Tensor], widths: list[int]) -> list[Tensor]:
-    """Return the linear heads' weights (1, C_k, 1, 1) float32, checked against the trunk's widths."""
-    wanted = [f"lin{index}.model.1.weight" for index in range(len(widths))]
-    found = sorted(state)
-    if found != wanted:
-        raise UserError(f"LPIPS heads: a trunk of {len(widths)} stages needs the keys {wanted}; the file has {found}")
-    for key, width in zip(wanted, widths, strict=True):
-        if tuple(state[key].shape) != (1, width, 1, 1):
-            raise UserError(
-                f"LPIPS heads: {key} has shape {tuple(state[key].shape)}; the trunk needs (1, {width}, 1, 1)"
-            )
-    return [state[key].float() for key in wanted]
-
-
-def _cached_trunk() -> Path:
-    """Return where torch keeps torchvision's VGG16 (TORCH_HOME, else XDG_CACHE_HOME/torch, else ~/.cache/torch)."""
-    cache = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch")
-    path = Path(cache).expanduser() / "hub" / "checkpoints" / "vgg16-397923af.pth"
-    if not path.is_file():
-        raise UserError(
-            f"lpips.trunk: no VGG16 weights at {path}; `{TRUNK_COMMAND}` downloads them there; or "
-            "give a local file (lpips.trunk=PATH), or train without LPIPS (lpips.weight=0)"
-        )
-    return path
-
-
-def _packaged_heads() -> Path:
-    """Return the heads that the `lpips` package carries, found without importing it."""
-    specification = importlib.util.find_spec("lpips")
-    if specification is None or specification.origin is None:
-        raise UserError(
-            "lpips.heads: the package `lpips` is not installed; run `pip install repagen[metrics]`, or give its "
-            "weights/v0.1/vgg.pth (lpips.heads=PATH), or train without LPIPS (lpips.weight=0)"
-        )
-    return Path(specification.origin).parent / "weights" / "v0.1" / "vgg.pth"
-
-
-def _verified_sha256(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"LPIPS weights: no file at {path}; correct lpips.trunk / lpips.heads, or set lpips.weight=0")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != PUBLISHED_SHA256.get(path.name, digest):
-        raise UserError(
-            f"LPIPS weights: {path} has sha256 {digest[:16]}..., the published file of this name has "
-            f"{PUBLISHED_SHA256[path.name][:16]}...; download it again, or rename it if it is meant to differ"
-        )
-    return digest
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a state dict of tensors; a pickle is read with `weights_only`, so that no code of it runs."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors, zipfile and pickle each raise their own kind
-        raise UserError(f"LPIPS weights: {path} is no readable state dict ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"LPIPS weights: {path} holds no plain state dict of tensors")
-    return state
+        if self.weight == 0:
+            return None
+        with naming({"LPIPS trunk": "lpips.trunk", "LPIPS heads": "lpips.heads"}):
+            return PerceptualDistance.from_files(self.trunk, self.heads)

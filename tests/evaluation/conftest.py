@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -65,6 +66,24 @@ def encoder_folder(encoder: VisionEncoder, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("encoder")
     encoder.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights in the layout of the published file: random, and such that features differ from image to image."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
+
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save({}, path)
+    with torch.random.fork_rng(), mock.patch.object(Network, "load_state_dict"):
+        torch.manual_seed(0)
+        network = Network("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+        for name, parameter in network.named_parameters():
+            if name.endswith("conv.weight"):
+                torch.nn.init.kaiming_normal_(parameter)
+        torch.nn.init.normal_(network.fc.weight, std=0.1)
+    torch.save(network.state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="session")

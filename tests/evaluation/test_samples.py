@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,43 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-import repagen
 from repagen.data import load_digits
 from repagen.errors import UserError
-from repagen.evaluation import FolderImages, NpzImages, PipelineImages, open_images
+from repagen.evaluation import FolderImages, NpzImages, TensorImages, open_images
 from repagen.evaluation.samples import Unreadable, to_uint8
-
-
-class NoisePipeline:
-    """Stands in for a pipeline: pictures that depend on nothing but generator and label."""
-
-    def __init__(self, num_classes: int = 10) -> None:
-        self.transformer = SimpleNamespace(config=SimpleNamespace(num_classes=num_classes), dtype=torch.float32)
-        self.scheduler = SimpleNamespace(config={"shift": 1.0})
-        self.config = {"_name_or_path": "noise"}
-        self.calls: list[dict[str, Any]] = []
-
-    def set_progress_bar_config(self, **options: bool) -> None:
-        self.progress_bar = options
-
-    def __call__(self, labels: list[int] | None, generator: list[torch.Generator], **options: Any) -> SimpleNamespace:
-        self.calls.append({"labels": labels, **options})
-        images = torch.stack([torch.rand(3, 8, 8, generator=source) for source in generator])
-        if labels is not None:
-            images[:, :, 0, 0] = torch.tensor(labels)[:, None] / 255
-        return SimpleNamespace(images=images)
-
-
-def in_batches(source: PipelineImages, batch_size: int) -> torch.Tensor:
-    indices = range(len(source))
-    batches = [source.load(indices[start : start + batch_size]) for start in range(0, len(source), batch_size)]
-    return torch.stack([image for batch in batches for image in batch])
 
 
 def test_rounding_to_uint8() -> None:
     levels = torch.arange(256) / 255
     assert to_uint8(levels).tolist() == list(range(256))
     assert to_uint8(torch.tensor([-0.5, 0.4 / 255, 0.6 / 255, 1.7])).tolist() == [0, 0, 1, 255]
+    assert to_uint8(torch.tensor([-0.5, 0.4 / 255, 1.6 / 255, 1.7]), "truncate").tolist() == [0, 0, 1, 255]
 
 
 def test_a_folder_is_read_in_order_of_paths_with_its_subfolders(
@@ -109,62 +82,6 @@ def test_a_damaged_npz_is_named(tmp_path: Path, random_pictures: Any) -> None:
         NpzImages(path)
 
 
-def test_a_pipelines_samples_do_not_depend_on_the_batch_size(pipeline_folder: Path) -> None:
-    pipeline = repagen.ClassToImagePipeline.from_pretrained(pipeline_folder)
-    source = PipelineImages(pipeline, 21, num_inference_steps=4, guidance_scale=2.0, guidance_interval=(0.2, 0.9))
-    threes, sevens = in_batches(source, 3).int(), in_batches(source, 7).int()
-    assert sevens.float().std(dim=0).mean() > 3  # the pictures differ from each other
-    # Differently shaped matrix products differ in their last digit, which may tip a pixel over a rounding edge.
-    assert (threes - sevens).abs().max() <= 1
-    assert (threes == sevens).float().mean() > 0.9999
-
-
-@pytest.mark.parametrize("label_mode", ["balanced", "random"])
-def test_samples_do_not_depend_on_the_batch_size(label_mode: Any) -> None:
-    source = PipelineImages(NoisePipeline(), 20, seed=5, label_mode=label_mode)
-    assert torch.equal(in_batches(source, 3), in_batches(source, 7))
-    another_seed = PipelineImages(NoisePipeline(), 20, seed=6, label_mode=label_mode)
-    assert not torch.equal(in_batches(source, 7), in_batches(another_seed, 7))
-
-
-def test_balanced_labels_cycle_and_random_labels_are_drawn_by_index() -> None:
-    balanced = PipelineImages(NoisePipeline(), 1000, label_mode="balanced")
-    drawn = PipelineImages(NoisePipeline(), 1000, label_mode="random")
-    assert np.bincount([balanced.label(index) for index in range(1000)]).tolist() == [100] * 10
-    counts = np.bincount([drawn.label(index) for index in range(1000)], minlength=10)
-    assert counts.sum() == 1000 and counts.min() > 60 and len(set(counts)) > 1
-    assert [drawn.label(index) for index in (7, 8)] == [drawn.label(index) for index in (7, 8)]
-
-
-def test_an_unconditional_pipeline_gets_no_labels() -> None:
-    pipeline = NoisePipeline(num_classes=0)
-    source = PipelineImages(pipeline, 3)
-    source.load(range(3))
-    assert pipeline.calls[0]["labels"] is None
-    assert source.protocol["label_mode"] == "unconditional"
-
-
-def test_sampler_options_reach_the_pipeline_and_the_protocol() -> None:
-    pipeline = NoisePipeline()
-    options = {"num_inference_steps": 7, "guidance_scale": 1.5, "guidance_interval": (0.1, 1.0)}
-    source = PipelineImages(pipeline, 1, **options)
-    source.load([0])
-    assert pipeline.calls == [{"labels": [0], "output_type": "pt", **options}]
-    assert options.items() <= source.protocol.items()
-    assert source.protocol["dtype"] == "float32" and source.protocol["label_mode"] == "balanced"
-
-
-def test_pixels_that_are_not_finite_name_the_sample() -> None:
-    class BrokenPipeline(NoisePipeline):
-        def __call__(self, *args: Any, **options: Any) -> SimpleNamespace:
-            output = super().__call__(*args, **options)
-            output.images[1, 0, 0, 0] = torch.nan
-            return output
-
-    with pytest.raises(UserError, match=r"sample 4 \(label 4\) has pixels that are not finite"):
-        PipelineImages(BrokenPipeline(), 9).load([3, 4, 5])
-
-
 def test_the_bundled_digits_are_opened_by_their_settings() -> None:
     source = open_images(["data.kind=digits", "data.subset=validation", "data.image_size=32"])
     image = source.load([0])[0]
@@ -205,3 +122,57 @@ def test_wrong_words_are_explained(words: list[str], message: str) -> None:
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no images found"):
         FolderImages(tmp_path)
+
+
+def test_images_in_memory_are_checked() -> None:
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
+    source = TensorImages(images, "samples")
+    assert torch.equal(torch.stack(source.load([1, 0])), images.flip(0))
+    assert source.describe(1) == "samples[1]"
+    assert source.state() != TensorImages(images + 1).state()
+    with pytest.raises(
+        UserError, match=r"samples: images must be uint8 \(N, 3, H, W\), got torch.float32 \(2, 3, 4, 4\)"
+    ):
+        TensorImages(images.float(), "samples")
+
+
+def test_image_files_that_are_not_read_are_reported(tmp_path: Path, random_pictures: Any, write_pictures: Any) -> None:
+    write_pictures(tmp_path, random_pictures(1, seed=0))
+    Image.new("RGB", (16, 16)).save(tmp_path / "animated.gif")
+    _, gif = FolderImages(tmp_path).load([0, 1])
+    assert isinstance(gif, Unreadable) and gif.name == "animated.gif" and "not a PNG" in gif.reason
+
+
+def test_a_changed_file_is_another_state(tmp_path: Path, random_pictures: Any, write_pictures: Any) -> None:
+    write_pictures(tmp_path, random_pictures(2, seed=0))
+    state = FolderImages(tmp_path).state()
+    assert FolderImages(tmp_path).state() == state
+    (tmp_path / "00001.png").write_bytes((tmp_path / "00000.png").read_bytes())
+    assert FolderImages(tmp_path).state() != state
+
+
+RULES = {  # what an image file is => the pixel it shows
+    "16-bit grey": (Image.fromarray(np.full((4, 4), 257 * 100, np.uint16)), "png", (100, 100, 100)),
+    "grey": (Image.new("L", (4, 4), 7), "png", (7, 7, 7)),
+    "transparent": (Image.new("RGBA", (4, 4), (10, 20, 30, 0)), "png", (255, 255, 255)),
+    "half transparent": (Image.new("RGBA", (4, 4), (0, 0, 0, 51)), "png", (204, 204, 204)),
+    "palette": (Image.new("RGB", (4, 4), (1, 2, 3)).quantize(), "png", (1, 2, 3)),
+    "CMYK": (Image.new("CMYK", (4, 4), (0, 0, 0, 255)), "jpg", (0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_kind_of_picture_has_its_rule(tmp_path: Path, name: str) -> None:
+    picture, suffix, expected = RULES[name]
+    picture.save(tmp_path / f"picture.{suffix}")
+    [pixels] = FolderImages(tmp_path).load([0])
+    assert isinstance(pixels, torch.Tensor)
+    assert pixels.shape == (3, 4, 4) and pixels.dtype == torch.uint8
+    assert pixels[:, 0, 0].tolist() == pytest.approx(expected, abs=2)
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "animated.webp", save_all=True, append_images=frames[1:], lossless=True)
+    [pixels] = FolderImages(tmp_path).load([0])
+    assert pixels[:, 0, 0].tolist() == [255, 0, 0]  # type: ignore[union-attr]

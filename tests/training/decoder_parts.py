@@ -9,33 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lpips_parts import write_lpips
 
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.log import read_metrics
-
-VGG_STAGES = ((4, 4), (6,))
-
-
-def random_lpips(stages=VGG_STAGES, seed=0):
-    """Random state dicts in the layout of torchvision's VGG and of the lpips package's heads."""
-    generator = torch.Generator().manual_seed(seed)
-    trunk, heads, index, channels = {}, {}, 0, 3
-    for number, stage in enumerate(stages):
-        for width in stage:
-            scale = (2 / (9 * channels)) ** 0.5
-            trunk[f"features.{index}.weight"] = torch.randn(width, channels, 3, 3, generator=generator) * scale
-            trunk[f"features.{index}.bias"] = torch.randn(width, generator=generator) * 0.1
-            channels, index = width, index + 2
-        index += 1
-        heads[f"lin{number}.model.1.weight"] = torch.rand(1, channels, 1, 1, generator=generator)
-    return trunk, heads
-
-
-def write_lpips(folder: Path) -> tuple[Path, Path]:
-    trunk, heads = random_lpips()
-    torch.save(trunk, folder / "tiny_vgg.pth")
-    torch.save(heads, folder / "tiny_heads.pth")
-    return folder / "tiny_vgg.pth", folder / "tiny_heads.pth"
 
 
 def tiny_vit():

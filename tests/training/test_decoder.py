@@ -21,7 +21,7 @@ from repagen.data import open_dataset
 from repagen.randomness import generator_for
 from repagen.training.decoder import KINDS, build_loss_networks, train
 from repagen.training.decoder_config import DecoderConfig
-from repagen.training.decoder_step import DecoderStep, Gates, psnr
+from repagen.training.decoder_step import DecoderStep, Gates
 from repagen.training.discriminator import adaptive_weight, augment, hinge_loss, quantised
 from repagen.training.run import open_run
 
@@ -353,13 +353,6 @@ def test_training_goes_on_from_a_released_autoencoder(configured, tmp_path):
             data__image_size=64,
         )
         train(configured_size)
-
-
-def test_psnr_by_hand():
-    reference = torch.full((2, 3, 4, 4), 0.5)
-    images = torch.stack([reference[0] + 0.1, torch.full((3, 4, 4), 7.0)])
-    torch.testing.assert_close(psnr(images, reference), torch.tensor([20.0, 10 * math.log10(4.0)]), atol=1e-3, rtol=0)
-    assert psnr(reference, reference).tolist() == [100.0, 100.0]
 
 
 # --- presets -------------------------------------------------------------------------------------------------------

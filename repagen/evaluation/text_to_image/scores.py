@@ -56,7 +56,6 @@ def clip_score(
     inputs = processor(
         text=texts,
         images=[image.cpu() for image in images],
-        input_data_format="channels_first",
         padding=True,
         truncation=True,
         max_length=text_limit(model, processor),
@@ -196,4 +195,4 @@ def _open_processor(name: str) -> CLIPProcessor:
                 "--pick-processor)"
             )
     with refusing(f"{name}: tokenizer and image processor cannot be read"):
-        return CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        return CLIPProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -7,27 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoder_parts import random_lpips, write_lpips
+from lpips_parts import random_alex_lpips, random_lpips, write_lpips
 
 from repagen import UserError
-from repagen.training import perceptual
-from repagen.training.perceptual import PerceptualDistance
+from repagen.evaluation.metrics import perceptual
+from repagen.evaluation.metrics.perceptual import PerceptualDistance
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 @pytest.mark.filterwarnings("ignore:The parameter 'pretrained' is deprecated:UserWarning")
 @pytest.mark.filterwarnings("ignore:Arguments other than a weight enum:UserWarning")
-def test_equals_the_lpips_package_with_the_same_weights():
+@pytest.mark.parametrize(
+    ("backbone", "weights"),
+    [("vgg", random_lpips(VGG16)), ("alex", random_alex_lpips((64, 192, 384, 256, 256)))],
+    ids=["vgg", "alex"],
+)
+def test_equals_the_lpips_package_with_the_same_weights(backbone, weights):
     lpips = pytest.importorskip("lpips")
-    trunk, heads = random_lpips(VGG16)
-    theirs = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+    trunk, heads = weights
+    theirs = lpips.LPIPS(net=backbone, pretrained=False, pnet_rand=True, verbose=False)
     slices = [theirs.net.slice1, theirs.net.slice2, theirs.net.slice3, theirs.net.slice4, theirs.net.slice5]
     for part in slices:  # their slices keep torchvision's indices as names
         part.load_state_dict({k.removeprefix("features."): v for k, v in trunk.items()}, strict=False)
     theirs.load_state_dict(heads, strict=False)
     a, b = torch.rand(2, 3, 32, 48), torch.rand(2, 3, 32, 48)
-    ours = PerceptualDistance(trunk, heads)(a, b)
+    ours = PerceptualDistance(trunk, heads, backbone)(a, b)
     expected = theirs(a, b, normalize=True).flatten()
     assert expected.min() > 1e-3
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
@@ -66,11 +71,12 @@ def test_from_files_records_hashes_and_does_not_import_lpips(tmp_path):
     assert torch.equal(network(a, b), again(a, b))
 
 
-def test_packaged_heads_are_the_pinned_file():
+@pytest.mark.parametrize("backbone", ["vgg", "alex"])
+def test_packaged_heads_are_the_pinned_file(backbone):
     pytest.importorskip("lpips")
-    path = perceptual._packaged_heads()
-    assert perceptual._verified_sha256(path) == perceptual.PUBLISHED_SHA256["vgg.pth"]
-    assert sorted(perceptual._read_tensors(path)) == [f"lin{k}.model.1.weight" for k in range(5)]
+    path = perceptual._packaged_heads(backbone)
+    assert perceptual._verified_sha256(path, "heads") == perceptual.PUBLISHED_SHA256[f"{backbone}.pth"]
+    assert sorted(perceptual._read_tensors(path, "heads")) == [f"lin{k}.model.1.weight" for k in range(5)]
 
 
 def test_missing_trunk_says_how_to_get_it_or_do_without(monkeypatch, tmp_path):
