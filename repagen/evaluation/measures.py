@@ -104,7 +104,7 @@ def require_samples(protocol: EvaluationProtocol, count: int) -> None:
     for space in protocol.spaces:
         for metric in space.metrics:
             least = least_images(protocol, metric)
-            seen = min(count, _images_kept(protocol, metric, False)) if metric in _SINGLE_IMAGES else count
+            seen = min(count, _images_kept(protocol, metric, False)) if metric in SINGLE_IMAGES else count
             if seen < least:
                 raise UserError(f"{metric} needs at least {least} samples, got {seen}; draw more, or leave it out")
 
@@ -124,7 +124,7 @@ def require_reference(protocol: EvaluationProtocol, reference: Side) -> None:
 def _require_of_reference(protocol: EvaluationProtocol, metric: MetricName, feature: str, reference: Side) -> None:
     if metric in ("fd", "sfid"):
         _require_moments(reference, feature)
-    elif metric in _SINGLE_IMAGES:
+    elif metric in SINGLE_IMAGES:
         _require_single_images(reference, feature)
         count = min(len(reference.features[feature]), _images_kept(protocol, metric, True))
         if count < least_images(protocol, metric):
