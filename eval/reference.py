@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 
-from accelerate import Accelerator
-
-from repagen.errors import OneLineParser, run_as_program
-from repagen.evaluation.reference_command import add_arguments, run
-
-
-def main(arguments: Sequence[str]) -> None:
-    parser = OneLineParser(description=__doc__)
-    add_arguments(parser)
-    accelerator = Accelerator()
-    accelerator.print(run(parser.parse_args(arguments)))
-    accelerator.end_training()
-
+from repagen import cli
 
 if __name__ == "__main__":
-    run_as_program(main)
+    sys.argv.insert(1, "reference")
+    cli.main()

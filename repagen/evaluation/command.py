@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from accelerate import Accelerator
+from repagen.evaluation.processes import all_processes
 
 # Subcommand => (module with add_arguments(parser) and run(args) -> text to print or None, one line of help).
 SUBCOMMANDS = {
@@ -39,7 +39,5 @@ def run(args: argparse.Namespace) -> str | None:
 
     Under `accelerate launch` or torchrun all processes take part; the same command without them is one process.
     """
-    accelerator = Accelerator()  # joins the processes that a launcher started, on CPUs too
-    text = importlib.import_module(SUBCOMMANDS[args.subject][0]).run(args)
-    accelerator.end_training()
-    return text
+    with all_processes():
+        return importlib.import_module(SUBCOMMANDS[args.subject][0]).run(args)

@@ -101,6 +101,7 @@ def extract(
     expected_size: tuple[int, int] | None = None,
     sink: ImageSink | None = None,
     title: str = "features",
+    progress_bar: bool = True,
 ) -> Extraction:
     """Look at every image of a source once.
 
@@ -119,21 +120,17 @@ def extract(
         expected_size: (height, width) in pixels that the images must have, those of the other side.
         sink: takes the images, for example to write them out.
         title: of the progress bar.
+        progress_bar: show it.
 
     Raises:
         UserError: on too many unreadable images, images of another size, or a feature that is not finite; each names
             the images.
     """
     state = PartialState()
-    key = {
-        "source": source.protocol,
-        "state": source.state(),
-        "extractors": {space: extractor.identity.as_dict() for space, extractor in extractors.items()},
-        "images": "kept" if sink else "not kept",
-    }
-    store = FeatureStore(folder, key)
+    store = FeatureStore(folder, {**features_key(source, extractors), "images": "kept" if sink else "not kept"})
     share = _Share({}, {name: {} for name in needs.kept})
-    with tqdm(total=len(source), desc=title, unit="image", disable=not state.is_main_process) as progress:
+    shown = progress_bar and state.is_main_process
+    with tqdm(total=len(source), desc=title, unit="image", disable=not shown) as progress:
         for blocks in _own_blocks(len(source), batch_size):
             for content in _contents(blocks, store, source, extractors, sink):
                 _require_one_size(share, content, source, expected_size)
@@ -145,6 +142,15 @@ def extract(
     whole = _join(gather_object([share]), source, max_bad_images)
     own = [block for blocks in _own_blocks(len(source), batch_size) for block in blocks]
     return _result(whole, needs, _score(store, own, whole, needs))
+
+
+def features_key(source: ImageSource, extractors: Mapping[str, FeatureExtractor]) -> dict[str, Any]:
+    """What the features of a source are a function of, ready for JSON."""
+    return {
+        "source": source.protocol,
+        "state": source.state(),
+        "extractors": {space: extractor.identity.as_dict() for space, extractor in extractors.items()},
+    }
 
 
 def _own_blocks(count: int, batch_size: int) -> Iterator[dict[int, range]]:
@@ -224,7 +230,9 @@ def _add(share: _Share, content: FeatureBlock, needs: Needs, max_bad_images: int
     share.digests |= dict(zip(content.indices, content.digests, strict=True))
     for name in needs.moments:
         rows = content.features[name]
-        share.moments.setdefault(name, FeatureMoments(rows.shape[1])).update(rows)
+        if name not in share.moments:
+            share.moments[name] = FeatureMoments(rows.shape[1])
+        share.moments[name].update(rows)
     for name, kept in share.kept.items():
         for index, row in zip(content.indices, content.features[name], strict=True):
             if index < needs.kept[name] + max_bad_images:  # so many before it may be unreadable
@@ -292,7 +300,10 @@ def _join(shares: Sequence[_Share], source: ImageSource, max_bad_images: int) ->
     whole = _Share({}, {name: {} for name in shares[0].kept})
     for share in shares:
         for name, moments in share.moments.items():
-            whole.moments.setdefault(name, FeatureMoments(len(moments.mean))).merge(moments)
+            if name in whole.moments:
+                whole.moments[name].merge(moments)
+            else:
+                whole.moments[name] = moments
         for name, kept in share.kept.items():
             whole.kept[name] |= kept
         whole.first_size |= share.first_size

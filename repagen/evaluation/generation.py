@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from repagen.errors import UserError, naming
 from repagen.evaluation.encoder_extractors import open_extractor
 from repagen.evaluation.extraction import Extraction, ImageSink, extract
+from repagen.evaluation.extraction_file import extract_once
 from repagen.evaluation.extractor import ExtractorIdentity, FeatureExtractor
 from repagen.evaluation.measures import Figures, Side, feature_of, measure, needs_of
 from repagen.evaluation.metrics.ratios import Normaliser, frechet_distance_ratio
@@ -28,9 +30,69 @@ from repagen.evaluation.result import GenerationResult
 from repagen.evaluation.samples import ImageSource
 
 
+@dataclass(frozen=True)
+class KnownReference:
+    """A reference that was looked at, to be compared with samples any number of times.
+
+    Attributes:
+        given: the images or statistics.
+        images: what is known of its images; None for statistics alone.
+    """
+
+    given: ImageSource | ReferenceStatistics
+    images: Extraction | None
+
+    @property
+    def side(self) -> Side:
+        """What metrics look at."""
+        given, images = self.given, self.images
+        statistics = given.statistics if isinstance(given, ReferenceStatistics) else None
+        return Side(statistics or (images.statistics if images else {}), images.features if images else {})
+
+
+def look_at_reference(
+    reference: ImageSource | ReferenceStatistics,
+    protocol: EvaluationProtocol,
+    extractors: Mapping[str, FeatureExtractor],
+    folder: Path,
+    *,
+    name: str = "custom",
+    batch_size: int = 128,
+    max_bad_images: int = 0,
+    progress_bar: bool = True,
+    keep: bool = False,
+) -> KnownReference:
+    """Check a reference, and look at its images where a protocol asks for more than its statistics.
+
+    Args:
+        reference, protocol, extractors, name, batch_size, max_bad_images, progress_bar: see `evaluate_generation`.
+        folder: for features; see `extract`.
+        keep: leave what is found in the folder, where a later call finds it; see `extract_once`.
+
+    Raises:
+        UserError: as `evaluate_generation` does about a reference.
+    """
+    require_reference(protocol, name, reference)
+    images = reference.images if isinstance(reference, ReferenceStatistics) else reference
+    needs = needs_of(protocol, extractors, reference=True)
+    if isinstance(reference, ReferenceStatistics):
+        require_statistics(protocol, reference, extractors)
+        needs = dataclasses.replace(needs, moments=())  # images beside it serve metrics of single images alone
+    if images is None or not (needs.kept or needs.moments):
+        return KnownReference(reference, None)
+    look = extract_once if keep else extract
+    return KnownReference(
+        reference,
+        look(
+            images, extractors, needs, folder,
+            batch_size=batch_size, max_bad_images=max_bad_images, title="reference", progress_bar=progress_bar,
+        ),
+    )  # fmt: skip
+
+
 def evaluate_generation(
     samples: ImageSource,
-    reference: ImageSource | ReferenceStatistics,
+    reference: ImageSource | ReferenceStatistics | KnownReference,
     protocol: EvaluationProtocol,
     extractors: Mapping[str, FeatureExtractor],
     *,
@@ -40,6 +102,7 @@ def evaluate_generation(
     max_bad_images: int = 0,
     folder: str | Path | None = None,
     sink: ImageSink | None = None,
+    progress_bar: bool = True,
 ) -> GenerationResult:
     """Compare samples with a reference, in one pass over the images of each side.
 
@@ -47,7 +110,8 @@ def evaluate_generation(
 
     Args:
         samples: generated images; see `repagen.evaluation.samples` and `PipelineImages`.
-        reference: real images of the same size, or statistics made with the same extractors.
+        reference: real images of the same size, or statistics made with the same extractors; or what
+            `look_at_reference` found in them by the same protocol and extractors.
         protocol: what to measure, and how; see `load_protocol`.
         extractors: space => what turns images into its features; see `open_extractors`.
         name: of the protocol.
@@ -57,36 +121,29 @@ def evaluate_generation(
         folder: for features of an evaluation that may be interrupted; the same call continues from it. The caller
             removes it afterwards. By default they are kept in a temporary folder, and lost with the process.
         sink: takes the samples, for example to write them out.
+        progress_bar: show how far each side is.
 
     Raises:
         UserError: on images that cannot be read, differ in size, or give features that are not finite; on statistics
             of another extractor, or a reference that the protocol does not allow; on fewer than two images on a side.
     """
     started = time.monotonic()
-    require_reference(protocol, name, reference)
     with _kept_or_temporary(folder) as place:
         # The reference first: where it fails, no hours of sampling are lost.
-        real, statistics = None, reference.statistics if isinstance(reference, ReferenceStatistics) else None
-        images = reference.images if isinstance(reference, ReferenceStatistics) else reference
-        if isinstance(reference, ReferenceStatistics):
-            require_statistics(protocol, reference, extractors)
-        needs = needs_of(protocol, extractors, reference=True)
-        if statistics is not None:  # images beside statistics serve metrics of single images alone
-            needs = dataclasses.replace(needs, moments=())
-        if images is not None and (needs.kept or needs.moments):
-            real = extract(
-                images, extractors, needs, place / "reference",
-                batch_size=batch_size, max_bad_images=max_bad_images, title="reference",
-            )  # fmt: skip
+        known = reference if isinstance(reference, KnownReference) else look_at_reference(
+            reference, protocol, extractors, place / "reference",
+            name=name, batch_size=batch_size, max_bad_images=max_bad_images, progress_bar=progress_bar,
+        )  # fmt: skip
+        real = known.images
         generated = extract(
             samples, extractors, needs_of(protocol, extractors), place / "samples",
             batch_size=batch_size, max_bad_images=max_bad_images, sink=sink, title="samples",
-            expected_size=real.image_size if real else None,
+            expected_size=real.image_size if real else None, progress_bar=progress_bar,
         )  # fmt: skip
-    known = Side(statistics or (real.statistics if real else {}), real.features if real else {})
-    figures = measure(protocol, Side.of(generated), known)
+    figures = measure(protocol, Side.of(generated), known.side)
+    statistics = known.side.statistics
     identities = {space: extractor.identity for space, extractor in extractors.items()}
-    _add_ratio(protocol, figures, normalisers, identities, reference)
+    _add_ratio(protocol, figures, normalisers, identities, known.given)
     return GenerationResult(
         protocol=name,
         settings=dataclasses.asdict(protocol),
@@ -94,16 +151,17 @@ def evaluate_generation(
         metrics=figures.metrics,
         left_out=figures.left_out,
         num_samples=generated.count,
-        num_reference=next((one.count for one in known.statistics.values()), real.count if real else None),
+        num_reference=next((one.count for one in statistics.values()), real.count if real else None),
         counts=figures.counts,
         spaces=identities,
         samples=image_facts(samples, generated),
-        reference=_reference_facts(reference, real),
+        reference=_reference_facts(known.given, real),
+        normalisers={space: dataclasses.asdict(one) for space, one in (normalisers or {}).items()},
         training=samples.training if isinstance(samples, PipelineImages) else {},
-        remarks=_remarks(protocol, identities, generated.statistics, known.statistics),
+        remarks=_remarks(protocol, identities, generated.statistics, statistics),
         versions=software_versions(),
         wall_time_s=round(time.monotonic() - started, 3),
-        reference_statistics=dict(known.statistics),
+        reference_statistics=dict(statistics),
     )
 
 

@@ -21,6 +21,7 @@ from repagen.evaluation.protocol import (
     MetricName,
     encoder_protocol,
     load_protocol,
+    protocol_name,
     protocol_names,
 )
 from repagen.evaluation.reference import open_reference, save_statistics
@@ -160,7 +161,7 @@ def choose_protocol(args: argparse.Namespace) -> tuple[str, EvaluationProtocol]:
             if getattr(args, option) is not None:
                 raise UserError(f"--{option} is for --extractor; a protocol fixes it (`repagen evaluate show`)")
         name = args.protocol or "torch-fidelity"
-        return Path(name).stem if name not in protocol_names() else name, load_protocol(name)
+        return protocol_name(name), load_protocol(name)
     if args.protocol is not None:
         raise UserError("--protocol and --extractor exclude each other; write a protocol of your own as a YAML file")
     if args.extractor in ("inception", "inception-v3-compat"):

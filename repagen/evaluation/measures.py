@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from repagen.errors import UserError
+from repagen.errors import UserError, naming
 from repagen.evaluation.encoder_extractors import FEATURE
 from repagen.evaluation.extraction import Extraction, Needs
 from repagen.evaluation.extractor import FeatureExtractor
@@ -84,6 +84,63 @@ def _images_kept(protocol: EvaluationProtocol, metric: MetricName, reference: bo
     return rule.num_reference if reference else rule.num_samples
 
 
+def least_images(protocol: EvaluationProtocol, metric: MetricName) -> int:
+    """How many images of a side a metric cannot do without."""
+    least = {
+        "kid": protocol.kernel.subset_size,
+        "precision_recall": protocol.precision_recall.neighbours + 1,
+        "density_coverage": protocol.density_coverage.neighbours + 1,
+        "inception_score": protocol.inception_score.splits,
+    }
+    return least.get(metric, 2)
+
+
+def require_samples(protocol: EvaluationProtocol, count: int) -> None:
+    """Refuse a number of samples with which a metric of the protocol cannot be measured.
+
+    Raises:
+        UserError: naming the metric.
+    """
+    for space in protocol.spaces:
+        for metric in space.metrics:
+            least = least_images(protocol, metric)
+            seen = min(count, _images_kept(protocol, metric, False)) if metric in SINGLE_IMAGES else count
+            if seen < least:
+                raise UserError(f"{metric} needs at least {least} samples, got {seen}; draw more, or leave it out")
+
+
+def require_reference(protocol: EvaluationProtocol, reference: Side) -> None:
+    """Refuse a reference with which a metric of the protocol cannot be measured.
+
+    Raises:
+        UserError: naming the metric.
+    """
+    for space in protocol.spaces:
+        for metric in space.metrics:
+            with naming({"": f"{metric} cannot be measured: "}):
+                _require_of_reference(protocol, metric, feature_of(metric, space), reference)
+
+
+def _require_of_reference(protocol: EvaluationProtocol, metric: MetricName, feature: str, reference: Side) -> None:
+    if metric in ("fd", "sfid"):
+        _require_moments(reference, feature)
+    elif metric in SINGLE_IMAGES:
+        _require_single_images(reference, feature)
+        count = min(len(reference.features[feature]), _images_kept(protocol, metric, True))
+        if count < least_images(protocol, metric):
+            raise UserError(f"it needs at least {least_images(protocol, metric)} reference images, got {count}")
+
+
+def _require_moments(reference: Side, feature: str) -> None:
+    if feature not in reference.statistics:
+        raise UserError(f"the reference holds no statistics of {feature}")
+
+
+def _require_single_images(reference: Side, feature: str) -> None:
+    if feature not in reference.features:
+        raise UserError("it compares single images, and the reference holds statistics alone")
+
+
 @dataclass(frozen=True)
 class Figures:
     """Metrics, and what could not be measured.
@@ -131,8 +188,7 @@ def _values(
         score = samples.score.result()
         return score.mean, score.std
     if metric in ("fd", "sfid"):
-        if feature not in reference.statistics:
-            raise UserError(f"the reference holds no statistics of {feature}")
+        _require_moments(reference, feature)
         return (frechet_distance(samples.gaussian(feature), reference.gaussian(feature)),)
     return _compare(protocol, metric, *_single_images(protocol, metric, feature, samples, reference))
 
@@ -140,8 +196,7 @@ def _values(
 def _single_images(
     protocol: EvaluationProtocol, metric: MetricName, feature: str, samples: Side, reference: Side
 ) -> tuple[Features, Features]:
-    if feature not in reference.features:
-        raise UserError("it compares single images, and the reference holds statistics alone")
+    _require_single_images(reference, feature)
     return (
         samples.features[feature][: _images_kept(protocol, metric, reference=False)],
         reference.features[feature][: _images_kept(protocol, metric, reference=True)],

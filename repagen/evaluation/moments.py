@@ -92,9 +92,17 @@ class FeatureMoments:
     """
 
     def __init__(self, dimension: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(dimension, dtype=torch.float64)
-        self.scatter = torch.zeros(dimension, dimension, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
+        self.dimension = dimension
+        self._count = 0
+        self._mean = torch.zeros(dimension, dtype=torch.float64)
+        self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
+        # Joining costs a pass over the scatter, so small batches wait until they are many rows together.
+        self._waiting: list[torch.Tensor] = []
+
+    @property
+    def count(self) -> int:
+        """Samples seen."""
+        return self._count + sum(map(len, self._waiting))
 
     @classmethod
     def of(cls, statistics: Statistics) -> FeatureMoments:
@@ -106,31 +114,46 @@ class FeatureMoments:
         if statistics.count is None:
             raise UserError("statistics of an unknown number of samples cannot be taken further")
         moments = cls(statistics.dimension)
-        moments.count = statistics.count
-        moments.mean = statistics.mean.clone()
-        moments.scatter = statistics.covariance * (statistics.count - 1)
+        moments._join(statistics.count, statistics.mean, statistics.covariance * (statistics.count - 1))
         return moments
 
     def update(self, features: Features) -> None:
-        """Add features (B, D) of any float dtype."""
+        """Add features (B, D) of any float dtype.
+
+        Raises:
+            UserError: on features that are not finite, or of another number.
+        """
         matrix = as_matrix(features)
-        if len(matrix) == 0:
+        if matrix.shape[1] != self.dimension:
+            raise UserError(f"cannot join {matrix.shape[1]} features with {self.dimension}; use one extractor")
+        if len(matrix):
+            self._waiting.append(matrix)
+        if sum(map(len, self._waiting)) >= self.dimension:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Take in the batches that wait."""
+        if not self._waiting:
             return
+        matrix = torch.cat(self._waiting)
+        self._waiting = []
         mean = matrix.mean(dim=0)
         centred = matrix - mean
         self._join(len(matrix), mean, centred.T @ centred)
 
     def merge(self, other: FeatureMoments) -> None:
         """Add everything that another accumulator has seen, for example that of another process."""
-        if other.count:
-            self._join(other.count, other.mean, other.scatter)
+        self._settle()
+        other._settle()
+        if other._count:
+            self._join(other._count, other._mean, other._scatter)
 
     def _join(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        total = self.count + count
-        difference = mean - self.mean
-        self.scatter += scatter + torch.outer(difference, difference) * (self.count * count / total)
-        self.mean += difference * (count / total)
-        self.count = total
+        total = self._count + count
+        difference = mean - self._mean
+        self._scatter.add_(scatter).addr_(difference, difference, alpha=self._count * count / total)
+        self._mean += difference * (count / total)
+        self._count = total
 
     def statistics(self) -> Statistics:
         """Return mean and unbiased covariance (division by N - 1).
@@ -138,6 +161,7 @@ class FeatureMoments:
         Raises:
             UserError: for fewer than two samples, which have no covariance.
         """
-        if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 samples, got {self.count}; give more images")
-        return Statistics(self.mean.clone(), self.scatter / (self.count - 1), self.count)
+        self._settle()
+        if self._count < 2:
+            raise UserError(f"a covariance needs at least 2 samples, got {self._count}; give more images")
+        return Statistics(self._mean.clone(), self._scatter / (self._count - 1), self._count)

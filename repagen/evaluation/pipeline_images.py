@@ -125,8 +125,9 @@ class PipelineImages(ImageSource):
     @property
     def training(self) -> dict[str, Any]:
         """What the pipeline's folder says about its training (`training.json`); empty where it says nothing."""
-        path = Path(self.pipeline.config.get("_name_or_path") or "") / TRAINING_FILE
-        if not path.is_file():
+        folder = self.pipeline.config.get("_name_or_path")
+        path = Path(folder or "") / TRAINING_FILE
+        if not folder or not path.is_file():
             return {}
         with refusing(f"{path}: cannot be read as JSON"):
             return json.loads(path.read_text(encoding="utf-8"))

@@ -157,6 +157,11 @@ def protocol_names() -> list[str]:
     return preset_names(PROTOCOLS)
 
 
+def protocol_name(name_or_path: str | Path) -> str:
+    """What results call a protocol: one's own is called by its file."""
+    return str(name_or_path) if str(name_or_path) in protocol_names() else Path(name_or_path).stem
+
+
 def load_protocol(name_or_path: str | Path) -> EvaluationProtocol:
     """Read a protocol by name, or a user's own from a YAML file.
 

@@ -14,6 +14,7 @@ from repagen.errors import UserError
 from repagen.evaluation.extractor import Pooling
 from repagen.evaluation.generation import open_extractors, require_reference
 from repagen.evaluation.generation_command import choose_protocol
+from repagen.evaluation.processes import all_processes
 from repagen.evaluation.protocol import EvaluationProtocol, SpaceRule
 from repagen.evaluation.reference import load_statistics
 from repagen.evaluation.reference_building import import_statistics, make_reference, merge_references, require_new_npz
@@ -71,9 +72,10 @@ def run(args: argparse.Namespace) -> str | None:
     Raises:
         UserError: as the functions of `reference_building` and `reference_report` do.
     """
-    if args.action != "make" and not PartialState().is_main_process:
-        return None
-    return {"make": _make, "merge": _merge, "check": _check, "import": _import}[args.action](args)
+    with all_processes():
+        if args.action != "make" and not PartialState().is_main_process:
+            return None
+        return {"make": _make, "merge": _merge, "check": _check, "import": _import}[args.action](args)
 
 
 def _make(args: argparse.Namespace) -> str | None:

@@ -39,6 +39,7 @@ class GenerationResult:
         spaces: what made the features of each space.
         samples: how the samples came about, and the hash of their pixels.
         reference: protocol and hash of the reference.
+        normalisers: divisors of FDr by space; empty without it.
         training: of the model, as far as its pipeline says it: images seen and the like; empty otherwise.
         remarks: why distances must not stand beside figures from elsewhere; empty where they may.
         versions: of the packages involved, and the device.
@@ -57,6 +58,7 @@ class GenerationResult:
     spaces: dict[str, ExtractorIdentity]
     samples: dict[str, Any]
     reference: dict[str, Any]
+    normalisers: dict[str, Any]
     training: dict[str, Any]
     remarks: tuple[str, ...]
     versions: dict[str, str]

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import torch
 
-from repagen.data import ImageDataset, data_config_from_words, open_image_dataset
+from repagen.data import DataConfig, ImageDataset, data_config_from_words, open_image_dataset
 from repagen.data.images import EXTENSIONS, UNREAD_EXTENSIONS, BadImageError, decode_image
 from repagen.errors import UserError
 
@@ -275,6 +275,15 @@ class DatasetImages(ImageSource):
         return self.dataset.fingerprint()
 
 
+def dataset_images(config: DataConfig) -> DatasetImages:
+    """Open a dataset whose bad images are counted by `extract` alone.
+
+    Raises:
+        UserError: when there is nothing there.
+    """
+    return DatasetImages(open_image_dataset(replace(config, max_bad_images=_ANY_NUMBER)))
+
+
 def to_uint8(images: torch.Tensor, rounding: Rounding = "round") -> torch.Tensor:
     """Bring images in [0, 1] to uint8; values outside are clamped.
 
@@ -305,8 +314,7 @@ def open_images(words: Sequence[str]) -> FolderImages | NpzImages | DatasetImage
         UserError: when there is nothing there, or a setting is unknown.
     """
     if all(word.startswith("data.") and "=" in word for word in words):
-        config = replace(data_config_from_words(words), max_bad_images=_ANY_NUMBER)
-        return DatasetImages(open_image_dataset(config))
+        return dataset_images(data_config_from_words(words))
     if len(words) > 1:
         raise UserError(f"give one path, or settings of a dataset (data.KEY=VALUE ...), got {' '.join(words)}")
     path = Path(words[0])

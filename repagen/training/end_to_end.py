@@ -19,6 +19,7 @@ from repagen.errors import UserError, run_as_program
 from repagen.training.ema import Ema
 from repagen.training.end_to_end_config import EndToEndConfig
 from repagen.training.end_to_end_step import EndToEndStep
+from repagen.training.evaluation import open_evaluation
 from repagen.training.frozen import FrozenParts
 from repagen.training.generator import noise_process, prepare_model
 from repagen.training.generator_alignment import build_terms
@@ -26,7 +27,7 @@ from repagen.training.generator_model import build_model
 from repagen.training.launch import program_main
 from repagen.training.noising import FlowMatching
 from repagen.training.objective import GeneratorObjective
-from repagen.training.release import build_pipeline, write_release, write_sample_grid
+from repagen.training.release import build_pipeline, training_facts, write_release, write_sample_grid
 from repagen.training.run import open_run
 
 
@@ -60,6 +61,7 @@ def train(config: EndToEndConfig) -> Path:
         }
         start_step = run.restore(parts, facts)
         pipeline = build_pipeline(config, model, autoencoder, dataset, frozen.latent_shape)
+        evaluation = open_evaluation(config, run, pipeline, dataset, frozen.latent_shape)
         for notice in optimiser_step.autoencoder_step.gates.notices(config.max_steps):
             run.notice("%s", notice)
 
@@ -75,11 +77,16 @@ def train(config: EndToEndConfig) -> Path:
                 break
             row = optimiser_step(step, micro_batches)
             ema.update(model)
+            if evaluation and evaluation.due(step + 1):
+                with ema.swapped(model):
+                    optimiser_step.norm.store_in(autoencoder)
+                    row |= evaluation(step + 1)
             run.log(step + 1, row)
 
         with ema.swapped(model):
             optimiser_step.norm.store_in(autoencoder)
-            return run.on_main(lambda: write_release(pipeline, run.folder / "pipeline"))
+            facts = training_facts(run, step, dataset)
+            return run.on_main(lambda: write_release(pipeline, run.folder / "pipeline", facts))
 
 
 def build_objective(config: EndToEndConfig, frozen: FrozenParts, num_classes: int) -> GeneratorObjective:

@@ -20,6 +20,7 @@ from repagen.errors import run_as_program
 from repagen.flow.time import TimeDistribution
 from repagen.training.discrete_diffusion import DDPM
 from repagen.training.ema import Ema
+from repagen.training.evaluation import open_evaluation
 from repagen.training.frozen import FrozenParts
 from repagen.training.generator_alignment import build_terms, refuse_single_samples
 from repagen.training.generator_config import GeneratorConfig
@@ -28,7 +29,7 @@ from repagen.training.generator_step import GeneratorStep
 from repagen.training.launch import program_main
 from repagen.training.noising import FlowMatching, NoiseProcess
 from repagen.training.objective import GeneratorObjective
-from repagen.training.release import build_pipeline, write_release, write_sample_grid
+from repagen.training.release import build_pipeline, training_facts, write_release, write_sample_grid
 from repagen.training.run import Batch, open_run
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def train(config: GeneratorConfig) -> Path:
             GeneratorObjective(model, process, terms), find_unused_parameters=config.alignment.changes_over_time
         )
         pipeline = build_pipeline(config, model, frozen.autoencoder, dataset, frozen.latent_shape)
+        evaluation = open_evaluation(config, run, pipeline, dataset, frozen.latent_shape)
         ema = Ema(model, config.ema)
         teacher = ema.teacher(model) if config.alignment.self_alignment else None
         prepare_model(config, model)
@@ -87,10 +89,14 @@ def train(config: GeneratorConfig) -> Path:
 
             row = optimiser_step(step, micro_batches, frozen.latents, given)
             ema.update(model)
+            if evaluation and evaluation.due(step + 1):
+                with ema.swapped(model):
+                    row |= evaluation(step + 1)
             run.log(step + 1, row)
 
         with ema.swapped(model):
-            return run.on_main(lambda: write_release(pipeline, run.folder / "pipeline"))
+            facts = training_facts(run, step, dataset)
+            return run.on_main(lambda: write_release(pipeline, run.folder / "pipeline", facts))
 
 
 def noise_process(config: GeneratorConfig, model: Any, latent_shape: tuple[int, int, int]) -> NoiseProcess:

@@ -14,6 +14,7 @@ from repagen.errors import UserError
 from repagen.flow.distillation import student_loss_weight
 from repagen.flow.time import TimeShift
 from repagen.training.ema import EmaConfig
+from repagen.training.evaluation_config import EvaluationConfig
 from repagen.training.optimizer import OptimizerConfig
 from repagen.training.run_config import RunConfig
 
@@ -428,6 +429,7 @@ class GeneratorConfig(RunConfig):
         optimizer, ema: as everywhere.
         sampler: of the released pipeline.
         sample: grids during training.
+        evaluation: figures during training.
     """
 
     data: DataConfig
@@ -441,8 +443,11 @@ class GeneratorConfig(RunConfig):
     ema: EmaConfig = field(default_factory=EmaConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def validate(self) -> None:
         """Check the ranges."""
         super().validate()
         require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "at least 0 and below 1")
+        if self.evaluation.every_images and self.evaluation.reference is None and self.data.kind == "latents":
+            raise UserError("evaluation.reference: needed, since data.kind=latents has no images to compare with")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 from repagen.data import SampleDataset
 from repagen.errors import UserError
+from repagen.evaluation.pipeline_images import TRAINING_FILE
 from repagen.files import replace_folder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.grid import save_image_grid
 from repagen.randomness import generator_for
 from repagen.schedulers.presets import SAMPLER_PRESETS, sampler_preset
 from repagen.training.generator_config import GeneratorConfig, SamplerConfig
+from repagen.training.run import Run
 
 
 def build_pipeline(
@@ -60,6 +63,9 @@ def build_pipeline(
     if config.sample.every_steps:
         with _naming_keys("sampler.preset", "sample"):
             pipeline.check_options({"guidance_scale": config.sample.guidance_scale})
+    if config.evaluation.every_images:
+        with _naming_keys("sampler.preset", "evaluation"):
+            pipeline.check_options(config.evaluation.options)
     return pipeline
 
 
@@ -102,7 +108,30 @@ def write_sample_grid(config: GeneratorConfig, pipeline: Any, num_classes: int, 
     save_image_grid(images, path, gap_px=2)
 
 
-def write_release(pipeline: Any, folder: Path) -> Path:
-    """Save the pipeline into `folder` in one rename; the encoder is referred to, not needed."""
-    replace_folder(folder, lambda temporary: pipeline.save_pretrained(temporary))
+def training_facts(run: Run, step: int, dataset: SampleDataset) -> dict[str, Any]:
+    """What a model saw in `step` optimiser steps: goes beside its figures and its weights."""
+    return {
+        "step": step,
+        "images": step * run.plan.global_size,
+        "dataset_images": len(dataset),
+        "global_batch_size": run.plan.global_size,
+        "program": run.program,
+        "recipe": run.config.recipe.title,
+    }
+
+
+def write_release(pipeline: Any, folder: Path, facts: Mapping[str, Any]) -> Path:
+    """Save the pipeline into `folder` in one rename; the encoder is referred to, not needed.
+
+    Args:
+        pipeline: as it stands.
+        folder: of the release.
+        facts: of the training; see `training_facts`.
+    """
+
+    def fill(temporary: Path) -> None:
+        pipeline.save_pretrained(temporary)
+        (temporary / TRAINING_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    replace_folder(folder, fill)
     return folder

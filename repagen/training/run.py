@@ -62,6 +62,7 @@ _MAY_CHANGE = (
     "gradient_checkpointing",
     "resume",
     "checkpoint",
+    "evaluation",
     "sample",
     "sampler",
     "log_with",
@@ -362,6 +363,15 @@ class Run:
     def due(self, every_steps: int, step: int) -> bool:
         """Whether what happens every so many steps (0: never), and at the end, happens after `step` steps."""
         return every_steps > 0 and step > 0 and (step % every_steps == 0 or step == self.config.max_steps)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Stop the clock of the rows: what happens within is not training."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._row_time += time.perf_counter() - started
 
     def accumulate(self, module: nn.Module, micro_batches: Iterator[Batch]) -> Iterator[Batch]:
         """Go through a step's micro-batches; gradients of `module` are exchanged only in the last backward pass."""

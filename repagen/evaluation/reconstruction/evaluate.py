@@ -350,7 +350,10 @@ def _join(shares: Sequence[_Share]) -> _Share:
             (whole.reconstructions, share.reconstructions),
         ):
             for space, part in moments.items():
-                into.setdefault(space, FeatureMoments(part.mean.shape[0])).merge(part)
+                if space in into:
+                    into[space].merge(part)
+                else:
+                    into[space] = part
         whole.figures |= share.figures
         whole.digests |= share.digests
         whole.unreadable |= share.unreadable

@@ -156,10 +156,12 @@ def test_shares_of_several_processes_are_joined_to_the_moments_of_one(
     whole = evaluate._join(shares)
     assert whole.figures == one.figures and whole.digests == one.digests
     for side in ("originals", "reconstructions"):
-        [ours], [theirs] = (list(getattr(share, side).values()) for share in (whole, one))
+        [ours], [theirs] = (
+            [moments.statistics() for moments in getattr(share, side).values()] for share in (whole, one)
+        )
         assert ours.count == theirs.count == 100
         torch.testing.assert_close(ours.mean, theirs.mean, atol=1e-12, rtol=1e-12)
-        torch.testing.assert_close(ours.scatter, theirs.scatter, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(ours.covariance, theirs.covariance, atol=1e-12, rtol=1e-12)
 
 
 def test_the_result_says_all_it_depends_on(
