@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from repagen.files import TEMPORARY_PREFIX, replace_folder
+from repagen.files import TEMPORARY_PREFIX, replace_file, replace_folder
 
 
 def filling(text: str) -> Callable[[Path], None]:
@@ -16,6 +16,21 @@ def filling(text: str) -> Callable[[Path], None]:
         (folder / "sub" / "file").write_text(text)
 
     return write
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    final = tmp_path / "manifest.json"
+    for text in ("one", "two"):
+        replace_file(final, lambda file, text=text: file.write_text(text))
+        assert final.read_text() == text
+
+    def fail(file: Path) -> None:
+        file.write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        replace_file(final, fail)
+    assert final.read_text() == "two" and [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_whole_folders_are_swapped(tmp_path: Path) -> None:

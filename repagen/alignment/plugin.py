@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from repagen.errors import UserError
 from repagen.randomness import generator_for
@@ -231,7 +232,7 @@ def listen(
     number: int,
     kind: Literal["output", "input"] = "output",
     keeps: bool = True,
-) -> None:
+) -> RemovableHandle | None:
     """Hook a module once, however often it is asked, so that a record keeps its output, or its positional inputs.
 
     Args:
@@ -240,10 +241,14 @@ def listen(
         number: under which it does.
         kind: what is kept.
         keeps: False for a hook that does nothing, see `AttentionAlignment.attach`.
+
+    Returns:
+        What removes the hook; None where there was one.
     """
     taps = [hook for hook in module._forward_hooks.values() if isinstance(hook, _Tap)]
-    if not any(tap.record is record for tap in taps):
-        module.register_forward_hook(_Tap(record, number, kind, keeps))
+    if any(tap.record is record for tap in taps):
+        return None
+    return module.register_forward_hook(_Tap(record, number, kind, keeps))
 
 
 def blocks_of(network: Any, numbers: Iterable[int], where: Callable[[int], str]) -> dict[int, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -129,9 +129,14 @@ def load_batches(
 
 
 def load_in_order(
-    dataset: ImageDataset, indices: range, batch_size: int, *, num_workers: int = 0, worker_timeout_s: float = 300.0
+    dataset: ImageDataset,
+    indices: Sequence[int],
+    batch_size: int,
+    *,
+    num_workers: int = 0,
+    worker_timeout_s: float = 300.0,
 ) -> Iterator[dict[str, Any]]:
-    """Load a range of images once, in order, without augmentation; bad images are left out rather than replaced.
+    """Load chosen images once, in order, without augmentation; bad images are left out rather than replaced.
 
     Yields:
         {"image" (B, 3, S, S), "label" (B,), "index" (B,)} with B at most `batch_size`.

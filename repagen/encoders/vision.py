@@ -256,12 +256,32 @@ class VisionEncoder(nn.Module):
         asked = (layer % self.backbone.num_layers for layer in attention_layers)
         return dataclasses.replace(output, attention=tuple(self._patch_attention(maps[layer]) for layer in asked))
 
+    @torch.no_grad()
+    def layer_tokens(self, images: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
+        """Patch tokens (B, N, D) of several blocks, each after the final norm, by one pass.
+
+        Args:
+            images: as in `forward`.
+            layers: different block indices (0-based, negative from the end).
+
+        Returns:
+            The tokens of the blocks in ascending order.
+
+        Raises:
+            UserError: as `forward`, and for layers that are not there.
+        """
+        indices = layer_indices(layers, self.backbone.num_layers)
+        return self._patches(self.backbone.states(self._pixels(images), indices))
+
+    def _patches(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Patch tokens, after the final norm, of states (B, prefix + N, D)."""
+        return [self._normalise(state[:, self.backbone.prefix_tokens :]) for state in states]
+
     def _encode(self, images: torch.Tensor, last: int = 0) -> VisionEncoderOutput:
         """Read the selected blocks of a pass that runs up to block `last` at least."""
         indices = self._indices if last <= self._indices[-1] else [*self._indices, last]
         states = self.backbone.states(self._pixels(images), indices)[: len(self._indices)]
-        prefix = self.backbone.prefix_tokens
-        patches = self._combine([self._normalise(state[:, prefix:]) for state in states])
+        patches = self._combine(self._patches(states))
         cls_tokens = self._normalise(states[-1][:, : self.backbone.cls_tokens], patches=False)
         cls = cls_tokens.mean(dim=1) if self.backbone.cls_tokens else None
         return VisionEncoderOutput(patches, (self.grid_size, self.grid_size), cls)

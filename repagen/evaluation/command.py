@@ -10,6 +10,10 @@ from repagen.evaluation.processes import all_processes
 # Subcommand => (module with add_arguments(parser) and run(args) -> text to print or None, one line of help).
 SUBCOMMANDS = {
     "generation": ("repagen.evaluation.generation_command", "generated images against real ones, by a named protocol"),
+    "representation": (
+        "repagen.evaluation.representation.command",
+        "what a generator's blocks or an encoder's layers know: probes, similarity, structure, correspondence",
+    ),
     "reconstruction": (
         "repagen.evaluation.reconstruction.command",
         "an autoencoder's reconstructions against the same originals: rFID, PSNR, SSIM, LPIPS",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,16 +17,24 @@ _LEAST_COMPARABLE_IMAGES = 2048
 _PACKAGES = ("repagen", "torch", "diffusers", "transformers", "torch-fidelity", "torchvision", "numpy", "pillow")
 
 
-def aligned(rows: Sequence[tuple[str, str]]) -> str:
-    """Return names and values as lines, the values below each other."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as lines, the cells of a column below each other."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def described(facts: Mapping[str, Any]) -> str:
-    """Return facts on one line, hashes shortened."""
-    shortened = {name: value[:12] if name.endswith("sha256") else value for name, value in facts.items()}
-    return ", ".join(f"{name}={value}" for name, value in shortened.items())
+    """Return facts on one line, hashes shortened, facts within a fact in parentheses."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return f"({described(value)})"
+        text = str(value)
+        return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
+
+    return ", ".join(f"{name}={shown(value)}" for name, value in facts.items())
 
 
 def distance_remarks(

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from repagen.errors import UserError, naming
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
+from repagen.models.identity import describe_encoder
 from repagen.randomness import normal_per_sample, uniform_per_sample
 from repagen.training.decoder_config import DecoderConfig, TrainedAutoencoderConfig
 from repagen.training.decoder_kind import ENCODER_KEYS, AutoencoderKind, Inputs
 from repagen.training.frozen import encoder_source
-from repagen.training.latent_identity import describe_encoder, open_autoencoder
+from repagen.training.latent_identity import open_autoencoder
 from repagen.training.latent_statistics import compute_latent_statistics, set_latent_statistics
 from repagen.training.run import Batch, Run
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from repagen.errors import UserError, naming
 from repagen.models.autoencoder_svg import SVGAutoencoder, channel_moments, channel_sums
+from repagen.models.identity import describe_encoder
 from repagen.randomness import derived_seed, uniform_per_sample
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.decoder_kind import ENCODER_KEYS, AutoencoderKind, Inputs
 from repagen.training.frozen import encoder_source
-from repagen.training.latent_identity import describe_encoder, open_autoencoder
+from repagen.training.latent_identity import open_autoencoder
 from repagen.training.latent_matching import calibrate_to_dataset
 from repagen.training.latent_statistics import set_latent_statistics
 from repagen.training.run import Batch, Run

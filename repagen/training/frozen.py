@@ -13,6 +13,7 @@ from repagen.data import LatentShards, SampleDataset, digits_encoder_path
 from repagen.encoders import VisionEncoder, VisionEncoderOutput
 from repagen.encoders.vision import layer_indices
 from repagen.errors import UserError, naming
+from repagen.models.identity import describe_autoencoder, describe_encoder
 from repagen.models.latents import images_to_latents, latent_shape, require_independent_latents
 from repagen.randomness import normal_per_sample
 from repagen.training.generator_config import (
@@ -23,7 +24,7 @@ from repagen.training.generator_config import (
 )
 from repagen.training.generator_model import token_grid
 from repagen.training.latent_cache import require_matching_cache
-from repagen.training.latent_identity import describe_autoencoder, describe_encoder, open_autoencoder
+from repagen.training.latent_identity import open_autoencoder
 from repagen.training.run import Batch, Run
 
 EncoderSection = AlignmentTargetConfig | AttentionAlignmentConfig | ClassTokenConfig

@@ -13,10 +13,10 @@ import torch
 from diffusers import AutoModel
 
 from repagen.errors import UserError, refusing
+from repagen.models.identity import describe_autoencoder
 from repagen.models.opening import component_place, open_component
 from repagen.randomness import derived_seed
 from repagen.training.generator_config import ARCHITECTURES, GeneratorConfig, TransformerConfig
-from repagen.training.latent_identity import describe_autoencoder
 
 logger = logging.getLogger(__name__)
 

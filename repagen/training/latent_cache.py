@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +25,11 @@ from repagen.data import ImageDataset, load_in_order
 from repagen.data.shards import FLIPPED, MANIFEST_NAME, SHARD_FORMAT, LatentShards, without_names
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
-from repagen.files import file_digest, sync_file, sync_folder
+from repagen.files import file_digest, replace_file
+from repagen.models.identity import describe_autoencoder, describe_encoder
 from repagen.models.latents import images_to_latents, kl_statistics, require_independent_latents
 from repagen.training.checkpoint import folder_lock
-from repagen.training.latent_identity import describe_autoencoder, describe_encoder, process_group, refuse_non_finite
+from repagen.training.latent_identity import process_group, refuse_non_finite
 
 logger = logging.getLogger(__name__)
 
@@ -168,11 +170,7 @@ class _ShardWriter:
         tensors = self._encode(number)
         if not tensors:  # every image of the stretch is bad
             return
-        temporary = path.with_name(f".tmp-{path.name}")
-        save_file(tensors, temporary)
-        sync_file(temporary)
-        temporary.rename(path)
-        sync_folder(self.folder)
+        replace_file(path, partial(save_file, tensors))
         _write_json(record_path, {"file": path.name, "rows": len(tensors["label"]), **file_digest(path)})
 
     def finish(self) -> None:
@@ -241,11 +239,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync_file(temporary)
-    temporary.rename(path)
-    sync_folder(path.parent)
+    replace_file(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def _wait(processes: int) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 
 from repagen.data import ImageDataset
 from repagen.models.autoencoder_svg import SVGAutoencoder
-from repagen.training.latent_identity import describe_autoencoder
+from repagen.models.identity import describe_autoencoder
 from repagen.training.latent_statistics import LatentStatistics, latent_moments
 
 

@@ -26,8 +26,9 @@ from repagen.data import ImageDataset, load_in_order
 from repagen.errors import UserError
 from repagen.files import sync_file, sync_folder
 from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, StandardisedLatents
+from repagen.models.identity import describe_autoencoder
 from repagen.models.latents import latent_shape, require_independent_latents
-from repagen.training.latent_identity import describe_autoencoder, process_group, refuse_non_finite
+from repagen.training.latent_identity import process_group, refuse_non_finite
 
 _STRETCHES = 64
 _METADATA_KEY = "repagen_statistics"

@@ -282,7 +282,8 @@ def pipeline_folder(folder: Path, transformer: Any, vae: Path) -> Path:
 
 
 def test_a_pipelines_autoencoder_is_compared_with_that_of_the_training(tmp_path: Path) -> None:
-    from repagen.training.latent_identity import describe_autoencoder, open_autoencoder
+    from repagen.models.identity import describe_autoencoder
+    from repagen.training.latent_identity import open_autoencoder
 
     rae = write_parts(tmp_path) / "rae"
     folder = pipeline_folder(tmp_path / "pipeline", official_sit(tmp_path / "sit"), rae)

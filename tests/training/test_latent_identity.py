@@ -15,9 +15,9 @@ from PIL import Image
 import repagen
 from repagen.data import DataConfig, open_image_dataset
 from repagen.errors import UserError
+from repagen.models.identity import describe_autoencoder
 from repagen.models.latents import images_to_latents
 from repagen.training.latent_cache import cache_latents, require_matching_cache
-from repagen.training.latent_identity import describe_autoencoder
 
 ENCODER = {
     "family": "dinov2_with_registers",
