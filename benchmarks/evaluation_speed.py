@@ -163,7 +163,7 @@ class LazyImages(ImageSource):
 def peak_mib(count: int) -> float:
     """Peak memory of evaluating so many small pictures with a small encoder, in this process."""
     config = {
-        "model_type": "dinov2", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8,
+        "model_type": "dinov2", "hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 16,
         "image_size": 16,
     }  # fmt: skip
     encoder = repagen.VisionEncoder.from_config({"family": "dinov2", "config": config, "image_size": 16})

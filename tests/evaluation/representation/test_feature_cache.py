@@ -83,7 +83,7 @@ def test_only_missing_times_are_computed(read: Callable[..., Harvest], passes: l
         {"dtype": "float16"},
         {"change": Change("black", torch.zeros_like)},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_features_of_something_else_are_not_taken(
     options: dict[str, Any], read: Callable[..., Harvest], passes: list[Any], tmp_path: Path
