@@ -321,7 +321,8 @@ def with_lora(case: Case) -> Any:
 
 
 def test_lora_saves_unloads_and_loads(case: Case, tmp_path: Path) -> None:
-    plain = output(build(case), case)
+    bare = build(case)
+    plain = output(bare, case)
     model = with_lora(case)
     expected = output(model, case)
     assert not torch.allclose(expected, plain, atol=1e-4)
@@ -329,7 +330,9 @@ def test_lora_saves_unloads_and_loads(case: Case, tmp_path: Path) -> None:
     metadata = model.peft_config["default"].to_dict()
     model.save_lora_adapter(tmp_path)
     model.unload_lora()
-    assert torch.equal(output(model, case), plain)
+    torch.testing.assert_close(model.state_dict(), bare.state_dict(), rtol=0, atol=0)
+    # Weights at another address may take another kernel, which rounds differently.
+    assert torch.allclose(output(model, case), plain, atol=1e-6)
     model.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
     assert torch.allclose(output(model, case), expected, atol=1e-6)
     assert model.peft_config["default_0"].to_dict()["target_modules"] == metadata["target_modules"]
