@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +140,9 @@ def evaluate_generation(
             batch_size=batch_size, max_bad_images=max_bad_images, sink=sink, title="samples",
             expected_size=real.image_size if real else None, progress_bar=progress_bar,
         )  # fmt: skip
-    figures = measure(protocol, Side.of(generated), known.side)
     statistics = known.side.statistics
     identities = {space: extractor.identity for space, extractor in extractors.items()}
+    figures = _on_main_process(lambda: measure(protocol, Side.of(generated), known.side))
     _add_ratio(protocol, figures, normalisers, identities, known.given)
     return GenerationResult(
         protocol=name,
@@ -205,6 +205,16 @@ def _kept_or_temporary(folder: str | Path | None) -> Iterator[Path]:
     finally:
         if own:
             own.cleanup()
+
+
+def _on_main_process(compute: Callable[[], Figures]) -> Figures:
+    """Compute once for all processes: eight at a time would fight for the same cores."""
+    state = PartialState()
+    found = [compute() if state.is_main_process else None]
+    if state.num_processes > 1:
+        broadcast_object_list(found)
+    assert found[0] is not None, "the main process computes"
+    return found[0]
 
 
 def require_reference(protocol: EvaluationProtocol, name: str, reference: ImageSource | ReferenceStatistics) -> None:

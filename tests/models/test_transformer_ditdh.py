@@ -37,7 +37,7 @@ def test_equals_the_official(case: GoldenCase) -> None:
 
 @torch.no_grad()
 def test_guidance_equals_the_official(case: GoldenCase) -> None:
-    """Guidance multiplies the rounding of predictions, so it is given the official ones; ours are held to them above."""
+    """Guidance multiplies the rounding of predictions, so it gets the official ones; ours are held to them above."""
     conditional = case.expected["out"]
     guided = guide(case.expected["out_null"], conditional, 2.5)
     assert_close(guided, case.expected["cfg"].chunk(2)[0], rtol=0, atol=1e-5)
