@@ -19,7 +19,7 @@ COMMANDS = {
         "repagen.evaluation.command",
         "generated images, reconstructions, representations: what they are worth",
     ),
-    "compare": ("repagen.evaluation.compare_command", "put results side by side, if they are alike"),
+    "compare": ("repagen.evaluation.comparison.command", "put results side by side, if they are alike"),
     "reference": ("repagen.evaluation.reference_command", "make, merge and check reference statistics"),
     "recipes": ("repagen.training.recipes_command", "list the presets with paper, cost and expected result"),
 }

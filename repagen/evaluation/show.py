@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
-from repagen.evaluation.compare import protocol_facts
+from repagen.evaluation.comparison.likeness import protocol_facts
 from repagen.evaluation.encoder_extractors import FEATURE
 from repagen.evaluation.inception import InceptionExtractor
 from repagen.evaluation.measures import needs_of

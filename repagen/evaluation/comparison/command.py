@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repagen.errors import UserError
-from repagen.evaluation.compare import (
+from repagen.evaluation.comparison.likeness import (
     Axis,
     ComparedResult,
     EpochsTo,
@@ -18,9 +18,9 @@ from repagen.evaluation.compare import (
     lower_is_better,
     require_alike,
 )
-from repagen.evaluation.compare_plot import save_plot
-from repagen.evaluation.compare_read import read_results
-from repagen.evaluation.compare_table import comparison_csv, comparison_table
+from repagen.evaluation.comparison.plot import save_plot
+from repagen.evaluation.comparison.reading import read_results
+from repagen.evaluation.comparison.table import comparison_csv, comparison_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

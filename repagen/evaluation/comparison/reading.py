@@ -12,7 +12,7 @@ from typing import Any
 
 from repagen.config import flatten
 from repagen.errors import UserError, refusing
-from repagen.evaluation.compare import ComparedResult, protocol_facts
+from repagen.evaluation.comparison.likeness import ComparedResult, protocol_facts
 from repagen.evaluation.result import SCHEMA
 
 KINDS = ("generation", "reconstruction", "text_to_image", "representation")

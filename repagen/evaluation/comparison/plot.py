@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repagen.errors import UserError
-from repagen.evaluation.compare import Axis, ComparedResult, by_group, metrics_of
+from repagen.evaluation.comparison.likeness import Axis, ComparedResult, by_group, metrics_of
 from repagen.files import replace_file
 
 _X_LABELS = {"images": "training images", "epochs": "epochs", "steps": "optimiser steps"}

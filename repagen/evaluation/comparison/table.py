@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from repagen.evaluation.compare import (
+from repagen.evaluation.comparison.likeness import (
     ComparedResult,
     best_rows,
     described_value,

@@ -18,7 +18,7 @@ from PIL import Image
 
 from repagen.config import save_config
 from repagen.errors import UserError
-from repagen.evaluation.compare import (
+from repagen.evaluation.comparison.likeness import (
     ComparedResult,
     best_rows,
     differences,
@@ -27,9 +27,9 @@ from repagen.evaluation.compare import (
     metrics_of,
     require_alike,
 )
-from repagen.evaluation.compare_plot import save_plot
-from repagen.evaluation.compare_read import read_results
-from repagen.evaluation.compare_table import comparison_csv, comparison_table
+from repagen.evaluation.comparison.plot import save_plot
+from repagen.evaluation.comparison.reading import read_results
+from repagen.evaluation.comparison.table import comparison_csv, comparison_table
 from repagen.evaluation.extractor import ExtractorIdentity, FeatureExtractor
 from repagen.evaluation.generation import evaluate_generation
 from repagen.evaluation.protocol import encoder_protocol, load_protocol, metric_names, protocol_names

@@ -1,0 +1,1 @@
+"""Results side by side: which are alike, their table, their plot, and epochs to a figure."""
