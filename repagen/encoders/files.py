@@ -214,8 +214,8 @@ def fetch(
     except (LocalEntryNotFoundError, ConnectionError) as error:
         unreached = "" if local_files_only else " and the Hub is out of reach"
         raise UserError(
-            f"{at}: not in the local cache{unreached}; fetch it once with `hf download {repo_id}` on a machine that is "
-            "online, or pass a local folder"
+            f"{at}: not in the local cache{unreached}; fetch it once with `hf download {repo_id}` on a machine that "
+            "is online, or pass a local folder"
         ) from error
     except HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", "no status")

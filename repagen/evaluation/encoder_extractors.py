@@ -1,6 +1,6 @@
 """Vision encoders as feature extractors: our adapters, CLIP's projected embeddings, any pooled model of timm.
 
-Weights come from a folder or the Hub's cache, never over the network: what an evaluation rests on is fetched knowingly.
+Weights come from a folder or the Hub's cache, never over the network: what figures rest on is fetched knowingly.
 """
 
 from __future__ import annotations

@@ -168,7 +168,9 @@ def test_a_missing_model_is_one_line_and_not_looked_up(online_cache: Path, kind:
         open_extractor(ExtractorRule(kind, MISSING[kind]))
 
 
-def test_cached_models_are_opened_without_the_network(online_cache: Path, encoder_folder: Path, tmp_path: Path) -> None:
+def test_cached_models_are_opened_without_the_network(
+    online_cache: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     save_clip(tmp_path / "clip")
     timm_folder = tmp_path / "timm"
