@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ def test_what_is_refused_beforehand_is_what_cannot_be_measured(metric: MetricNam
         for samples, reference in ((side(count), side(9)), (side(9), side(count))):
             assert bool(measure(protocol, samples, reference).left_out) == (count < least)
         for check in (
-            lambda: require_enough_samples(protocol, count),
-            lambda: require_enough_reference(protocol, side(count)),
+            partial(require_enough_samples, protocol, count),
+            partial(require_enough_reference, protocol, side(count)),
         ):
             if count >= least:
                 check()
