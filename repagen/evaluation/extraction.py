@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from repagen.errors import UserError
+from repagen.errors import UserError, naming
 from repagen.evaluation.extractor import FeatureExtractor, full_float32, in_fixed_batches
 from repagen.evaluation.metrics.inception_score import (
     InceptionScoreSums,
@@ -52,6 +52,10 @@ class Needs:
 class ImageSink(Protocol):
     """Takes every readable image once, before its features are kept."""
 
+    @property
+    def place(self) -> str:
+        """Where the images go; images of an interrupted pass that went elsewhere are made again."""
+
     def put(self, index: int, image: torch.Tensor) -> None:
         """Keep image `index`, uint8 (3, H, W)."""
 
@@ -63,7 +67,7 @@ class Extraction:
     Attributes:
         statistics: feature => mean and covariance over all readable images.
         features: feature => (K, D) float32 of the first K readable images.
-        score: sums of the Inception Score, where it was asked for.
+        score: sums of the Inception Score, where it was asked for and the images fill its splits.
         count: number of readable images.
         pixels_sha256: hash of all pixels in order of index; equal for equal images, whatever files they came from.
         image_size: (height, width) in pixels.
@@ -127,28 +131,29 @@ def extract(
             the images.
     """
     state = PartialState()
-    store = FeatureStore(folder, {**features_key(source, extractors), "images": "kept" if sink else "not kept"})
+    store = FeatureStore(folder, {**features_key(source, extractors), "written": sink.place if sink else None})
     share = _Share({}, {name: {} for name in needs.kept})
     shown = progress_bar and state.is_main_process
-    with tqdm(total=len(source), desc=title, unit="image", disable=not shown) as progress:
-        for blocks in _own_blocks(len(source), batch_size):
-            for content in _contents(blocks, store, source, extractors, sink):
-                _require_one_size(share, content, source, expected_size)
-                _add(share, content, needs, max_bad_images)
-                if len(share.unreadable) > max_bad_images:
-                    raise too_many_unreadable(all_unreadable(source), max_bad_images)
-            done = sum(len(numbers) for numbers in blocks.values()) * state.num_processes
-            progress.update(min(done, len(source) - progress.n))
-    whole = _join(gather_object([share]), source, max_bad_images)
-    own = [block for blocks in _own_blocks(len(source), batch_size) for block in blocks]
-    return _result(whole, needs, _score(store, own, whole, needs))
+    own = list(_own_blocks(len(source), batch_size))
+    with naming({"": f"{title}: "}):
+        with tqdm(total=len(source), desc=title, unit="image", disable=not shown) as progress:
+            for blocks in own:
+                for content in _contents(blocks, store, source, extractors, sink):
+                    _require_one_size(share, content, source, expected_size)
+                    _add(share, content, needs, max_bad_images)
+                    if len(share.unreadable) > max_bad_images:
+                        raise too_many_unreadable(all_unreadable(source), max_bad_images)
+                done = sum(len(numbers) for numbers in blocks.values()) * state.num_processes
+                progress.update(min(done, len(source) - progress.n))
+        whole = _join(gather_object([share]), source, max_bad_images)
+        return _result(whole, needs, _score(store, source, own, whole, needs))
 
 
 def features_key(source: ImageSource, extractors: Mapping[str, FeatureExtractor]) -> dict[str, Any]:
     """What the features of a source are a function of, ready for JSON."""
     return {
         "source": source.protocol,
-        "state": source.state(),
+        "origin": source.origin(),
         "extractors": {space: extractor.identity.as_dict() for space, extractor in extractors.items()},
     }
 
@@ -175,14 +180,14 @@ def _contents(
     sink: ImageSink | None,
 ) -> Iterator[FeatureBlock]:
     """The blocks' contents, from the store or else made and put there."""
-    stored = {block: store.read(block) for block in blocks}
+    stored = {block: store.read(block, numbers, source.state(numbers)) for block, numbers in blocks.items()}
     missing = [number for block, numbers in blocks.items() if stored[block] is None for number in numbers]
     images = dict(zip(missing, source.load(missing), strict=True)) if missing else {}
     for block, numbers in blocks.items():
         content = stored[block]
         if content is None:
             content = _look({number: images[number] for number in numbers}, source, extractors, sink)
-            store.write(block, content)
+            store.write(block, content, source.state(numbers))
         yield content
 
 
@@ -259,8 +264,8 @@ def _require_one_size(
     if expected and content.image_size != expected:
         height, width = content.image_size
         raise UserError(
-            f"samples are {width}x{height}, reference images {expected[1]}x{expected[0]}; compare equal sizes, for "
-            f"example --reference data.kind=folder data.path=FOLDER data.image_size={width}"
+            f"images are {width}x{height}, those of the reference {expected[1]}x{expected[0]}; compare equal sizes, "
+            f"for example --reference data.kind=folder data.path=FOLDER data.image_size={width}"
         )
 
 
@@ -313,7 +318,7 @@ def _join(shares: Sequence[_Share], source: ImageSource, max_bad_images: int) ->
         raise too_many_unreadable(_in_order(whole.unreadable), max_bad_images)
     if len(whole.digests) < 2:
         raise UserError(
-            f"an evaluation needs at least 2 readable images on each side, got {len(whole.digests)} of {len(source)}"
+            f"an evaluation needs at least 2 readable images, got {len(whole.digests)} of {len(source)}; give more"
         )
     _refuse_other_sizes(whole.first_size, source)
     return whole
@@ -323,20 +328,23 @@ def _in_order(by_number: Mapping[int, Any]) -> list[Any]:
     return [by_number[index] for index in sorted(by_number)]
 
 
-def _score(store: FeatureStore, own_blocks: Sequence[int], whole: _Share, needs: Needs) -> InceptionScoreSums | None:
+def _score(
+    store: FeatureStore, source: ImageSource, own: Sequence[Mapping[int, range]], whole: _Share, needs: Needs
+) -> InceptionScoreSums | None:
     """Go over the logits on disk once more: only now is it known which readable image falls into which split."""
-    if needs.scored is None:
+    if needs.scored is None or len(whole.digests) < needs.scored[1]:
         return None
     name, splits, order = needs.scored
     position_of = dict(zip(sorted(whole.digests), shuffled_positions(len(whole.digests), order).tolist(), strict=True))
     sums = InceptionScoreSums(splits)
-    for block in own_blocks:
-        content = store.read(block)
-        if content is None:
-            raise UserError(f"{store.folder}: features of block {block} vanished; run the same command again")
-        if content.indices:
-            positions = torch.tensor([position_of[index] for index in content.indices])
-            sums.update(split_of_position(positions, len(position_of), splits), content.features[name])
+    for blocks in own:
+        for block, numbers in blocks.items():
+            content = store.read(block, numbers, source.state(numbers))
+            if content is None:
+                raise UserError(f"{store.folder}: features of block {block} vanished; run the same command again")
+            if content.indices:
+                positions = torch.tensor([position_of[index] for index in content.indices])
+                sums.update(split_of_position(positions, len(position_of), splits), content.features[name])
     whole_sums = InceptionScoreSums(splits)
     for part in gather_object([sums]):
         whole_sums.merge(part)

@@ -43,7 +43,13 @@ def extract_once(
     Raises:
         UserError: as `extract` does, and for a damaged file.
     """
-    key = {**features_key(source, extractors), "needs": dataclasses.asdict(needs), "bad": max_bad_images}
+    key = {
+        **features_key(source, extractors),
+        "count": len(source),
+        "state": source.state(range(len(source))),
+        "needs": dataclasses.asdict(needs),
+        "bad": max_bad_images,
+    }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = folder / f"{digest[:16]}.safetensors"
     state = PartialState()

@@ -43,6 +43,17 @@ class KnownReference:
     images: Extraction | None
 
     @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels of the images behind it; None where a file does not say it."""
+        if self.images is not None:
+            return self.images.image_size
+        size = self.given.protocol.get("size")
+        if size is None:
+            return None
+        width, height = (int(side) for side in str(size).split("x"))
+        return height, width
+
+    @property
     def side(self) -> Side:
         """What metrics look at."""
         given, images = self.given, self.images
@@ -74,7 +85,7 @@ def look_at_reference(
     """
     require_reference(protocol, name, reference)
     images = reference.images if isinstance(reference, ReferenceStatistics) else reference
-    needs = needs_of(protocol, extractors, reference=True)
+    needs = needs_of(protocol, dimensions_of(extractors), reference=True)
     if isinstance(reference, ReferenceStatistics):
         require_statistics(protocol, reference, extractors)
         needs = dataclasses.replace(needs, moments=())  # images beside it serve metrics of single images alone
@@ -128,6 +139,8 @@ def evaluate_generation(
             of another extractor, or a reference that the protocol does not allow; on fewer than two images on a side.
     """
     started = time.monotonic()
+    if normalisers is not None and not any("fdr" in space.metrics for space in protocol.spaces):
+        raise UserError(f"normalisers are for FDr, which protocol {name} does not measure; leave them out")
     with _kept_or_temporary(folder) as place:
         # The reference first: where it fails, no hours of sampling are lost.
         known = reference if isinstance(reference, KnownReference) else look_at_reference(
@@ -136,9 +149,9 @@ def evaluate_generation(
         )  # fmt: skip
         real = known.images
         generated = extract(
-            samples, extractors, needs_of(protocol, extractors), place / "samples",
+            samples, extractors, needs_of(protocol, dimensions_of(extractors)), place / "samples",
             batch_size=batch_size, max_bad_images=max_bad_images, sink=sink, title="samples",
-            expected_size=real.image_size if real else None, progress_bar=progress_bar,
+            expected_size=known.image_size, progress_bar=progress_bar,
         )  # fmt: skip
     statistics = known.side.statistics
     identities = {space: extractor.identity for space, extractor in extractors.items()}
@@ -147,7 +160,7 @@ def evaluate_generation(
     return GenerationResult(
         protocol=name,
         settings=dataclasses.asdict(protocol),
-        deviations=_deviations(protocol, samples, generated),
+        deviations=(*_deviations(protocol, samples, generated), *_reference_deviations(protocol, known.given)),
         metrics=figures.metrics,
         left_out=figures.left_out,
         num_samples=generated.count,
@@ -163,6 +176,11 @@ def evaluate_generation(
         wall_time_s=round(time.monotonic() - started, 3),
         reference_statistics=dict(statistics),
     )
+
+
+def dimensions_of(extractors: Mapping[str, FeatureExtractor]) -> dict[str, Mapping[str, int]]:
+    """Space => feature => number of features."""
+    return {space: extractor.dimensions for space, extractor in extractors.items()}
 
 
 def open_extractors(protocol: EvaluationProtocol, weights: str | None = None) -> dict[str, FeatureExtractor]:
@@ -338,6 +356,15 @@ def _deviations(protocol: EvaluationProtocol, samples: ImageSource, generated: E
         if given is not None and wanted is not None and given != wanted:
             deviations.append(f"{key}={given}, the protocol says {wanted}")
     return tuple(deviations)
+
+
+def _reference_deviations(
+    protocol: EvaluationProtocol, reference: ImageSource | ReferenceStatistics
+) -> tuple[str, ...]:
+    wanted = protocol.reference.layout
+    if wanted is None or (isinstance(reference, ReferenceStatistics) and reference.layout == wanted):
+        return ()
+    return (f"the reference is not {protocol.reference.description}, which the protocol says",)
 
 
 def image_facts(source: ImageSource, extraction: Extraction) -> dict[str, Any]:

@@ -25,9 +25,11 @@ from repagen.evaluation.protocol import (
     protocol_names,
 )
 from repagen.evaluation.reference import open_reference, save_statistics
+from repagen.evaluation.reference_building import require_new_npz
 from repagen.evaluation.result import GenerationResult
 from repagen.evaluation.samples import ImageSource, LabelMode, open_images
 from repagen.evaluation.sinks import SampleWriter
+from repagen.evaluation.store import require_own_folder
 from repagen.files import replace_file
 from repagen.pipelines.sample_command import add_sampler_options, load_pipeline, sampler_options
 
@@ -116,8 +118,11 @@ def run(args: argparse.Namespace) -> str | None:
     normalisers = load_normalisers(args.normalisers) if args.normalisers else None
     extractors = open_extractors(protocol, args.extractor_weights)
     samples = _open_samples(args, name, protocol)
-    writer = SampleWriter(Path(args.save_samples), len(samples)) if args.save_samples else None
     features = Path(f"{args.output}.partial") if args.output else None
+    continuing = features is not None and features.exists()
+    if features is not None:
+        require_own_folder(features)
+    writer = SampleWriter(Path(args.save_samples), len(samples), continuing=continuing) if args.save_samples else None
     result = evaluate_generation(
         samples,
         reference,
@@ -138,6 +143,8 @@ def run(args: argparse.Namespace) -> str | None:
     _write(result, args)
     if features is not None:
         shutil.rmtree(features)
+    if writer is not None:
+        writer.remove_rows()
     return result.table()
 
 
@@ -146,8 +153,22 @@ def _require_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < least:
             raise UserError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
-    if args.output and Path(args.output).is_dir():
-        raise UserError(f"--output {args.output} is a folder; name a file")
+    if args.output:
+        _require_place(Path(args.output))
+    if args.save_reference:
+        require_new_npz(Path(args.save_reference), "--save-reference")
+
+
+def _require_place(path: Path) -> None:
+    """Refuse to write a result over anything but an earlier result."""
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file")
+    try:
+        known = not path.exists() or "schema" in json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, OSError):
+        known = False
+    if not known:
+        raise UserError(f"--output {path} exists and is no result of an evaluation; name another file")
 
 
 def choose_protocol(args: argparse.Namespace) -> tuple[str, EvaluationProtocol]:
@@ -205,4 +226,9 @@ def _write(result: GenerationResult, args: argparse.Namespace) -> None:
         replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     if args.save_reference:
         statistics, reference = result.reference_statistics, result.reference
+        if not statistics:
+            raise UserError(
+                f"--save-reference {args.save_reference}: no metric here has statistics; measure fd, or use "
+                "`repagen reference make`"
+            )
         save_statistics(args.save_reference, statistics, result.spaces, reference)

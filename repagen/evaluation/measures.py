@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from repagen.errors import UserError, naming
 from repagen.evaluation.encoder_extractors import FEATURE
 from repagen.evaluation.extraction import Extraction, Needs
-from repagen.evaluation.extractor import FeatureExtractor
 from repagen.evaluation.metrics.density_coverage import density_coverage
 from repagen.evaluation.metrics.frechet import frechet_distance
 from repagen.evaluation.metrics.inception_score import InceptionScoreSums
@@ -56,19 +55,24 @@ def feature_of(metric: MetricName, space: SpaceRule) -> str:
 
 
 def needs_of(
-    protocol: EvaluationProtocol, extractors: Mapping[str, FeatureExtractor], *, reference: bool = False
+    protocol: EvaluationProtocol, dimensions: Mapping[str, Mapping[str, int]], *, reference: bool = False
 ) -> Needs:
-    """What a protocol's metrics need to know of the samples, or of reference images."""
-    moments: list[str] = []
+    """What a protocol's metrics need to know of the samples, or of reference images.
+
+    Args:
+        protocol: names the metrics.
+        dimensions: space => feature, as `pool`, => number of features D.
+        reference: of reference images.
+    """
+    moments: dict[str, None] = {}  # a set that keeps its order
     kept: dict[str, int] = {}
     scored = None
     for space in protocol.spaces:
-        dimensions = extractors[space.name].dimensions
         for metric in space.metrics:
             feature = feature_of(metric, space)
             if metric in ("fd", "sfid"):
-                moments.append(feature)
-                kept[feature] = max(kept.get(feature, 0), dimensions[feature.split(".")[1]])
+                moments[feature] = None
+                kept[feature] = max(kept.get(feature, 0), dimensions[space.name][feature.split(".")[1]])
             elif metric in SINGLE_IMAGES:
                 kept[feature] = max(kept.get(feature, 0), _images_kept(protocol, metric, reference))
             elif metric == "inception_score" and not reference:
@@ -95,7 +99,7 @@ def least_images(protocol: EvaluationProtocol, metric: MetricName) -> int:
     return least.get(metric, 2)
 
 
-def require_samples(protocol: EvaluationProtocol, count: int) -> None:
+def require_enough_samples(protocol: EvaluationProtocol, count: int) -> None:
     """Refuse a number of samples with which a metric of the protocol cannot be measured.
 
     Raises:
@@ -109,7 +113,7 @@ def require_samples(protocol: EvaluationProtocol, count: int) -> None:
                 raise UserError(f"{metric} needs at least {least} samples, got {seen}; draw more, or leave it out")
 
 
-def require_reference(protocol: EvaluationProtocol, reference: Side) -> None:
+def require_enough_reference(protocol: EvaluationProtocol, reference: Side) -> None:
     """Refuse a reference with which a metric of the protocol cannot be measured.
 
     Raises:
@@ -184,7 +188,8 @@ def _values(
 ) -> tuple[float, ...]:
     feature = feature_of(metric, space)
     if metric == "inception_score":
-        assert samples.score is not None, "needs_of asks for it"
+        if samples.score is None:
+            raise UserError(f"it needs at least {protocol.inception_score.splits} images, one for each split")
         score = samples.score.result()
         return score.mean, score.std
     if metric in ("fd", "sfid"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from repagen.pipelines.class_to_image import ClassToImagePipeline
 
 TRAINING_FILE = "training.json"
+
+
+def _settings(component: Any) -> dict[str, Any]:
+    """A component's configuration, but for where it came from."""
+    return {name: value for name, value in dict(component.config).items() if not name.startswith("_")}
 
 
 class PipelineImages(ImageSource):
@@ -118,6 +124,7 @@ class PipelineImages(ImageSource):
             "forward_batch_size": self.forward_batch_size,
             "scheduler": type(scheduler).__name__,
             "shift": scheduler.config.get("shift"),
+            "scheduler_config": _settings(scheduler),
             "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
             **{name: value for name, value in asdict(self.resolved).items() if value is not None},
         }
@@ -132,7 +139,10 @@ class PipelineImages(ImageSource):
         with refusing(f"{path}: cannot be read as JSON"):
             return json.loads(path.read_text(encoding="utf-8"))
 
-    def state(self) -> str:
-        """A hash of the generator's weights and of the decoder's."""
+    def origin(self) -> str:
+        """A hash of weights and settings of all parts of the pipeline, as they are now."""
         parts = [self.pipeline.transformer, self.pipeline.vae, getattr(self.pipeline, "guidance_transformer", None)]
-        return ",".join(hash_tensors(part.state_dict().values()) for part in parts if part is not None)
+        present = [part for part in parts if part is not None]
+        weights = [hash_tensors(part.state_dict().values()) for part in present]
+        settings = [_settings(part) for part in (*present, self.pipeline.scheduler)]
+        return hashlib.sha256(json.dumps([weights, settings], sort_keys=True, default=str).encode()).hexdigest()

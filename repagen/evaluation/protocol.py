@@ -43,8 +43,12 @@ class SpaceRule:
 
     def validate(self) -> None:
         """Check what the types cannot say."""
-        require(bool(self.metrics), "metrics", self.metrics, "at least one metric")
+        once = bool(self.metrics) and len(set(self.metrics)) == len(self.metrics)
+        require(once, "metrics", self.metrics, "at least one metric, each once")
         require(self.name.replace("_", "").isalnum(), "name", self.name, "letters, digits and _")
+        literature = self.extractor.kind == "inception"
+        allowed = "inception for extractors of that kind, another name for others"
+        require((self.name == "inception") == literature, "name", self.name, allowed)
         if self.extractor.kind != "inception":
             require(bool(self.extractor.model), "extractor.model", self.extractor.model, "a folder, Hub id or name")
             wrong = [metric for metric in self.metrics if metric in _INCEPTION_ONLY]
@@ -60,10 +64,12 @@ class ReferenceRule:
     Attributes:
         kind: `statistics` (a file of means and covariances), `images`, or `any`.
         description: which, and where it comes from, in words.
+        layout: of the file: `ADM`, where the protocol stands for ADM's own; None = any. Another file is a deviation.
     """
 
     kind: Literal["statistics", "images", "any"] = "any"
     description: str = ""
+    layout: Literal["ADM"] | None = None
 
 
 @dataclass
@@ -77,6 +83,10 @@ class InceptionScoreRule:
 
     splits: int = 10
     order: Order = "torch-fidelity"
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        require(self.splits >= 1, "splits", self.splits, "at least 1")
 
 
 @dataclass
@@ -93,6 +103,14 @@ class NeighbourRule:
     num_samples: int = 10_000
     num_reference: int = 10_000
 
+    def validate(self) -> None:
+        """Check the ranges."""
+        require(self.neighbours >= 1, "neighbours", self.neighbours, "at least 1")
+        for key in ("num_samples", "num_reference"):
+            require(
+                getattr(self, key) > self.neighbours, key, getattr(self, key), f"above neighbours={self.neighbours}"
+            )
+
 
 @dataclass
 class KernelRule:
@@ -105,6 +123,11 @@ class KernelRule:
 
     subsets: int = 100
     subset_size: int = 1000
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        require(self.subsets >= 1, "subsets", self.subsets, "at least 1")
+        require(self.subset_size >= 2, "subset_size", self.subset_size, "at least 2")
 
 
 @dataclass(kw_only=True)
@@ -146,7 +169,7 @@ class EvaluationProtocol:
         """Check what the types cannot say."""
         names = [space.name for space in self.spaces]
         require(bool(names) and len(set(names)) == len(names), "spaces", names, "one or more, of different names")
-        require(self.num_kept >= 1, "num_kept", self.num_kept, "at least 1")
+        require(self.num_kept >= 2, "num_kept", self.num_kept, "at least 2")
         for key in ("num_samples", "image_size"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "at least 1")
@@ -185,12 +208,17 @@ def encoder_protocol(
         model: id or folder.
         pooling: of its tokens.
         metrics: what to measure there.
+
+    Raises:
+        UserError: for metrics that are Inception's, or given twice.
     """
+    space = SpaceRule("encoder", ExtractorRule("encoder", model, pooling=pooling), list(metrics))
+    space.validate()
     return EvaluationProtocol(
         title=f"metrics in the space of {model}",
         source="put together by hand",
         sampling_dtype=None,
-        spaces=[SpaceRule("encoder", ExtractorRule("encoder", model, pooling=pooling), list(metrics))],
+        spaces=[space],
     )
 
 

@@ -21,6 +21,7 @@ from repagen.evaluation.moments import FeatureMoments, Statistics
 from repagen.evaluation.protocol import SpaceRule
 from repagen.evaluation.reference import ReferenceStatistics, load_statistics, save_statistics
 from repagen.evaluation.samples import ImageSource
+from repagen.evaluation.store import require_own_folder
 from repagen.randomness import generator_for
 
 _WITHOUT_MOMENTS = "logits"  # they serve the Inception Score alone
@@ -58,6 +59,7 @@ def make_reference(
     if keep_images > len(source):
         raise UserError(f"--keep-images {keep_images}, but there are {len(source)} images; keep fewer")
     partial = Path(f"{path}.partial")
+    require_own_folder(partial)
     moments = tuple(
         f"{space}.{name}"
         for space, extractor in extractors.items()
@@ -82,16 +84,16 @@ def make_reference(
     shutil.rmtree(partial)
 
 
-def require_new_npz(path: Path) -> None:
+def require_new_npz(path: Path, option: str = "--output") -> None:
     """Refuse a place where no file of statistics can be written.
 
     Raises:
         UserError: when the path is taken, or does not end with `.npz`.
     """
     if path.suffix != ".npz":
-        raise UserError(f"--output {path}: statistics are read from files that end with .npz; name it so")
+        raise UserError(f"{option} {path}: statistics are read from files that end with .npz; name it so")
     if path.exists():
-        raise UserError(f"--output {path} exists; name a new file, or remove it")
+        raise UserError(f"{option} {path} exists; name a new file, or remove it")
 
 
 def _draw_images(source: ImageSource, extraction: Extraction, count: int, path: Path) -> int:

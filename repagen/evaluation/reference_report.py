@@ -18,7 +18,7 @@ from repagen.evaluation.reference_building import STATED
 from repagen.evaluation.reporting import aligned, described, distance_remarks
 
 _PUBLISHED_SAMPLES = 50_000
-_INCEPTION_FEATURES = 2048
+_INCEPTION_DIMENSION = 2048
 
 
 def describe_reference(reference: ReferenceStatistics) -> str:
@@ -60,7 +60,7 @@ def _feature(statistics: Statistics) -> str:
 
 def _unrecorded(reference: ReferenceStatistics) -> str:
     pool = reference.statistics.get("inception.pool")
-    if pool is not None and pool.dimension == _INCEPTION_FEATURES:
+    if pool is not None and pool.dimension == _INCEPTION_DIMENSION:
         return f"not recorded; taken for {INCEPTION} with the kernel {TENSORFLOW_KERNEL}"
     return "not recorded, and not Inception's; say whose with `repagen reference import`"
 

@@ -55,8 +55,12 @@ class ImageSource(ABC):
     def protocol(self) -> dict[str, Any]:
         """How the images came about, for the result file."""
 
-    def state(self) -> str:
-        """What must be the same for features of an interrupted evaluation to be used again; see `FeatureStore`."""
+    def origin(self) -> str:
+        """What must be the same for features of any of these images to be used again, beside the protocol."""
+        return ""
+
+    def state(self, indices: Sequence[int]) -> str:
+        """What must be the same of these images for their features to be used again; see `FeatureStore`."""
         return ""
 
 
@@ -103,9 +107,9 @@ class FolderImages(ImageSource):
         """Kind and folder."""
         return {"kind": "folder", "path": printable(self.folder)}
 
-    def state(self) -> str:
+    def state(self, indices: Sequence[int]) -> str:
         """Names, sizes and times of the files."""
-        return _state_of_files(self.paths)
+        return _state_of_files([self.paths[index] for index in indices])
 
 
 class NpzImages(ImageSource):
@@ -164,7 +168,7 @@ class NpzImages(ImageSource):
         """Kind and file."""
         return {"kind": "npz", "path": printable(self.path)}
 
-    def state(self) -> str:
+    def origin(self) -> str:
         """Size and time of the file."""
         return _state_of_files([self.path])
 
@@ -204,9 +208,9 @@ class TensorImages(ImageSource):
         """Kind and name."""
         return {"kind": "tensor", "name": self.name}
 
-    def state(self) -> str:
+    def state(self, indices: Sequence[int]) -> str:
         """A hash of the pixels."""
-        return hashlib.sha256(self.images.cpu().contiguous().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.images[list(indices)].cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def npz_keys(path: Path) -> set[str]:
@@ -272,7 +276,7 @@ class DatasetImages(ImageSource):
             source |= {"split": config.split, "revision": config.revision}
         return {"kind": config.kind, **source, "image_size": config.image_size, "crop": config.crop}
 
-    def state(self) -> str:
+    def origin(self) -> str:
         """The dataset's fingerprint."""
         return self.dataset.fingerprint()
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from repagen.evaluation.comparison.likeness import protocol_facts
 from repagen.evaluation.encoder_extractors import FEATURE
@@ -146,7 +145,8 @@ def _drawing(protocol: EvaluationProtocol) -> Iterator[tuple[str, str]]:
     yield "precision", f"{sampling}. Samples given as files are taken as they are."
     reference = protocol.reference
     named = f": {reference.description}" if reference.description else ", of your choice"
-    yield "reference", f"{_REFERENCES[reference.kind]}{named}. The hash of it stands in the result."
+    layout = f" A file of another layout than {reference.layout}'s is a deviation." if reference.layout else ""
+    yield "reference", f"{_REFERENCES[reference.kind]}{named}. The hash of it stands in the result.{layout}"
 
 
 def _measuring(protocol: EvaluationProtocol) -> Iterator[tuple[str, str]]:
@@ -213,10 +213,9 @@ def _dimensions(protocol: EvaluationProtocol) -> dict[str, dict[str, int]]:
 def _memory(protocol: EvaluationProtocol) -> dict[str, float]:
     """Megabytes by side: of features that are held, and of covariances."""
     dimensions = _dimensions(protocol)
-    extractors = cast(Any, {name: SimpleNamespace(dimensions=widths) for name, widths in dimensions.items()})
     memory = {}
     for side in ("samples", "reference images"):
-        needs = needs_of(protocol, extractors, reference=side != "samples")
+        needs = needs_of(protocol, dimensions, reference=side != "samples")
         widths = {f"{space}.{name}": width for space, one in dimensions.items() for name, width in one.items()}
         limit = protocol.num_samples if side == "samples" else None
         kept = sum(4 * widths[feature] * min(count, limit or count) for feature, count in needs.kept.items())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from repagen.errors import UserError
@@ -22,25 +23,34 @@ class SampleWriter:
     Args:
         path: ends with `.npz`, or is a folder.
         count: number of samples.
+        continuing: an interrupted evaluation, whose samples may be there already.
 
     Raises:
         UserError: when the path is taken by something else.
     """
 
-    def __init__(self, path: Path, count: int) -> None:
+    def __init__(self, path: Path, count: int, *, continuing: bool) -> None:
         self.path = path
         self.count = count
         self.as_npz = path.suffix == ".npz"
-        if self.as_npz and path.exists():
-            raise UserError(f"--save-samples {path} exists; name a new file, or remove it")
         if not self.as_npz and path.exists() and not path.is_dir():
             raise UserError(f"--save-samples {path} is a file; name a folder, or a file that ends with .npz")
         self._rows = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.rows")
+        taken = path.exists() and (self.as_npz or any(path.iterdir()))
+        state = PartialState()
+        if taken and not continuing and state.is_main_process:
+            raise UserError(f"--save-samples {path} exists and is not empty; name a new place, or remove it")
+        state.wait_for_everyone()  # before the first of them writes there
         self._digits = max(6, len(str(count - 1)))
-        (self._rows if self.as_npz else path).mkdir(parents=True, exist_ok=True)
+
+    @property
+    def place(self) -> str:
+        """Where the samples go."""
+        return str(self.path.absolute())
 
     def put(self, index: int, image: torch.Tensor) -> None:
         """Write one sample, uint8 (3, H, W); it is whole or not there."""
+        (self._rows if self.as_npz else self.path).mkdir(parents=True, exist_ok=True)
         pixels, content = image.permute(1, 2, 0).contiguous().numpy(), io.BytesIO()
         if self.as_npz:
             np.save(content, pixels)
@@ -53,7 +63,7 @@ class SampleWriter:
         return self._rows / f"{index}.npy"
 
     def finish(self) -> None:
-        """Join the rows of an npz, in order; to be called once, when all samples are written."""
+        """Join the rows of an npz, in order, once all samples are written; may be called again if interrupted."""
         if not self.as_npz:
             return
         rows = (np.load(self._row(index), allow_pickle=False) for index in range(self.count))
@@ -67,4 +77,7 @@ class SampleWriter:
                     file.write(row.tobytes())
 
         replace_file(self.path, write)
-        shutil.rmtree(self._rows)
+
+    def remove_rows(self) -> None:
+        """Remove what an npz was joined from, once nothing can be interrupted any more."""
+        shutil.rmtree(self._rows, ignore_errors=True)

@@ -18,7 +18,7 @@ from repagen.data import SampleDataset
 from repagen.errors import UserError
 from repagen.evaluation.extractor import FeatureExtractor
 from repagen.evaluation.generation import KnownReference, evaluate_generation, look_at_reference, open_extractors
-from repagen.evaluation.measures import require_reference
+from repagen.evaluation.measures import require_enough_reference
 from repagen.evaluation.pipeline_images import PipelineImages
 from repagen.evaluation.protocol import EvaluationProtocol
 from repagen.evaluation.reference import ReferenceStatistics, open_reference
@@ -69,7 +69,7 @@ def open_evaluation(
                 name=name, max_bad_images=_bad_images(config), progress_bar=config.progress_bar, keep=True,
             )  # fmt: skip
             run.on_main(lambda: _remove(folder.glob("reference/*.partial")))  # of references that were given before
-            require_reference(protocol, reference.side)
+            require_enough_reference(protocol, reference.side)
             _require_size(reference, decoded_size(pipeline.vae, latent_shape))
     return TrainingEvaluation(config.evaluation, run, pipeline, dataset, (name, protocol), extractors, reference)
 
@@ -155,7 +155,7 @@ class TrainingEvaluation:
         """A hash of weights and settings: what the figures are a function of."""
         given, images = self._reference.given, self._reference.images
         key = {
-            "samples": [self.samples.protocol, len(self.samples), self.samples.state()],
+            "samples": [self.samples.protocol, len(self.samples), self.samples.origin()],
             "protocol": [self._name, dataclasses.asdict(self._protocol)],
             "extractors": {space: extractor.identity.as_dict() for space, extractor in self._extractors.items()},
             "reference": [
@@ -240,7 +240,7 @@ def _naming(place: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        message = str(error)
+        message = str(error).removeprefix("reference: ")  # which the key says
         for option, key in _KEYS.items():
             message = message.replace(option, key)
         raise UserError(f"{place}: {message}") from error

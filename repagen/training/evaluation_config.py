@@ -7,7 +7,7 @@ from typing import Any
 
 from repagen.config import require
 from repagen.errors import UserError
-from repagen.evaluation.measures import require_samples
+from repagen.evaluation.measures import require_enough_samples
 from repagen.evaluation.protocol import (
     EvaluationProtocol,
     MetricName,
@@ -65,7 +65,7 @@ class EvaluationConfig:
             require(weights is None, "extractor_weights", weights, "left out: they are Inception's")
         if self.every_images:
             try:
-                require_samples(self.named_protocol()[1], self.num_samples)
+                require_enough_samples(self.named_protocol()[1], self.num_samples)
             except UserError as error:
                 key = "" if str(error).startswith(("metrics:", "protocol:")) else "num_samples: "
                 raise UserError(f"{key}{error}") from None

@@ -153,7 +153,7 @@ def test_a_feature_that_is_not_finite_names_the_image(
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_than_two_images_are_refused(look: Any, random_pictures: Any, count: int) -> None:
-    with pytest.raises(UserError, match=f"at least 2 readable images on each side, got {count} of {count}"):
+    with pytest.raises(UserError, match=f"features: an evaluation needs at least 2 readable images, got {count}"):
         look(TensorImages(as_tensor(random_pictures(3, seed=0)[:count])))
 
 
@@ -205,13 +205,41 @@ def test_damaged_features_are_made_again(
     assert torch.equal(continued.statistics[FEATURE].covariance, whole.statistics[FEATURE].covariance)
 
 
-def test_features_of_other_images_or_extractors_are_not_taken(
+def test_blocks_of_changed_images_are_made_again(
+    tmp_path: Path, look: Any, extractor: EncoderExtractor, random_pictures: Any, write_pictures: Any
+) -> None:
+    """One mended file of many does not cost the others."""
+    folder, features = write_pictures(tmp_path / "images", random_pictures(130, seed=0)), tmp_path / "features"
+    (folder / "00040.png").write_bytes(b"broken")
+    assert look(FolderImages(folder), folder=features, max_bad_images=1).count == 129
+    with pytest.raises(UserError, match=r"features: 1 unreadable images, 0 allowed: 00040\.png"):
+        look(FolderImages(folder), folder=features)
+    write_pictures(tmp_path / "mended", random_pictures(1, seed=9))
+    (folder / "00040.png").write_bytes((tmp_path / "mended" / "00000.png").read_bytes())
+    again = Counting(extractor)
+    continued = look(FolderImages(folder), extractors={"encoder": again}, folder=features)
+    assert again.batches == 1
+    assert continued.pixels_sha256 == look(FolderImages(folder)).pixels_sha256
+
+
+@pytest.mark.parametrize(("first", "second"), [(100, 140), (140, 100)])
+def test_another_number_of_images_continues_with_that_number(
+    tmp_path: Path, look: Any, extractor: EncoderExtractor, random_pictures: Any, first: int, second: int
+) -> None:
+    images = as_tensor(random_pictures(140, seed=0))
+    look(TensorImages(images[:first]), folder=tmp_path / "features")
+    continued = look(TensorImages(images[:second]), folder=tmp_path / "features")
+    whole = look(TensorImages(images[:second]))
+    assert continued.count == second
+    assert continued.pixels_sha256 == whole.pixels_sha256
+    assert torch.equal(continued.statistics[FEATURE].covariance, whole.statistics[FEATURE].covariance)
+
+
+def test_features_of_other_extractors_are_not_taken(
     tmp_path: Path, look: Any, encoder: VisionEncoder, random_pictures: Any
 ) -> None:
     images = as_tensor(random_pictures(40, seed=0))
     look(TensorImages(images), folder=tmp_path / "features")
-    with pytest.raises(UserError, match=r"other images, extractors or settings \(state\)"):
-        look(TensorImages(images + 1), folder=tmp_path / "features")
     with pytest.raises(UserError, match=r"\(extractors\); finish that one, remove the folder"):
         look(
             TensorImages(images),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from repagen.evaluation import EncoderExtractor, TensorImages
 from repagen.evaluation.extraction import Needs, extract
 from repagen.evaluation.extraction_file import extract_once, load_extraction, save_extraction
 from repagen.evaluation.generation import KnownReference, evaluate_generation, look_at_reference
-from repagen.evaluation.measures import Side, least_images, measure, require_reference, require_samples
+from repagen.evaluation.measures import Side, least_images, measure, require_enough_reference, require_enough_samples
 from repagen.evaluation.metrics.inception_score import split_of_position
 from repagen.evaluation.moments import FeatureMoments
 from repagen.evaluation.protocol import EvaluationProtocol, KernelRule, MetricName, encoder_protocol, load_protocol
@@ -98,7 +99,10 @@ def test_what_is_refused_beforehand_is_what_cannot_be_measured(metric: MetricNam
     for count in range(2, 10):
         for samples, reference in ((side(count), side(9)), (side(9), side(count))):
             assert bool(measure(protocol, samples, reference).left_out) == (count < least)
-        for check in (lambda: require_samples(protocol, count), lambda: require_reference(protocol, side(count))):  # noqa: B023
+        for check in (
+            partial(require_enough_samples, protocol, count),
+            partial(require_enough_reference, protocol, side(count)),
+        ):
             if count >= least:
                 check()
                 continue
@@ -113,11 +117,11 @@ def test_an_inception_score_needs_an_image_in_each_split(count: int) -> None:
     protocol = dataclasses.replace(protocol, spaces=[dataclasses.replace(space, metrics=["inception_score"])])
     splits = protocol.inception_score.splits
     if count >= splits:
-        require_samples(protocol, count)
+        require_enough_samples(protocol, count)
         assert split_of_position(torch.arange(count), count, splits).unique().tolist() == list(range(splits))
         return
     with pytest.raises(UserError, match=f"^inception_score needs at least 10 samples, got {count}"):
-        require_samples(protocol, count)
+        require_enough_samples(protocol, count)
     with pytest.raises(UserError, match="10 splits"):
         split_of_position(torch.arange(count), count, splits)
 
@@ -126,7 +130,7 @@ def test_an_inception_score_needs_an_image_in_each_split(count: int) -> None:
 def test_statistics_alone_serve_distances_of_moments(metric: MetricName) -> None:
     bare = Side(side(9).statistics, {})
     if metric == "fd":
-        require_reference(small_protocol(metric), bare)
+        require_enough_reference(small_protocol(metric), bare)
         return
     with pytest.raises(UserError, match=f"^{metric} cannot be measured: .*statistics alone"):
-        require_reference(small_protocol(metric), bare)
+        require_enough_reference(small_protocol(metric), bare)

@@ -142,7 +142,7 @@ def test_a_reference_of_another_kind_is_refused(
 
 def test_samples_of_another_size_are_refused(sides: Any, extractor: EncoderExtractor, random_pictures: Any) -> None:
     larger = TensorImages(images_of(random_pictures(9, seed=0, size=32)))
-    with pytest.raises(UserError, match="samples are 32x32, reference images 16x16"):
+    with pytest.raises(UserError, match="samples: images are 32x32, those of the reference 16x16"):
         evaluate((larger, sides[1]), extractor)
 
 
@@ -173,6 +173,32 @@ def test_a_pipelines_labels_and_rounding_may_deviate(
         "rounding=round, the protocol says truncate",
         "dtype=float32, the protocol says bfloat16",
     )
+
+
+def test_too_few_images_for_the_splits_cost_the_inception_score_alone(
+    inception_file: Path, random_pictures: Any
+) -> None:
+    sides = [TensorImages(images_of(random_pictures(3, seed=seed, size=16))) for seed in (1, 2)]
+    result = evaluate_generation(
+        *sides, load_protocol("torch-fidelity"), {"inception": InceptionExtractor(inception_file)}
+    )
+    assert set(result.metrics) == {"fid"}
+    assert "at least 10 images, one for each split" in result.left_out["inception_score"]
+
+
+def test_another_reference_than_the_protocol_says_is_a_deviation(sides: Any, extractor: EncoderExtractor) -> None:
+    protocol = encoder_protocol("tiny", metrics=("fd",))
+    protocol.reference.layout, protocol.reference.description = "ADM", "the file of ADM"
+    result = evaluate_generation(*sides, protocol, {"encoder": extractor})
+    assert result.deviations == ("the reference is not the file of ADM, which the protocol says",)
+
+
+def test_a_metric_that_is_named_twice_counts_once(sides: Any, extractor: EncoderExtractor) -> None:
+    protocol = encoder_protocol("tiny", metrics=("fd",))
+    once = evaluate_generation(*sides, protocol, {"encoder": extractor})
+    protocol.spaces[0].metrics = ["fd", "fd"]
+    twice = evaluate_generation(*sides, protocol, {"encoder": extractor})
+    assert twice.metrics == once.metrics and twice.num_reference == once.num_reference == 80
 
 
 # --- ratios --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from repagen import cli
+from repagen.evaluation import generation_command, open_images
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ["data.kind=digits", "data.image_size=32"]
@@ -79,6 +81,7 @@ def test_a_protocol_of_ones_own(
         "forward_batch_size": 32,
         "scheduler": "FlowMatchEulerDiscreteScheduler",
         "shift": 1.0,
+        "scheduler_config": result["samples"]["scheduler_config"],
         "dtype": "float32",
         "num_inference_steps": 2,
         "guidance_scale": 1.0,
@@ -88,6 +91,7 @@ def test_a_protocol_of_ones_own(
         "pixels_sha256": result["samples"]["pixels_sha256"],
     }
     assert result["num_samples"] == 40
+    assert result["samples"]["scheduler_config"]["stochastic_sampling"] is False
 
 
 @pytest.mark.parametrize("suffix", ["", ".npz"])
@@ -173,11 +177,15 @@ def test_bad_images_are_listed_or_left_out(
         (["--samples", *DIGITS, "--reference", *DIGITS, "--protocol", "adm256"], "exclude each other"),
         (["--samples", *DIGITS, "--reference", *DIGITS, "--extractor-weights", "w"], "weights are Inception's"),
         (["--samples", *DIGITS, "--reference", *DIGITS, "--normalisers", "missing"], "missing: cannot be read as a"),
+        (["--samples", *DIGITS, "--reference", *DIGITS, "--save-reference", "r.json"], "files that end with .npz"),
+        (["--samples", *DIGITS, "--reference", *DIGITS, "--output", "README.md"], "is no result of an evaluation"),
+        (["--samples", *DIGITS, "--reference", *DIGITS, "--metrics", "fd", "fd"], "at least one metric, each once"),
+        (["--samples", *DIGITS, "--reference", *DIGITS, "--output", "/proc/x/y.json"], "features cannot be written"),
         (["--model", "missing", "--reference", *DIGITS], "--model needs --num-samples"),
         (["--model", "missing", "--num-samples", "9", "--reference", *DIGITS], "--model missing: no pipeline folder"),
         (
             ["--samples", *DIGITS, "--reference", "data.kind=digits", "data.image_size=16"],
-            "samples are 32x32, reference images 16x16",
+            "samples: images are 32x32, those of the reference 16x16",
         ),
     ],
 )
@@ -213,6 +221,80 @@ def test_a_wrong_protocol_is_one_line(
     assert message in capsys.readouterr().err
 
 
+def test_statistics_of_another_image_size_are_refused(
+    evaluate: Any, folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statistics = str(tmp_path / "digits.npz")
+    evaluate("--samples", *DIGITS, "--reference", *DIGITS, "--save-reference", statistics)
+    with pytest.raises(SystemExit):
+        evaluate("--samples", folders[0], "--reference", statistics)
+    assert "samples: images are 16x16, those of the reference 32x32" in capsys.readouterr().err
+
+
+def test_a_folder_of_somebody_else_is_not_removed(
+    evaluate: Any, folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "result.json.partial"
+    place.mkdir()
+    (place / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit):
+        evaluate("--samples", folders[0], "--reference", folders[1], "--output", str(tmp_path / "result.json"))
+    assert "would be removed with thesis.txt in it" in capsys.readouterr().err
+    assert (place / "thesis.txt").exists()
+
+
+def test_normalisers_without_a_ratio_are_refused(
+    evaluate: Any, folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "n.json").write_text('{"spaces": {"encoder": {"frechet_distance": 1.0}}, "source": "this test"}')
+    with pytest.raises(SystemExit):
+        evaluate("--samples", folders[0], "--reference", folders[1], "--normalisers", str(tmp_path / "n.json"))
+    assert "normalisers are for FDr, which protocol custom does not measure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["", ".npz"])
+def test_saved_samples_survive_a_kill_before_the_result(
+    evaluate: Any, folders: tuple[str, str], pipeline_folder: Path, tmp_path: Path, suffix: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    saved, output = tmp_path / f"saved{suffix}", str(tmp_path / "result.json")
+    words = ["--model", str(pipeline_folder), "--num-samples", "37", "--num-inference-steps", "2"]
+    words += ["--reference", folders[1], "--output", output]
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generation_command, "_write", killed)
+        evaluate(*words, "--save-samples", str(saved))
+    elsewhere = tmp_path / f"elsewhere{suffix}"
+    with pytest.raises(SystemExit):
+        evaluate(*words, "--save-samples", str(elsewhere))
+    assert "extractors or settings (written)" in capsys.readouterr().err
+    evaluate(*words, "--save-samples", str(saved))
+    assert len(open_images([str(saved)])) == 37
+    assert not list(tmp_path.glob(".tmp-*"))
+    with pytest.raises(SystemExit):  # what is there belongs to a finished evaluation
+        evaluate(*words, "--save-samples", str(saved))
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_another_sampler_does_not_continue_an_interrupted_evaluation(
+    evaluate: Any, folders: tuple[str, str], pipeline_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = shutil.copytree(pipeline_folder, tmp_path / "pipeline")
+    words = ["--model", str(model), "--num-samples", "37", "--num-inference-steps", "2", "--reference", folders[1]]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generation_command, "_write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        evaluate(*words, "--output", str(tmp_path / "result.json"))
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stochastic_sampling": True}))
+    with pytest.raises(SystemExit):
+        evaluate(*words, "--output", str(tmp_path / "result.json"))
+    assert "extractors or settings (origin, source)" in capsys.readouterr().err
+
+
 # --- processes -----------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +304,7 @@ def started(words: list[str], processes: int = 1) -> list[str]:
 
 
 def run_door(words: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = started(words, processes)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
 
@@ -261,7 +343,7 @@ def test_killed_at_ten_points_it_comes_to_the_same_score(
     words = ["--samples", samples, "--reference", folders[1], "--extractor", str(encoder_folder), "--batch-size", "32"]
     whole, output = tmp_path / "whole.json", tmp_path / "killed.json"
     assert run_door([*words, "--output", str(whole)]).returncode == 0
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     blocks = tmp_path / "killed.json.partial" / "samples"
     kills = 0
     for wanted in range(4, 44, 4):  # blocks on disk at which to kill

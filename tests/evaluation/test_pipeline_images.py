@@ -120,13 +120,18 @@ def test_pixels_are_truncated_where_the_protocol_says_so(pipeline_folder: Path) 
     assert 0.3 < difference.float().mean() < 0.7
 
 
-def test_the_state_is_that_of_the_weights(pipeline_folder: Path) -> None:
+def test_the_origin_is_weights_and_settings(pipeline_folder: Path) -> None:
     pipeline: Any = repagen.ClassToImagePipeline.from_pretrained(pipeline_folder)
     source = PipelineImages(pipeline, 3)
-    state = source.state()
+    origins = {source.origin()}
     with torch.no_grad():
         next(pipeline.transformer.parameters()).add_(1.0)
-    assert source.state() != state
+    origins.add(source.origin())
+    pipeline.scheduler.register_to_config(stochastic_sampling=True)
+    origins.add(source.origin())
+    pipeline.vae.register_to_config(image_size=999)
+    origins.add(source.origin())
+    assert len(origins) == 4
 
 
 def test_a_pipelines_training_is_read_from_its_folder(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -13,13 +13,6 @@ from repagen.evaluation.protocol import metric_names
 INCEPTION = {"pool": 2048, "spatial": 2023, "logits": 1008}
 
 
-class Dimensions:
-    """Stands in for an extractor: how many features it has."""
-
-    def __init__(self, dimensions: dict[str, int]) -> None:
-        self.dimensions = dimensions
-
-
 @pytest.mark.parametrize("name", protocol_names())
 def test_every_protocol_says_where_it_comes_from(name: str) -> None:
     protocol = load_protocol(name)
@@ -47,13 +40,12 @@ def test_what_separates_the_imagenet_protocols() -> None:
 
 def test_adm_keeps_what_its_metrics_need_and_no_more() -> None:
     protocol = load_protocol("adm256")
-    extractors = {"inception": Dimensions(INCEPTION)}
-    assert needs_of(protocol, extractors) == Needs(
+    assert needs_of(protocol, {"inception": INCEPTION}) == Needs(
         moments=("inception.pool", "inception.spatial"),
         kept={"inception.pool": 50_000, "inception.spatial": 2023},
         scored=("inception.logits", 10, "file"),
     )
-    assert needs_of(protocol, extractors, reference=True) == Needs(
+    assert needs_of(protocol, {"inception": INCEPTION}, reference=True) == Needs(
         moments=("inception.pool", "inception.spatial"),
         kept={"inception.pool": 10_000, "inception.spatial": 2023},
     )
@@ -87,7 +79,15 @@ def test_names_of_figures(metric: str, space: str, names: tuple[str, ...]) -> No
         ),
         (("[fd]", "[fid]"), r"spaces\.0\.metrics\.0: expected one of fd, sfid"),
         (("[fd]", "[sfid]"), r"spaces\.0\.metrics: must be without sfid, inception_score, which are Inception's"),
-        (("[fd]", "[]"), r"spaces\.0\.metrics: must be at least one metric"),
+        (("[fd]", "[]"), r"spaces\.0\.metrics: must be at least one metric, each once"),
+        (("[fd]", "[fd, fd]"), r"spaces\.0\.metrics: must be at least one metric, each once"),
+        (("name: mine", "name: inception"), r"spaces\.0\.name: must be inception for extractors of that kind"),
+        (("title: t", "inception_score: {splits: 0}\ntitle: t"), r"inception_score\.splits: must be at least 1"),
+        (("title: t", "kernel: {subsets: 0}\ntitle: t"), r"kernel\.subsets: must be at least 1"),
+        (
+            ("title: t", "precision_recall: {neighbours: 3, num_samples: -5}\ntitle: t"),
+            r"precision_recall\.num_samples: must be above neighbours=3",
+        ),
         (("[fd]", "[fdr]"), r"spaces\.0\.metrics: must be with fd, which fdr divides"),
         (("model: org/name", "model: ''"), r"spaces\.0\.extractor\.model: must be a folder, Hub id or name"),
         (("num_samples: 9", "num_samples: 0"), "num_samples: must be at least 1"),

@@ -166,7 +166,7 @@ def test_images_in_memory_are_checked() -> None:
     source = TensorImages(images, "samples")
     assert torch.equal(torch.stack(source.load([1, 0])), images.flip(0))
     assert source.describe(1) == "samples[1]"
-    assert source.state() != TensorImages(images + 1).state()
+    assert source.state([0]) != TensorImages(images + 1).state([0])
     with pytest.raises(
         UserError, match=r"samples: images must be uint8 \(N, 3, H, W\), got torch.float32 \(2, 3, 4, 4\)"
     ):
@@ -182,10 +182,11 @@ def test_image_files_that_are_not_read_are_reported(tmp_path: Path, random_pictu
 
 def test_a_changed_file_is_another_state(tmp_path: Path, random_pictures: Any, write_pictures: Any) -> None:
     write_pictures(tmp_path, random_pictures(2, seed=0))
-    state = FolderImages(tmp_path).state()
-    assert FolderImages(tmp_path).state() == state
+    state, other = FolderImages(tmp_path).state([1]), FolderImages(tmp_path).state([0])
+    assert FolderImages(tmp_path).state([1]) == state
     (tmp_path / "00001.png").write_bytes((tmp_path / "00000.png").read_bytes())
-    assert FolderImages(tmp_path).state() != state
+    assert FolderImages(tmp_path).state([1]) != state
+    assert FolderImages(tmp_path).state([0]) == other
 
 
 RULES = {  # what an image file is => the pixel it shows

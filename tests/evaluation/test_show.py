@@ -49,7 +49,7 @@ def full_protocol() -> EvaluationProtocol:
 
 def other_value(key: str, value: Any, kind: Any) -> Any:
     choices = [choice for part in (kind, *typing.get_args(kind)) for choice in typing.get_args(part)]
-    choices = [choice for choice in choices if isinstance(choice, str) and choice != value]
+    choices = [choice for choice in choices if isinstance(choice, str) and choice not in (value, "inception")]
     if choices:
         return choices[0]
     return value + 7 if isinstance(value, int) else f"{value}other"
