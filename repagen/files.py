@@ -16,6 +16,11 @@ TEMPORARY_PREFIX = ".tmp-"
 _CHUNK_BYTES = 1 << 22
 
 
+def printable(path: str | os.PathLike[str]) -> str:
+    """Return a path as text that any file takes: bytes that are not UTF-8 become escapes such as \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def file_digest(path: Path) -> dict[str, Any]:
     """=> {"bytes": size, "sha256": hex digest}."""
     digest, size = hashlib.sha256(), 0

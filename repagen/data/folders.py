@@ -42,7 +42,7 @@ class FolderDataset(ImageDataset):
         folders = [root / name for name in class_names] or [root]
         files, unread, labels = [], [], []
         for label, folder in enumerate(folders):
-            readable, others = _list_images(folder)
+            readable, others = list_images(folder)
             files += readable
             unread += others
             labels += [label] * len(readable)
@@ -83,8 +83,11 @@ def _find_classes(root: Path) -> list[str]:
     return folders
 
 
-def _list_images(folder: Path) -> tuple[list[str], list[str]]:
-    """List the images below a folder, in sorted order: those that can be read, and those of unread formats."""
+def list_images(folder: Path) -> tuple[list[str], list[str]]:
+    """List the images below a folder, in sorted order: those that can be read, and those of unread formats.
+
+    Links to folders are followed, each folder is listed once; what is hidden is passed over.
+    """
     readable: list[str] = []
     unread: list[str] = []
     visited: set[tuple[int, int]] = set()

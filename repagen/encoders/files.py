@@ -76,11 +76,16 @@ class EncoderFiles:
             fetch(self.repo_id, self.revision, patterns, self.local_files_only)
             if any((self.folder / name).is_file() for name in _WEIGHT_NAMES):
                 break
-        return weights_file(self.folder, self.name)
+        return weights_file(self.folder, self.name, self.repo_id if self.local_files_only else None)
 
 
-def weights_file(folder: Path, name: str) -> Path:
+def weights_file(folder: Path, name: str, repo_id: str | None = None) -> Path:
     """Return the file in a folder that holds an encoder's weights, or their index.
+
+    Args:
+        folder: where to look.
+        name: what the user asked for.
+        repo_id: the Hub repository to fetch it from, where that is for the user to do.
 
     Raises:
         UserError: where there is none.
@@ -88,7 +93,31 @@ def weights_file(folder: Path, name: str) -> Path:
     for candidate in _WEIGHT_NAMES:
         if (folder / candidate).is_file():
             return folder / candidate
-    raise UserError(f"{folder}: no model.safetensors (nor pytorch_model.bin) of encoder {name!r}")
+    fetching = f"; fetch it with `hf download {repo_id}`" if repo_id else ""
+    raise UserError(f"{folder}: no model.safetensors (nor pytorch_model.bin) of encoder {name!r}{fetching}")
+
+
+def local_folder(name: str) -> Path:
+    """Return a folder by its path, or the snapshot of a Hub id or `timm:NAME` in the cache; no network is touched.
+
+    Raises:
+        UserError: where it is not here, naming the command that fetches it.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    # No pattern: which files are needed is for the caller to say, and a snapshot of some files will do.
+    return fetch(hub_id(name), None, [], local_files_only=True)
+
+
+def local_weights(name: str) -> Path:
+    """Return the file with the weights, or their index, in `local_folder(name)`.
+
+    Raises:
+        UserError: where it is not here, naming the command that fetches it.
+    """
+    is_folder = Path(name).expanduser().is_dir()
+    return weights_file(local_folder(name), name, None if is_folder else hub_id(name))
 
 
 def find_encoder(source: str | os.PathLike[str], revision: str | None, local_files_only: bool) -> EncoderFiles:
@@ -109,7 +138,7 @@ def find_encoder(source: str | os.PathLike[str], revision: str | None, local_fil
     if folder.is_dir():
         revision = None
     else:
-        repo_id = _repo_id(name)
+        repo_id = hub_id(name)
         folder = fetch(repo_id, revision, _CONFIG_FILES, local_files_only)
         revision = folder.name
     config = read_json(folder / "config.json")
@@ -183,9 +212,10 @@ def fetch(
     except HFValidationError as error:
         raise UserError(f"{at}: neither a folder on this machine nor a Hub id such as 'org/name'") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
+        unreached = "" if local_files_only else " and the Hub is out of reach"
         raise UserError(
-            f"{at}: not in the local cache and the Hub is out of reach; fetch it once with `hf download {repo_id}` on "
-            "a machine that is online, or pass a local folder"
+            f"{at}: not in the local cache{unreached}; fetch it once with `hf download {repo_id}` on a machine that "
+            "is online, or pass a local folder"
         ) from error
     except HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", "no status")
@@ -193,8 +223,8 @@ def fetch(
         raise UserError(f"{at}: the Hub answered {status} (https://huggingface.co/{repo_id}); {advice}") from error
 
 
-def _repo_id(name: str) -> str:
-    """Return the Hub id that a name means.
+def hub_id(name: str) -> str:
+    """Return the Hub id that a name means: itself, or that of `timm:NAME`.
 
     Raises:
         UserError: where the name looks like a path, or is no timm model with weights on the Hub.
@@ -206,8 +236,8 @@ def _repo_id(name: str) -> str:
         described = timm.models.get_pretrained_cfg(model, allow_unregistered=False) if timm.is_model(model) else None
         if described is None or not described.hf_hub_id:
             raise UserError(f"encoder {name!r}: timm {timm.__version__} has no such model with weights on the Hub")
-        hub_id = described.hf_hub_id
-        return f"{hub_id}{described.architecture}.{described.tag}" if hub_id.endswith("/") else hub_id
+        found = described.hf_hub_id
+        return f"{found}{described.architecture}.{described.tag}" if found.endswith("/") else found
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise UserError(
             f"encoder {name!r}: no such folder (a Hub id has the form 'org/name', a timm model 'timm:NAME')"

@@ -1,4 +1,7 @@
-"""Vision encoders as feature extractors: our adapters, CLIP's projected embeddings, any pooled model of timm."""
+"""Vision encoders as feature extractors: our adapters, CLIP's projected embeddings, any pooled model of timm.
+
+Weights come from a folder or the Hub's cache, never over the network: what figures rest on is fetched knowingly.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repagen.encoders.weights import weights_sha256
+from repagen.encoders.files import local_weights
+from repagen.encoders.weights import load_pretrained, refuse_not_finite, weights_sha256
 from repagen.errors import UserError, refusing
 from repagen.evaluation.extractor import ExtractorIdentity, ExtractorRule, FeatureExtractor, Pooling, require_square
 from repagen.evaluation.inception import INCEPTION, InceptionExtractor
@@ -147,11 +151,11 @@ def clip_extractor(rule: ExtractorRule, device: torch.device | str) -> PooledExt
     """
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-    with refusing(
-        f"extractor {rule.model}: not a CLIP model at hand; give a folder, or a Hub id that is in the cache"
-    ):
-        model: Any = CLIPVisionModelWithProjection.from_pretrained(rule.model, use_safetensors=True)
-        processor = CLIPImageProcessor.from_pretrained(rule.model)
+    weights = local_weights(rule.model)
+    with refusing(f"extractor {rule.model}: not a CLIP model; give a folder, or a Hub id that is in the cache"):
+        model: Any = load_pretrained(CLIPVisionModelWithProjection, weights, rule.model)
+        processor = CLIPImageProcessor.from_pretrained(weights.parent, local_files_only=True)
+    refuse_not_finite(model, weights, rule.model)
     side = rule.size_px or model.config.image_size
     if side != model.config.image_size:
         raise UserError(f"extractor {rule.model}: takes {model.config.image_size} px, the protocol asks for {side}")
@@ -185,22 +189,21 @@ class _TimmPooling(nn.Module):
 
 
 def timm_extractor(rule: ExtractorRule, device: torch.device | str) -> PooledExtractor:
-    """Open any model of timm, from a folder in timm's layout or by its name from the Hub's cache.
+    """Open any model of timm: a folder or Hub id in timm's layout, or by its timm name; the latter two from the cache.
 
     Raises:
         UserError: where there is no such model, or its weights are not at hand.
     """
     import timm
 
-    local = Path(rule.model).is_dir()
-    name = f"local-dir:{rule.model}" if local else rule.model
+    name, source = _timm_source(rule.model)
     with refusing(f"extractor {rule.model}: timm cannot open it; give a folder, or a timm name that is in the cache"):
         with torch.device("meta"):
             resizable = hasattr(timm.create_model(name, pretrained=False), "dynamic_img_size")
         # A transformer of another side resamples its positions and pads the image to whole patches, as in FD-Loss.
         sized: dict[str, Any] = dict.fromkeys(("dynamic_img_size", "dynamic_img_pad"), True)
         model: Any = timm.create_model(
-            name, pretrained=True, num_classes=0, **(sized if rule.size_px and resizable else {})
+            name, pretrained=True, num_classes=0, **source, **(sized if rule.size_px and resizable else {})
         )
     if rule.pooling == "cls" and not getattr(model, "num_prefix_tokens", 0):
         raise UserError(f"extractor {rule.model}: has no class token; use pooling mean or attention")
@@ -216,6 +219,14 @@ def timm_extractor(rule: ExtractorRule, device: torch.device | str) -> PooledExt
         kernel=rule.kernel,
         precision=rule.precision,
     )
+
+
+def _timm_source(model: str) -> tuple[str, dict[str, Any]]:
+    """The name to create a model by, and what else it takes so that timm looks for no weights by itself."""
+    if "/" in model or Path(model).is_dir():
+        return f"local-dir:{local_weights(model).parent}", {}
+    # Elsewhere some weights are in a format of their own; what the Hub has is in timm's.
+    return model, {"pretrained_cfg_overlay": {"file": str(local_weights(f"timm:{model}")), "custom_load": False}}
 
 
 def _identity(rule: ExtractorRule, model: nn.Module, side: int, reading: str) -> ExtractorIdentity:
@@ -246,5 +257,5 @@ def open_extractor(
         return timm_extractor(rule, device)
     from repagen.encoders import VisionEncoder
 
-    encoder = VisionEncoder.from_pretrained(rule.model, image_size=rule.size_px).to(device)
+    encoder = VisionEncoder.from_pretrained(rule.model, image_size=rule.size_px, local_files_only=True).to(device)
     return EncoderExtractor(encoder, rule.pooling, kernel=rule.kernel, precision=rule.precision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class InceptionExtractor:
         kernel: how images get to 299 px; TensorFlow's own, or clean-fid's `pillow-bicubic-float`.
 
     Raises:
-        UserError: when the weights are missing, or the cached file is not the published one.
+        UserError: when the weights are missing or are of something else, or the cached file is not the published one.
     """
 
     dimensions = {"pool": 2048, "spatial": 7 * 17 * 17, "logits": 1008}  # noqa: RUF012
@@ -54,7 +55,12 @@ class InceptionExtractor:
 
         path = Path(weights) if weights else _cached_inception_file()
         content, digest = _read_inception_file(path, must_be_published=weights is None)
-        network = FeatureExtractorInceptionV3(INCEPTION, ["2048"], feature_extractor_weights_path=content)
+        try:
+            network = FeatureExtractorInceptionV3(INCEPTION, ["2048"], feature_extractor_weights_path=content)
+        except (RuntimeError, TypeError, AttributeError) as error:  # what torch raises over foreign content
+            raise UserError(
+                f"{path}: not the weights of torch-fidelity's Inception ({_misfit(error)}); download {INCEPTION_URL}"
+            ) from error
         self.network: Any = network.to(device)
         self.device = torch.device(device)
         self.kernel = kernel
@@ -80,6 +86,12 @@ class InceptionExtractor:
 def is_published_inception(identity: ExtractorIdentity) -> bool:
     """Whether figures of this extractor can stand beside published FIDs."""
     return identity.name == INCEPTION and identity.weights_sha256.startswith(_INCEPTION_SHA256_START)
+
+
+def _misfit(error: Exception) -> str:
+    """What torch found first: a missing key, or anything else."""
+    missing = re.search(r'Missing key\(s\) in state_dict: "([^"]+)"', str(error))
+    return f"the tensor {missing[1]} is missing" if missing else " ".join(str(error).split())[:200]
 
 
 def _cached_inception_file() -> Path:

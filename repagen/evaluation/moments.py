@@ -20,8 +20,8 @@ def as_matrix(features: Features) -> torch.Tensor:
         UserError: when they are not a matrix, or when a row holds a NaN or an infinity (the row is named).
     """
     matrix = torch.as_tensor(features).detach().to("cpu", torch.float64)
-    if matrix.ndim != 2:
-        raise UserError(f"features must be a matrix (N, D), got shape {tuple(matrix.shape)}; flatten each sample")
+    if matrix.ndim != 2 or matrix.shape[1] == 0:
+        raise UserError(f"features must be a matrix (N, D), got shape {tuple(matrix.shape)}; give each sample a row")
     bad_rows = (~torch.isfinite(matrix).all(dim=1)).nonzero().flatten().tolist()
     if bad_rows:
         raise UserError(

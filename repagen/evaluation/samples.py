@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 
 from repagen.data import DataConfig, ImageDataset, data_config_from_words, open_image_dataset
-from repagen.data.images import EXTENSIONS, UNREAD_EXTENSIONS, BadImageError, decode_image
+from repagen.data.folders import list_images
+from repagen.data.images import EXTENSIONS, BadImageError, decode_image
 from repagen.errors import UserError
+from repagen.files import printable
 
 LabelMode = Literal["balanced", "random"]
 Rounding = Literal["round", "truncate"]
@@ -65,7 +68,7 @@ class FolderImages(ImageSource):
     """All images below a folder, in the order of their paths, as they are: nothing is cropped or resized.
 
     Args:
-        folder: searched with its subfolders.
+        folder: searched with its subfolders, also where they are links (see `list_images`).
 
     Raises:
         UserError: when there is no such folder, or no image in it.
@@ -75,9 +78,8 @@ class FolderImages(ImageSource):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"no such folder of images: {folder}")
-        self.paths = sorted(
-            path for path in self.folder.rglob("*") if path.suffix.lower() in EXTENSIONS | UNREAD_EXTENSIONS
-        )
+        readable, unread = list_images(self.folder)  # those of unread formats count as unreadable images
+        self.paths = sorted(map(Path, readable + unread))
         if not self.paths:
             raise UserError(f"{folder}: no images found; looked for {', '.join(sorted(EXTENSIONS))}")
 
@@ -98,12 +100,12 @@ class FolderImages(ImageSource):
 
     def describe(self, index: int) -> str:
         """Path of the file below the folder."""
-        return self.paths[index].relative_to(self.folder).as_posix()
+        return printable(self.paths[index].relative_to(self.folder).as_posix())
 
     @property
     def protocol(self) -> dict[str, Any]:
         """Kind and folder."""
-        return {"kind": "folder", "path": str(self.folder)}
+        return {"kind": "folder", "path": printable(self.folder)}
 
     def state(self, indices: Sequence[int]) -> str:
         """Names, sizes and times of the files."""
@@ -159,12 +161,12 @@ class NpzImages(ImageSource):
 
     def describe(self, index: int) -> str:
         """Row of the array."""
-        return f"{self.path.name}[{index}]"
+        return f"{printable(self.path.name)}[{index}]"
 
     @property
     def protocol(self) -> dict[str, Any]:
         """Kind and file."""
-        return {"kind": "npz", "path": str(self.path)}
+        return {"kind": "npz", "path": printable(self.path)}
 
     def origin(self) -> str:
         """Size and time of the file."""
@@ -261,7 +263,7 @@ class DatasetImages(ImageSource):
 
     def describe(self, index: int) -> str:
         """The dataset's own name for an image."""
-        return self.dataset.describe(index)
+        return printable(self.dataset.describe(index))
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -302,8 +304,12 @@ def to_uint8(images: torch.Tensor, rounding: Rounding = "round") -> torch.Tensor
 def _state_of_files(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        status = path.stat()
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        try:
+            status = path.stat()
+            facts = f"\0{status.st_size}\0{status.st_mtime_ns}\n"
+        except OSError as error:  # a link to nothing, which counts as an unreadable image
+            facts = f"\0{error.errno}\n"
+        digest.update(os.fsencode(path) + facts.encode())
     return digest.hexdigest()
 
 

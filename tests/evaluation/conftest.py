@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -109,3 +112,23 @@ def write_pictures() -> Callable[[Path, np.ndarray], Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def online_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of a Hub that may be asked, and the certainty that it was not."""
+    tried: list[Any] = []
+
+    def record(*address: Any, **_: Any) -> None:
+        tried.append(address)
+        raise OSError("no network here")
+
+    for module, name, value in (
+        (huggingface_hub.constants, "HF_HUB_OFFLINE", False),
+        (huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub")),
+        (socket, "getaddrinfo", record),
+        (socket.socket, "connect", record),
+    ):
+        monkeypatch.setattr(module, name, value)
+    yield tmp_path / "hub"
+    assert not tried

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,16 +118,21 @@ def test_any_model_of_timm_is_pooled(tmp_path: Path, architecture: str, pooling:
         extractor(torch.zeros(1, 3, 16, 20, dtype=torch.uint8))
 
 
-def test_clip_embeddings_are_projected_and_of_length_one(tmp_path: Path) -> None:
+def save_clip(folder: Path) -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessor]:
     config = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
         projection_dim=12,
     )  # fmt: skip
     torch.manual_seed(0)
     model = CLIPVisionModelWithProjection(config).eval()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
-    processor.save_pretrained(tmp_path)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def test_clip_embeddings_are_projected_and_of_length_one(tmp_path: Path) -> None:
+    model, processor = save_clip(tmp_path)
     extractor = open_extractor(ExtractorRule("clip", str(tmp_path), kernel="pillow-bicubic"))
     images = torch.randint(0, 256, (2, 3, 50, 50), dtype=torch.uint8)
     pixels = processor([image.permute(1, 2, 0).numpy() for image in images], return_tensors="pt")["pixel_values"]
@@ -137,7 +143,47 @@ def test_clip_embeddings_are_projected_and_of_length_one(tmp_path: Path) -> None
     assert torch.allclose(features, expected, atol=2e-3)  # transformers' torch backend resizes a little differently
 
 
-@pytest.mark.parametrize("kind", ["clip", "timm", "encoder"])
-def test_a_missing_model_is_one_line(kind: Any) -> None:
-    with pytest.raises(UserError, match="nowhere"):
-        open_extractor(ExtractorRule(kind, "org/nowhere"))
+COMMIT = "0123456789" * 4
+MISSING = {"clip": "org/nowhere", "timm": "vit_large_patch16_224.mae", "encoder": "org/nowhere"}
+
+
+def put_in_cache(cache: Path, repo_id: str, files: Path) -> None:
+    """As huggingface_hub does it."""
+    repository = cache / f"models--{repo_id.replace('/', '--')}"
+    shutil.copytree(files, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_a_missing_model_is_one_line_and_not_looked_up(online_cache: Path, kind: Any) -> None:
+    repo_id = MISSING[kind] if kind != "timm" else f"timm/{MISSING[kind]}"
+    with pytest.raises(UserError, match=f"not in the local cache; fetch it once with `hf download {repo_id}`"):
+        open_extractor(ExtractorRule(kind, MISSING[kind]))
+    empty = online_cache.parent / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text('{"model_type": "dinov2"}')
+    put_in_cache(online_cache, repo_id, empty)
+    with pytest.raises(UserError, match=rf"no model\.safetensors .*; fetch it with `hf download {repo_id}`$"):
+        open_extractor(ExtractorRule(kind, MISSING[kind]))
+
+
+def test_cached_models_are_opened_without_the_network(
+    online_cache: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    save_clip(tmp_path / "clip")
+    timm_folder = tmp_path / "timm"
+    save_for_hf(timm.create_model("test_vit.r160_in1k"), timm_folder, model_args={})
+    (timm_folder / "config.json").unlink()  # timm fetches the weights alone
+    for kind, model, repo_id, files in (
+        ("encoder", "org/encoder", "org/encoder", encoder_folder),
+        ("clip", "org/clip", "org/clip", tmp_path / "clip"),
+        ("timm", "test_vit.r160_in1k", "timm/test_vit.r160_in1k", timm_folder),
+    ):
+        put_in_cache(online_cache, repo_id, files)
+        cached = open_extractor(ExtractorRule(kind, model))  # type: ignore[arg-type]
+        if kind == "timm":
+            save_for_hf(cached.network.model, files, model_args={})  # type: ignore[attr-defined]
+        local = open_extractor(ExtractorRule(kind, str(files)))  # type: ignore[arg-type]
+        assert torch.equal(features_of(cached, images), features_of(local, images))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,28 @@ def test_weights_in_the_cache_must_be_the_published_ones(
     cached.symlink_to(inception_file)
     with pytest.raises(UserError, match="the published weights begin with 6726825d"):
         InceptionExtractor()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"a": 1}, r"the tensor Conv2d_1a_3x3\.conv\.weight is missing"),
+        ([torch.zeros(2)], "dict-like"),
+        ({1: torch.zeros(2)}, ""),
+    ],
+)
+def test_weights_of_something_else_are_refused(tmp_path: Path, content: Any, reason: str) -> None:
+    torch.save(content, tmp_path / "foreign.pth")
+    with pytest.raises(UserError, match=rf"foreign\.pth: not the weights of torch-fidelity's .*{reason}") as caught:
+        InceptionExtractor(tmp_path / "foreign.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_of_another_shape_is_named(inception_file: Path, tmp_path: Path) -> None:
+    state = torch.load(inception_file, weights_only=True)
+    torch.save({**state, "fc.weight": torch.zeros(10, 2048)}, tmp_path / "foreign.pth")
+    with pytest.raises(UserError, match=r"foreign\.pth: not the weights .*size mismatch for fc\.weight"):
+        InceptionExtractor(tmp_path / "foreign.pth")
 
 
 class _Bomb:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,41 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path: Path, random_pictu
     truncated, foreign = FolderImages(tmp_path).load([0, 1])
     assert isinstance(truncated, Unreadable) and truncated.name == "00000.png" and "truncated" in truncated.reason
     assert isinstance(foreign, Unreadable) and foreign.name == "00001.png"
+
+
+def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path, random_pictures: Any, write_pictures: Any) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
+    write_pictures(folder, random_pictures(1, seed=0))
+    (folder / "00000.png").rename(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.png"))
+    source = FolderImages(folder)
+    assert source.describe(0) == r"\xff\xfe.png" and len(source.state()) == 64
+    assert json.loads(json.dumps(source.protocol).encode())["path"] == rf"{tmp_path}/\xe9"
+    [pixels] = source.load([0])
+    assert isinstance(pixels, torch.Tensor)
+    dataset = open_images(["data.kind=folder", f"data.path={tmp_path}", "data.image_size=16"])
+    assert dataset.describe(0) == rf"{tmp_path}/\xe9/\xff\xfe.png"
+
+
+def test_a_link_to_nothing_is_an_unreadable_image(tmp_path: Path, random_pictures: Any, write_pictures: Any) -> None:
+    write_pictures(tmp_path, random_pictures(1, seed=0))
+    (tmp_path / "9.png").symlink_to("nowhere.png")
+    source = FolderImages(tmp_path)
+    state = source.state()
+    _, missing = source.load([0, 1])
+    assert missing == Unreadable("9.png", "No such file or directory")
+    (tmp_path / "nowhere.png").write_bytes(b"a picture, perhaps")
+    assert source.state() != state
+
+
+def test_linked_folders_are_followed_and_loops_are_not(
+    tmp_path: Path, random_pictures: Any, write_pictures: Any
+) -> None:
+    write_pictures(tmp_path / "elsewhere", random_pictures(2, seed=0))
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "subset")
+    source = FolderImages(tmp_path / "subset")
+    assert [source.describe(index) for index in range(len(source))] == ["a/00000.png", "a/00001.png"]
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -86,7 +86,7 @@ class ComparedResult:
 def protocol_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A protocol's settings by dotted key, spaces by name, without what is said in words only."""
     spaces = settings.get("spaces")
-    if isinstance(spaces, list) and all(isinstance(space, dict) and "name" in space for space in spaces):
+    if isinstance(spaces, list):
         settings = {**settings, "spaces": {space["name"]: space for space in spaces}}
     return {key: value for key, value in flatten(settings).items() if key and key not in _PROSE}
 
@@ -106,8 +106,15 @@ class Difference:
     other: ComparedResult
 
     def __str__(self) -> str:
-        values = [(one, described_value(one.fixed.get(self.key))) for one in (self.first, self.other)]
-        return f"{self.key} is " + ", ".join(f"{value} in {one.origin}" for one, value in values)
+        pair = (self.first, self.other)
+        values = [described_value(one.fixed[self.key]) if self.key in one.fixed else "missing" for one in pair]
+        if values[0] == values[1]:  # the number 64 is not the text 64
+            values = [
+                f"{value} ({type(one.fixed.get(self.key)).__name__})" for value, one in zip(values, pair, strict=True)
+            ]
+        return f"{self.key} is " + ", ".join(
+            f"{value} in {one.origin}" for value, one in zip(values, pair, strict=True)
+        )
 
 
 def differences(results: Sequence[ComparedResult]) -> list[Difference]:

@@ -121,7 +121,7 @@ def _is_number(value: Any) -> bool:
 def _fixed_facts(path: Path, content: Mapping[str, Any], samples: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal, the most telling first."""
     facts: dict[str, Any] = {"kind": content["kind"], "protocol": content.get("protocol")}
-    facts |= {f"settings.{key}": value for key, value in protocol_facts(_section(path, content, "settings")).items()}
+    facts |= {f"settings.{key}": value for key, value in protocol_facts(_settings(path, content)).items()}
     for section in ("definitions", "normalisers"):
         facts |= {f"{section}.{key}": value for key, value in _leaves(_section(path, content, section)).items()}
     facts["deviations"] = sorted(_texts(path, content, "deviations"))
@@ -131,9 +131,32 @@ def _fixed_facts(path: Path, content: Mapping[str, Any], samples: Mapping[str, A
         facts |= {f"space {space}.{key}": identity[key] for key in ("weights_sha256", "settings")}
     reference = _section(path, content, "reference")
     facts["reference"] = reference.get("sha256") or reference.get("pixels_sha256") or str(reference)
-    facts["num_samples"] = content.get("num_samples")
+    facts["num_samples"] = _num_samples(path, content)
     # Prompts come with images of any size, and the size of reconstructions is that of their originals.
     return facts | {f"samples.{key}": samples.get(key) for key in _FIXED_OF_SAMPLES}
+
+
+def _settings(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    settings = _section(path, content, "settings")
+    spaces = settings.get("spaces", [])
+    named = isinstance(spaces, list) and all(isinstance(_name(space), str) for space in spaces)
+    if not named:
+        raise UserError(
+            f"{path}:settings.spaces: damaged, expected a list of objects with a text as name, got {spaces!r:.60}; "
+            "evaluate again"
+        )
+    return settings
+
+
+def _name(space: Any) -> Any:
+    return space.get("name") if isinstance(space, dict) else None
+
+
+def _num_samples(path: Path, content: Mapping[str, Any]) -> int | None:
+    count = content.get("num_samples")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+        raise UserError(f"{path}:num_samples: damaged, expected a whole number, got {count!r:.60}; evaluate again")
+    return count
 
 
 def _shown_facts(path: Path, content: Mapping[str, Any], samples: Mapping[str, Any]) -> dict[str, Any]:

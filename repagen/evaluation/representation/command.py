@@ -170,4 +170,5 @@ def _open_encoder(name: str, option: str, dtype: str) -> VisionEncoder:
     from repagen.encoders import VisionEncoder
 
     with naming({"encoder ": f"{option} "}):
-        return VisionEncoder.from_pretrained(name, dtype=getattr(torch, dtype)).to(PartialState().device)
+        encoder = VisionEncoder.from_pretrained(name, dtype=getattr(torch, dtype), local_files_only=True)
+        return encoder.to(PartialState().device)

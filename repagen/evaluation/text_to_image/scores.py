@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from repagen.encoders.files import fetch, read_json, weights_file
+from repagen.encoders.files import local_folder, local_weights, read_json
 from repagen.encoders.weights import load_pretrained, refuse_not_finite, weights_sha256
 from repagen.errors import UserError, refusing
 from repagen.evaluation.extractor import ExtractorIdentity, full_float32
@@ -26,7 +25,6 @@ CLIP_CONVENTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 (2104.08718, eq. 1), who clamp each image. Hessel et al. also begin every text with "A photo depicts", which is the
 caller's to do."""
 
-_FILES = ["*.json", "merges.txt", "*.safetensors", "pytorch_model.bin"]
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _IMAGE_PROCESSOR_FILES = (("preprocessor_config.json",), ("processor_config.json",))
 
@@ -148,14 +146,14 @@ def open_scoring_model(name: str, *, processor: str | None = None, device: torch
     """
     from transformers import CLIPModel
 
-    folder = _folder(name)
+    folder = local_folder(name)
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip":
         raise UserError(
             f"{name}: model_type {config.get('model_type')!r} is no CLIP model with both towers; give one, such as "
             "openai/clip-vit-large-patch14"
         )
-    weights = weights_file(folder, name)
+    weights = local_weights(name)
     # Named, so that no implementation that a config asks for is fetched.
     model = load_pretrained(CLIPModel, weights, name, attn_implementation="sdpa")
     refuse_not_finite(model, weights, name)
@@ -177,15 +175,10 @@ def _settings(model: CLIPModel, processor: CLIPProcessor, processor_name: str | 
     return f"size={size}, {type(images).__name__}, tokens={text_limit(model, processor)}{apart}, dtype=float32"
 
 
-def _folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    return folder if folder.is_dir() else fetch(name, None, _FILES, local_files_only=True)
-
-
 def _open_processor(name: str) -> CLIPProcessor:
     from transformers import CLIPProcessor
 
-    folder = _folder(name)
+    folder = local_folder(name)
     for what, choices in (("tokenizer", _TOKENIZER_FILES), ("image processor", _IMAGE_PROCESSOR_FILES)):
         # transformers would build an empty tokenizer, or one with settings of its own.
         if not any(all((folder / file).is_file() for file in files) for files in choices):

@@ -168,7 +168,7 @@ def test_what_samples_do_not_tell_is_noted(write: Write) -> None:
 
 
 def test_a_space_that_one_lacks_is_a_difference(write: Write) -> None:
-    with pytest.raises(UserError, match=r"space encoder.weights_sha256 is [0-9a-f]{12} in .*, not given in"):
+    with pytest.raises(UserError, match=r"space encoder.weights_sha256 is [0-9a-f]{12} in .*, missing in"):
         require_alike(read_results([write("a.json"), write("b.json", spaces={})]))
 
 
@@ -292,9 +292,30 @@ def test_text_to_image_results(tmp_path: Path) -> None:
         ('{"schema": 1, "kind": "generation", "metrics": {"fid": NaN}}', "metrics.fid: damaged, expected a finite"),
         ('{"schema": 1, "kind": "generation", "metrics": {"fid": "2"}}', "metrics.fid: damaged, expected a finite"),
         ('{"schema": 1, "kind": "generation", "metrics": {"fid": 2}, "settings": []}', ":settings: damaged"),
-        ('{"schema": 1, "kind": "generation", "metrics": {"fid": 2}, "spaces": {"x": 1}}', ":spaces.x: damaged"),
-        ('{"schema": 1, "kind": "generation", "metrics": {"fid": 2}, "deviations": "no"}', ":deviations: damaged"),
-        ('{"schema": 1, "kind": "generation", "metrics": {"fid": 2}, "training": {"images": -1}}', "training.images"),
+        (
+            '{"schema": 1, "kind": "generation", "metrics": {"fid": 2}, "settings": {"spaces": [{"name": ["x"]}]}}',
+            ":settings.spaces: damaged, expected a list of objects with a text as name",
+        ),
+        (
+            '{"schema": 1, "kind": "generation", "metrics": {"fid": 2}, "settings": {"spaces": 3}}',
+            ":settings.spaces: damaged",
+        ),
+        (
+            '{"schema": 1, "kind": "generation", "metrics": {"fid": 2}, "num_samples": "64"}',
+            ":num_samples: damaged, expected a whole number, got '64'",
+        ),
+        (
+            '{"schema": 1, "kind": "generation", "metrics": {"fid": 2}, "spaces": {"x": 1}}',
+            ":spaces.x: damaged",
+        ),
+        (
+            '{"schema": 1, "kind": "generation", "metrics": {"fid": 2}, "deviations": "no"}',
+            ":deviations: damaged",
+        ),
+        (
+            '{"schema": 1, "kind": "generation", "metrics": {"fid": 2}, "training": {"images": -1}}',
+            "training.images",
+        ),
     ],
 )
 def test_foreign_and_damaged_files_are_refused(content: str, message: str, tmp_path: Path) -> None:
@@ -303,6 +324,19 @@ def test_foreign_and_damaged_files_are_refused(content: str, message: str, tmp_p
     with pytest.raises(UserError) as error:
         read_results([str(path)])
     assert str(error.value).startswith(str(path)) and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_difference_says_what_differs(write: Write) -> None:
+    paths = [
+        write("a.json", settings__inception_score__splits=10),
+        write("b.json", settings__inception_score__splits="10"),
+    ]
+    with pytest.raises(UserError, match=r"splits is 10 \(int\) in .*a\.json, 10 \(str\) in .*b\.json"):
+        require_alike(read_results(paths))
+    results = read_results([paths[0], paths[0]])
+    silent = {key: value for key, value in results[1].fixed.items() if key != "settings.sampling_dtype"}
+    [difference] = differences([results[0], dataclasses.replace(results[1], fixed=silent, origin="old.json")])
+    assert str(difference) == f"settings.sampling_dtype is not given in {paths[0]}, missing in old.json"
 
 
 def test_words_name_results(write: Write, tmp_path: Path) -> None:

@@ -53,6 +53,15 @@ def test_a_set_has_no_distance_to_itself(count: int) -> None:
     assert frechet_distance(features, features[torch.randperm(count)]) < 1e-6
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
+@pytest.mark.parametrize("count", [40, 300])
+def test_equal_sets_are_at_no_distance_at_any_scale(count: int, scale: float) -> None:
+    features = (torch.randn(count, 64, dtype=torch.float64) * torch.linspace(0.01, 1, 64) + 10) * scale
+    for a, b in ((features, features), (statistics_of(features),) * 2, (features, features.clone())):
+        assert frechet_distance(a, b) == 0
+    assert frechet_distance(features, features * (1 + 1e-5)) > 0
+
+
 def test_it_is_symmetric_and_ignores_rotations() -> None:
     a, b = torch.randn(300, 24, dtype=torch.float64), torch.randn(200, 24, dtype=torch.float64) * 1.5 + 0.2
     distance = frechet_distance(a, b)
@@ -196,6 +205,7 @@ def test_the_bias_refuses_what_has_none() -> None:
     [
         (torch.randn(1, 4), torch.randn(9, 4), "at least 2 samples on each side, got 1"),
         (torch.randn(9, 4), torch.randn(9, 5), "cannot compare 4 features with 5"),
+        (np.zeros((5, 0)), np.zeros((5, 0)), r"matrix \(N, D\), got shape \(5, 0\)"),
         (torch.randn(9), torch.randn(9, 5), r"matrix \(N, D\), got shape \(9,\)"),
         (Statistics(torch.zeros(2), -torch.eye(2)), torch.randn(9, 2), "not a covariance"),
         (torch.randn(9, 2), Statistics(torch.zeros(2), -torch.eye(2)), "not a covariance"),

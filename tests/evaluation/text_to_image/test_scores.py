@@ -201,7 +201,7 @@ def test_what_cannot_be_opened_is_refused_in_one_line(copied: Path, pick_folder:
         assert "\n" not in str(caught.value)
 
     refused("org/absent", "not in the local cache")
-    refused("no such thing", "neither a folder on this machine nor a Hub id")
+    refused("no such thing", "no such folder")
     weights = load_file(copied / "model.safetensors")
     save_file({**weights, "logit_scale": torch.tensor(float("nan"))}, copied / "model.safetensors", {"format": "pt"})
     refused(str(copied), "model.safetensors:logit_scale: not finite")
