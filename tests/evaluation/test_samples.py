@@ -63,11 +63,11 @@ def test_a_link_to_nothing_is_an_unreadable_image(tmp_path: Path, random_picture
     write_pictures(tmp_path, random_pictures(1, seed=0))
     (tmp_path / "9.png").symlink_to("nowhere.png")
     source = FolderImages(tmp_path)
-    state = source.state([0])
+    state = source.state([1])
     _, missing = source.load([0, 1])
     assert missing == Unreadable("9.png", "No such file or directory")
     (tmp_path / "nowhere.png").write_bytes(b"a picture, perhaps")
-    assert source.state([0]) != state
+    assert source.state([1]) != state
 
 
 def test_linked_folders_are_followed_and_loops_are_not(
