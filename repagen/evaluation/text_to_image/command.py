@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images-per-prompt", type=int, help="images of each prompt, following each other (default 1; 4 to export)"
     )
+    parser.add_argument(
+        "--by-order",
+        action="store_true",
+        help="match images whose names have no id to prompts that have ids, both in natural order (p2 before p10)",
+    )
     parser.add_argument("--batch-size", type=int, default=50, help="images at once per process (default 50)")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--metrics", nargs="+", choices=list(_MODEL_OPTIONS), help="scores to compute")
@@ -71,7 +76,10 @@ def run(args: argparse.Namespace) -> str | None:
         if getattr(args, option):
             raise UserError(f"--{option.replace('_', '-')} is for {task}; leave it out")
     prompts = read_prompts(args.prompts)
-    samples = PromptImages(args.samples, prompts, args.images_per_prompt or (IMAGES_PER_PROMPT if args.export else 1))
+    if args.by_order and not prompts.named:
+        raise UserError("--by-order is for prompts that have ids; these are matched by order anyway, leave it out")
+    count = args.images_per_prompt or (IMAGES_PER_PROMPT if args.export else 1)
+    samples = PromptImages(args.samples, prompts, count, by_order=args.by_order)
     return _export(args, samples) if args.export else _evaluate(args, samples)
 
 

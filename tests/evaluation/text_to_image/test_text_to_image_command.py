@@ -134,10 +134,25 @@ def test_exports_of_a_folder(
 
     twelve = write_pictures(tmp_path / "twelve", random_pictures(12, seed=2))
     out = tmp_path / "dpg_out"
-    words = ["--samples", twelve, "--prompts", dpg_prompts.path, "--export", "dpg", "--export-to", out]
+    words = ["--samples", twelve, "--prompts", dpg_prompts.path, "--export", "dpg", "--export-to", out, "--by-order"]
     assert evaluate(*words) == f"{out}: 3 prompts x 4 images written, 0 kept\n"
     corner = np.array(Image.open(out / "COCOval42.png"))[16:, :16]
     assert np.array_equal(corner, np.array(Image.open(twelve / "00006.png")))
+
+
+def test_a_dpg_export_gives_every_prompt_its_own_images(evaluate: Any, tmp_path: Path) -> None:
+    """The colour of an image is that of its prompt."""
+    (tmp_path / "prompts").mkdir()
+    for number in range(1, 13):
+        (tmp_path / f"prompts/p{number}.txt").write_text(f"colour {number}")
+        (tmp_path / f"images/p{number}").mkdir(parents=True)
+        for image in range(4):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"images/p{number}/{image}.png")
+    words = ["--samples", tmp_path / "images", "--prompts", tmp_path / "prompts", "--export", "dpg"]
+    evaluate(*words, "--export-to", tmp_path / "out")
+    for number in range(1, 13):
+        with Image.open(tmp_path / f"out/p{number}.png") as grid:
+            assert grid.getcolors() == [(256, (number, 0, 0))]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +168,7 @@ def test_exports_of_a_folder(
         (["--export", "dpg"], "--export needs --export-to FOLDER"),
         (["--export", "dpg", "--export-to", "x", "--clip", "y"], "--clip is for --metrics"),
         (["--export", "dpg", "--export-to", "x"], "its prompts have no ids"),
+        (["--metrics", "clip_score", "--by-order"], "--by-order is for prompts that have ids"),
         (["--metrics", "clip_score", "--export", "dpg"], "not allowed with argument"),
         ([], "one of the arguments --metrics --export is required"),
     ],
