@@ -61,7 +61,7 @@ def _of_metric(protocol: EvaluationProtocol, metric: MetricName, width: int, ima
         case "cmmd":
             return _FLOAT64 * (2 * block + 6 * rows)
         case "mind":
-            return _FLOAT64 * (6 * DIRECTIONS * images + 2 * rows + 2 * _MIND_DIRECTIONS * width)
+            return _FLOAT64 * (8 * DIRECTIONS * images + 2 * rows + 2 * _MIND_DIRECTIONS * width)
         case "kid":
             size = protocol.kernel.subset_size
             return _FLOAT32 * (5 * size**2 + 2 * size * width)

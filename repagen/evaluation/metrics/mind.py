@@ -40,13 +40,11 @@ def monge_inception_distance(
     unit = torch.nn.functional.normalize(
         torch.randn(directions, dimension, generator=generator, dtype=torch.float64), dim=1
     )
-    squared = [
-        (_sorted_projections(generated, chosen[0], chunk) - _sorted_projections(real, chosen[1], chunk))
-        .square()
-        .mean(dim=1)
-        for chunk in unit.split(DIRECTIONS)
-    ]
-    return 3 * dimension * torch.cat(squared).mean().item()
+    total = 0.0  # a number, since small tensors between large ones would keep their memory from being used again
+    for chunk in unit.split(DIRECTIONS):
+        projections = [_sorted_projections(*side, chunk) for side in zip((generated, real), chosen, strict=True)]
+        total += (projections[0] - projections[1]).square().mean(dim=1).sum().item()
+    return 3 * dimension * total / directions
 
 
 def _subset(available: int, count: int, seed: int) -> torch.Tensor:
@@ -57,5 +55,7 @@ def _subset(available: int, count: int, seed: int) -> torch.Tensor:
 
 def _sorted_projections(features: torch.Tensor, chosen: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     """Projections (directions, chosen) in float64, ascending along each direction."""
-    blocks = [directions @ features[indices].double().T for indices in chosen.split(ROWS)]
-    return torch.cat(blocks, dim=1).sort(dim=1).values
+    projections = torch.empty(len(directions), len(chosen), dtype=torch.float64)
+    for indices, part in zip(chosen.split(ROWS), projections.split(ROWS, dim=1), strict=True):
+        part.copy_(directions @ features[indices].double().T)
+    return projections.sort(dim=1).values

@@ -121,3 +121,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("repagen: error")]
     assert caught.value.code == 2
     assert len(error) == 1 and message in error[0]
+
+
+@pytest.mark.parametrize("option", ["--encoder", "--target"])
+def test_encoders_are_not_looked_up(
+    option: str,
+    evaluate: Callable[..., str],
+    online_cache: Path,
+    encoder_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    subject = [] if option == "--encoder" else ["--encoder", str(encoder_folder)]
+    with pytest.raises(SystemExit):
+        evaluate(*subject, option, "org/nowhere", *DIGITS, "--num-images", "60")
+    assert "hf download org/nowhere" in capsys.readouterr().err
