@@ -324,6 +324,9 @@ def open_images(words: Sequence[str]) -> FolderImages | NpzImages | DatasetImage
         UserError: when there is nothing there, or a setting is unknown.
     """
     if all(word.startswith("data.") and "=" in word for word in words):
+        for word in words:
+            if word.startswith("data.max_bad_images="):
+                raise UserError(f"{word}: is for training; say here --max-bad {word.partition('=')[2]}")
         return dataset_images(data_config_from_words(words))
     if len(words) > 1:
         raise UserError(f"give one path, or settings of a dataset (data.KEY=VALUE ...), got {' '.join(words)}")

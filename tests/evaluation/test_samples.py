@@ -146,6 +146,7 @@ def test_a_folder_is_cropped_when_it_is_opened_as_a_dataset(tmp_path: Path) -> N
             "data.imagesize=3: not a known setting; allowed: .*data.image_size",
         ),
         (["data.kind=digit"], "expected one of"),
+        (["data.kind=digits", "data.max_bad_images=2"], "is for training; say here --max-bad 2"),
         (["data.kind=digits", "samples"], "give one path"),
         (["missing"], "no such folder of images: missing"),
         (["missing.npz"], "no such file: missing.npz"),
