@@ -165,8 +165,8 @@ def test_a_dpg_export_gives_every_prompt_its_own_images(evaluate: Any, tmp_path:
         (["--metrics", "clip_score", "--clip", "no/model"], "error: --clip no/model: not in the local cache"),
         (["--metrics", "clip_score", "--clip", "x", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--metrics", "clip_score", "--images-per-prompt", "3"], "6 images, but 3 prompts x 3 = 9 are needed"),
-        (["--metrics", "clip_score", "--clip", "/nope"], "error: --clip /nope: neither a folder"),
-        (["--metrics", "pick_score", "--pick", "/nope"], "error: --pick /nope: neither a folder"),
+        (["--metrics", "clip_score", "--clip", "/nope"], "error: --clip /nope: no such folder"),
+        (["--metrics", "pick_score", "--pick", "/nope"], "error: --pick /nope: no such folder"),
         (["--export", "dpg"], "--export needs --export-to FOLDER"),
         (["--export", "dpg", "--export-to", "x", "--clip", "y"], "--clip is for --metrics"),
         (["--export", "dpg", "--export-to", "x"], "its prompts have no ids"),
@@ -223,7 +223,7 @@ def test_an_earlier_result_is_replaced(evaluate: Any, given: list[object], clip_
 
 def test_a_message_about_the_processor_names_its_option(refused: Any, given: list[object], pick_folder: Path) -> None:
     words = [*given, "--metrics", "pick_score", "--pick", pick_folder, "--pick-processor"]
-    assert "error: --pick-processor /nope: neither a folder" in refused(*words, "/nope")
+    assert "error: --pick-processor /nope: no such folder" in refused(*words, "/nope")
 
 
 @pytest.mark.parametrize("task", ["score", "export"])
