@@ -1,9 +1,9 @@
 """From an image file to a square picture: decoding by written rules, ADM's centre crop, random crop, flip.
 
 Rules of decoding. PNG, JPEG, WebP and BMP only, told by content and not by name. The EXIF orientation is applied; of
-an animation the first frame is taken; 16-bit grey is scaled to 8 bits; palettes, CMYK and grey become RGB; transparent
-pixels are composited on white, as browsers show them; colour profiles are ignored. Whatever is not a whole, regular
-image file of at most 2^26 pixels raises `BadImageError` with the reason.
+an animation the first frame is taken; 16-bit grey is rounded to 8 bits, of 16-bit colour Pillow keeps the high byte;
+palettes, CMYK and grey become RGB; transparent pixels are composited on white, as browsers show them; colour profiles
+are ignored. Whatever is not a whole, regular image file of at most 2^26 pixels raises `BadImageError` with the reason.
 """
 
 from __future__ import annotations

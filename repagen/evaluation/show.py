@@ -9,7 +9,7 @@ from typing import Any
 from repagen.evaluation.comparison.likeness import protocol_facts
 from repagen.evaluation.encoder_extractors import FEATURE
 from repagen.evaluation.inception import InceptionExtractor
-from repagen.evaluation.measures import needs_of
+from repagen.evaluation.memory import kept_bytes, working_bytes
 from repagen.evaluation.protocol import (
     EvaluationProtocol,
     MetricName,
@@ -98,7 +98,8 @@ class Explanation:
         name: of the protocol, or the file it was read from.
         protocol: its settings.
         facts: (title, sentences) of everything it fixes.
-        memory_mb: title => megabytes that features and covariances take, at most, as far as widths are known.
+        memory_mb: megabytes that are taken, at most and as far as widths are known: `samples` and `reference images`
+            by features and covariances that are kept, `metrics` on top while they are computed.
         command: to measure it.
     """
 
@@ -211,26 +212,25 @@ def _dimensions(protocol: EvaluationProtocol) -> dict[str, dict[str, int]]:
 
 
 def _memory(protocol: EvaluationProtocol) -> dict[str, float]:
-    """Megabytes by side: of features that are held, and of covariances."""
+    """Megabytes of what is kept of each side, and of what the metrics take on top."""
     dimensions = _dimensions(protocol)
-    memory = {}
-    for side in ("samples", "reference images"):
-        needs = needs_of(protocol, dimensions, reference=side != "samples")
-        widths = {f"{space}.{name}": width for space, one in dimensions.items() for name, width in one.items()}
-        limit = protocol.num_samples if side == "samples" else None
-        kept = sum(4 * widths[feature] * min(count, limit or count) for feature, count in needs.kept.items())
-        memory[side] = (kept + sum(8 * widths[feature] ** 2 for feature in set(needs.moments))) / _MEGABYTE
-    return memory
+    taken = {
+        "samples": kept_bytes(protocol, dimensions, reference=False),
+        "reference images": kept_bytes(protocol, dimensions, reference=True),
+        "metrics": working_bytes(protocol, dimensions),
+    }
+    return {title: size / _MEGABYTE for title, size in taken.items()}
 
 
 def _memory_sentence(protocol: EvaluationProtocol) -> str:
-    held = " and ".join(f"{value:,.0f} MB for {side}" for side, value in _memory(protocol).items())
+    samples, reference, metrics = (f"{size:,.0f} MB" for size in _memory(protocol).values())
     stored = 4 * sum(width for widths in _dimensions(protocol).values() for width in widths.values()) / 1000
     encoders = any(space.extractor.kind != "inception" for space in protocol.spaces)
     assumed = f", an encoder taken for {_ASSUMED_WIDTH:,} features wide" if encoders else ""
     return (
-        f"Features that are compared one by one, and covariances, take up to {held}{assumed}. On disk are "
-        f"{stored:.0f} kB of features an image while it runs."
+        f"Features that are compared one by one, and covariances, take up to {samples} for samples and {reference} "
+        f"for reference images{assumed}; computing the metrics takes about {metrics} on top. On disk are {stored:.0f} "
+        "kB of features an image while it runs."
     )
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,28 @@ def test_every_kind_of_picture_has_its_rule(tmp_path: Path, name: str) -> None:
     assert isinstance(pixels, torch.Tensor)
     assert pixels.shape == (3, 4, 4) and pixels.dtype == torch.uint8
     assert pixels[:, 0, 0].tolist() == pytest.approx(expected, abs=2)
+
+
+def test_of_16_bit_colour_the_high_byte_is_kept(tmp_path: Path) -> None:
+    """Pillow does not write such a file, so here are its chunks; 25855 / 257 is nearer to 101."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    row = b"\0" + struct.pack(">HHH", 25855, 257 * 7, 65535)
+    chunks = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)), chunk(b"IDAT", zlib.compress(row))
+    (tmp_path / "colour.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b""))
+    [pixels] = FolderImages(tmp_path).load([0])
+    assert pixels.flatten().tolist() == [100, 7, 255]  # type: ignore[union-attr]
+
+
+def test_the_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    Image.new("RGB", (4, 2)).save(tmp_path / "photo.jpg", exif=exif)
+    [pixels] = FolderImages(tmp_path).load([0])
+    assert pixels.shape == (3, 4, 2)  # type: ignore[union-attr]
 
 
 def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shlex
+import subprocess
 import sys
 import typing
 from collections.abc import Callable
@@ -19,7 +20,14 @@ from repagen import cli
 from repagen.config import save_config
 from repagen.errors import UserError
 from repagen.evaluation.extractor import ExtractorRule
-from repagen.evaluation.protocol import EvaluationProtocol, MetricName, SpaceRule, load_protocol, protocol_names
+from repagen.evaluation.protocol import (
+    EvaluationProtocol,
+    MetricName,
+    NeighbourRule,
+    SpaceRule,
+    load_protocol,
+    protocol_names,
+)
 from repagen.evaluation.show import explain
 from repagen.evaluation.show_command import measured
 
@@ -129,6 +137,65 @@ def test_memory() -> None:
     assert memory["samples"] == pytest.approx((pool + spatial) / 1e6)
     # Of 10,000 reference images precision and recall hold all.
     assert memory["samples"] - memory["reference images"] == pytest.approx(4 * 40_000 * 2048 / 1e6)
+
+
+MEASURING = """
+import sys
+import torch
+import torch_fidelity.metric_kid
+from repagen.evaluation.measures import Side, measure, needs_of
+from repagen.evaluation.moments import Statistics
+from repagen.evaluation.protocol import load_protocol
+
+def memory(key):
+    [line] = [line for line in open("/proc/self/status") if line.startswith(key)]
+    return int(line.split()[1]) * 1024
+
+def side(seed):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(min(needs.kept[name], count), width, generator=generator)
+    statistics = {}
+    for name_of_moments in needs.moments:
+        root = torch.randn(width, width, generator=generator, dtype=torch.float64)
+        statistics[name_of_moments] = Statistics(torch.zeros(width).double(), root @ root.T, count)
+    return Side(statistics, {name: features})
+
+protocol, name, width, count = load_protocol(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+space, feature = name.split(".")
+needs = needs_of(protocol, {space: {feature: width}})
+before = memory("VmRSS")
+figures = measure(protocol, side(0), side(1))
+assert not figures.left_out, figures.left_out
+print((memory("VmHWM") - before) / 1e6)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak memory")
+@pytest.mark.parametrize(
+    ("space", "metrics", "count"),
+    [
+        ("inception", ["fd", "precision_recall"], 4000),
+        ("own", ["fd", "precision_recall", "density_coverage", "kid", "mind", "cmmd"], 3000),
+        ("own", ["mind"], 20_000),
+        ("own", ["cmmd"], 3000),
+        ("own", ["density_coverage"], 3000),
+    ],
+)
+def test_the_memory_told_is_the_memory_taken(space: str, metrics: Any, count: int, tmp_path: Path) -> None:
+    rule = ExtractorRule() if space == "inception" else ExtractorRule("timm", "model-of-timm", size_px=224)
+    near = NeighbourRule(3, num_samples=count, num_reference=count)
+    protocol = EvaluationProtocol(
+        title="a title", source="a source", image_size=64, num_samples=count, num_kept=count, precision_recall=near,
+        density_coverage=near, spaces=[SpaceRule(space, rule, metrics)],
+    )  # fmt: skip
+    save_config(protocol, tmp_path / "mine.yaml")
+    feature, width = ("inception.pool", 2048) if space == "inception" else ("own.features", 1024)
+    words = [str(tmp_path / "mine.yaml"), feature, str(width), str(count)]
+    told = sum(explain(words[0]).memory_mb.values())
+    run = subprocess.run([sys.executable, "-c", MEASURING, *words], capture_output=True, text=True, check=True)
+    taken = float(run.stdout)
+    assert told / 1.5 < taken < told * 1.5, (told, taken)
 
 
 def test_all_protocols_are_listed(show: Callable[..., str]) -> None:
