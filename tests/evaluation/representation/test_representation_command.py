@@ -161,9 +161,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     write_pictures(tmp_path / "few/a", random_pictures(3, seed=0))
     places = {"PIPELINE": pipeline_folder, "ENCODER": encoder_folder, "FILE": tmp_path / "file"}
     if "NO_NULL_LABEL" in words:
-        places["NO_NULL_LABEL"] = changed_copy(
-            pipeline_folder / "transformer", tmp_path, class_dropout_prob=0.0
-        ).parent
+        places["NO_NULL_LABEL"] = without_null_label(pipeline_folder, tmp_path)
     if "--feature-dtype" in words:  # features beyond float16
         monkeypatch.setattr(EncoderSource, "tokens", lambda *arguments: [torch.full((2, 16, 4), 1e6)] * 2)
     words = [str(places.get(word, word)).replace("=FEW", f"={tmp_path / 'few'}") for word in words]
