@@ -16,6 +16,7 @@ from repagen.evaluation.extractor import Pooling
 from repagen.evaluation.generation import evaluate_generation, open_extractors
 from repagen.evaluation.metrics.ratios import load_normalisers
 from repagen.evaluation.pipeline_images import PipelineImages
+from repagen.evaluation.places import require_result_file
 from repagen.evaluation.protocol import (
     EvaluationProtocol,
     MetricName,
@@ -154,21 +155,9 @@ def _require_numbers(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise UserError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
     if args.output:
-        _require_place(Path(args.output))
+        require_result_file(Path(args.output))
     if args.save_reference:
         require_new_npz(Path(args.save_reference), "--save-reference")
-
-
-def _require_place(path: Path) -> None:
-    """Refuse to write a result over anything but an earlier result."""
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder; name a file")
-    try:
-        known = not path.exists() or "schema" in json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, OSError):
-        known = False
-    if not known:
-        raise UserError(f"--output {path} exists and is no result of an evaluation; name another file")
 
 
 def choose_protocol(args: argparse.Namespace) -> tuple[str, EvaluationProtocol]:

@@ -11,23 +11,34 @@ import torch
 from repagen.errors import UserError
 
 Features = torch.Tensor | np.ndarray
+ROWS = 1024  # of features in hand at once, where they are computed with in another precision than they are kept in
 
 
-def as_matrix(features: Features) -> torch.Tensor:
-    """Return features (N, D) as a float64 tensor on the CPU.
+def as_rows(features: Features) -> torch.Tensor:
+    """Return features (N, D) as a tensor on the CPU, of their own dtype and without a copy where they are one.
 
     Raises:
         UserError: when they are not a matrix, or when a row holds a NaN or an infinity (the row is named).
     """
-    matrix = torch.as_tensor(features).detach().to("cpu", torch.float64)
+    matrix = torch.as_tensor(features).detach().cpu()
     if matrix.ndim != 2 or matrix.shape[1] == 0:
         raise UserError(f"features must be a matrix (N, D), got shape {tuple(matrix.shape)}; give each sample a row")
-    bad_rows = (~torch.isfinite(matrix).all(dim=1)).nonzero().flatten().tolist()
+    finite = torch.cat([torch.isfinite(rows).all(dim=1) for rows in matrix.split(ROWS)])
+    bad_rows = (~finite).nonzero().flatten().tolist()
     if bad_rows:
         raise UserError(
             f"features of sample {bad_rows[0]} are not finite ({len(bad_rows)} such samples); drop or redo it"
         )
     return matrix
+
+
+def as_matrix(features: Features) -> torch.Tensor:
+    """Return features (N, D) as a float64 tensor on the CPU; see `as_rows`, which takes no memory.
+
+    Raises:
+        UserError: as `as_rows`.
+    """
+    return as_rows(features).to(torch.float64)
 
 
 def as_covariance(covariance: Features) -> torch.Tensor:

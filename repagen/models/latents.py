@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderRAE
 
 from repagen.encoders.vision import check_images
-from repagen.errors import UserError
+from repagen.errors import UserError, naming
 from repagen.models.autoencoder_base import StandardisedLatents
 
 
@@ -51,31 +51,31 @@ def images_to_latents(
 
 
 @torch.no_grad()
-def latents_to_images(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
+def latents_to_images(autoencoder: Any, latents: torch.Tensor, *, clamp: bool = True) -> torch.Tensor:
     """Decode standardised latents.
 
     Args:
         autoencoder: as in `images_to_latents`.
         latents: (B, C, h, w), on the device on which the autoencoder runs.
+        clamp: to [0, 1]; an infinity is then no longer told from white.
 
     Returns:
-        (B, 3, H, H) float32, clamped to [0, 1].
+        (B, 3, H, H) float32, in [0, 1] or about it.
 
     Raises:
         UserError: for latents that do not fit, or an autoencoder of another kind.
     """
     kind = _kind(autoencoder)
-    if kind == "own":
-        return autoencoder.decode(latents, return_dict=False)[0].float().clamp(0, 1)
-    latents = latents.to(autoencoder.dtype)
+    if kind != "own":
+        latents = latents.to(autoencoder.dtype)
     if kind == "kl":
         mean, std = kl_statistics(autoencoder, latents)
         images = autoencoder.decode(latents * std + mean, return_dict=False)[0] / 2 + 0.5
     else:
-        # Its decoder resizes any other grid without a word.
-        _refuse_other_shape(latents.shape[1:], _rae_shape(autoencoder))
+        if kind == "rae":  # its decoder resizes any other grid without a word
+            _refuse_other_shape(latents.shape[1:], _rae_shape(autoencoder))
         images = autoencoder.decode(latents, return_dict=False)[0]
-    return images.float().clamp(0, 1)
+    return images.float().clamp(0, 1) if clamp else images.float()
 
 
 def latent_shape(autoencoder: Any, image_size: int) -> tuple[int, int, int]:
@@ -124,6 +124,20 @@ def decoded_size(autoencoder: Any, shape: Sequence[int]) -> tuple[int, int]:
     if kind == "own":
         return autoencoder.decoded_size(height, width)
     return height * _kl_factor(autoencoder), width * _kl_factor(autoencoder)
+
+
+def require_autoencoder(model: Any, option: str) -> None:
+    """Refuse a model that is no autoencoder which a generator can train in.
+
+    Args:
+        model: as in `images_to_latents`, or anything else.
+        option: what the user gave it as, for the message.
+
+    Raises:
+        UserError: naming the class of the model and those that are allowed.
+    """
+    with naming({"autoencoder: ": f"{option}: "}):
+        _kind(model)
 
 
 def require_independent_latents(autoencoder: Any, option: str) -> None:

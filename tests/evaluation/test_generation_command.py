@@ -180,7 +180,10 @@ def test_bad_images_are_listed_or_left_out(
         (["--samples", *DIGITS, "--reference", *DIGITS, "--save-reference", "r.json"], "files that end with .npz"),
         (["--samples", *DIGITS, "--reference", *DIGITS, "--output", "README.md"], "is no result of an evaluation"),
         (["--samples", *DIGITS, "--reference", *DIGITS, "--metrics", "fd", "fd"], "at least one metric, each once"),
-        (["--samples", *DIGITS, "--reference", *DIGITS, "--output", "/proc/x/y.json"], "features cannot be written"),
+        (
+            ["--samples", *DIGITS, "--reference", *DIGITS, "--output", "/proc/x/y.json"],
+            "nothing can be written in /proc",
+        ),
         (["--model", "missing", "--reference", *DIGITS], "--model needs --num-samples"),
         (["--model", "missing", "--num-samples", "9", "--reference", *DIGITS], "--model missing: no pipeline folder"),
         (

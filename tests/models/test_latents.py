@@ -9,8 +9,15 @@ import torch
 from autoencoder_cases import tiny_autoencoder, tiny_svg
 from diffusers import AutoencoderKL, AutoencoderRAE
 
+from repagen import PixelAutoencoder
 from repagen.errors import UserError
-from repagen.models.latents import decoded_size, images_to_latents, latent_shape, latents_to_images
+from repagen.models.latents import (
+    decoded_size,
+    images_to_latents,
+    latent_shape,
+    latents_to_images,
+    require_autoencoder,
+)
 
 
 def tiny_kl(**config: Any) -> AutoencoderKL:
@@ -105,6 +112,21 @@ def test_diffusers_rae() -> None:
     assert torch.equal(latents_to_images(model, latents), model.decode(latents).sample.clamp(0, 1))
     with pytest.raises(UserError, match=r"\(B, 64, 4, 4\)"):  # diffusers resizes it without a word
         latents_to_images(model, torch.zeros(1, 64, 8, 8))
+
+
+def test_infinities_are_seen_where_nothing_is_clamped() -> None:
+    model = PixelAutoencoder(image_size=16)
+    latents = images_to_latents(model, torch.rand(2, 3, 16, 16))
+    latents[1, 0, 2, 3] = torch.inf
+    assert latents_to_images(model, latents)[1, 0, 2, 3] == 1
+    images = latents_to_images(model, latents, clamp=False)
+    assert images[1, 0, 2, 3] == torch.inf and torch.equal(images, model.decode(latents).sample)
+
+
+def test_what_is_no_autoencoder_is_refused_by_its_class() -> None:
+    require_autoencoder(tiny_kl(), "--autoencoder")
+    with pytest.raises(UserError, match=r"^--autoencoder: Linear is none of .*AutoencoderRAE"):
+        require_autoencoder(torch.nn.Linear(1, 1), "--autoencoder")
 
 
 def test_wrong_input_is_named() -> None:

@@ -162,7 +162,9 @@ def _num_samples(path: Path, content: Mapping[str, Any]) -> int | None:
 def _shown_facts(path: Path, content: Mapping[str, Any], samples: Mapping[str, Any]) -> dict[str, Any]:
     left_out = ("kind", "pixels_sha256", *_FIXED_OF_SAMPLES)
     told = {key: value for key, value in samples.items() if key not in left_out}
-    return {**told, **_section(path, content, "versions")}
+    sampler = told.pop("scheduler_config", None)  # each of its settings may differ for itself
+    settings = {f"scheduler {key}": value for key, value in (sampler if isinstance(sampler, dict) else {}).items()}
+    return {**told, **settings, **_section(path, content, "versions")}
 
 
 def _training(path: Path, facts: Mapping[str, Any]) -> dict[str, int]:

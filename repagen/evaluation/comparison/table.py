@@ -127,7 +127,8 @@ def _notes(
     """What is alike, how to read the marks, and what to beware of."""
     fixed, equal = results[0].fixed, {key: value for key, value in facts[0].items() if value is not None}
     alike = {key: value for key, value in fixed.items() if value not in (None, []) and not key.startswith("settings.")}
-    alike |= {key: value for key, value in equal.items() if key not in _differing(facts)}
+    differing = _differing(facts)
+    alike |= {key: value for key, value in equal.items() if key not in differing and not key.startswith("scheduler ")}
     notes = [("alike", "; ".join(f"{key}={described_value(value)}" for key, value in alike.items()))]
     if len(results) > 1:
         lowest = [name for name in metrics if lower_is_better(name)]

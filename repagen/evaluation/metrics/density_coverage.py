@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from repagen.evaluation.metrics.neighbourhoods import ball_radii, count_in_balls
 from repagen.evaluation.metrics.pairs import neighbourhood_pair
 from repagen.evaluation.moments import Features
-
-_ROWS = 1024  # rows of a distance matrix in memory at once
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,9 @@ def density_coverage(samples: Features, reference: Features, neighbours: int = 5
             the numbers of features differ.
     """
     generated, real = neighbourhood_pair(samples, reference, metric="density and coverage", neighbours=neighbours)
-    samples_in_ball = torch.cat([_samples_in_balls(rows, real, generated, neighbours) for rows in real.split(_ROWS)])
+    radii = ball_radii(real, neighbours, torch.float64)
+    _, samples_in_ball = count_in_balls(generated, real, radii, with_edge=False)
     return DensityCoverage(
         density=samples_in_ball.sum().item() / (neighbours * len(generated)),
         coverage=(samples_in_ball > 0).double().mean().item(),
     )
-
-
-def _samples_in_balls(
-    centres: torch.Tensor, real: torch.Tensor, generated: torch.Tensor, neighbours: int
-) -> torch.Tensor:
-    """Number of samples (C,) in the ball of each of some centres (C, D)."""
-    # The nearest point of the own set is the point itself: hence k + 1.
-    radii = torch.cdist(centres, real).kthvalue(neighbours + 1).values
-    return (torch.cdist(centres, generated) < radii[:, None]).sum(dim=1)

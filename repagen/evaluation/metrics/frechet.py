@@ -8,7 +8,16 @@ import torch
 
 from repagen.errors import UserError
 from repagen.evaluation.metrics.pairs import require_equal_dimensions
-from repagen.evaluation.moments import Features, Statistics, as_covariance, as_matrix, require_covariance
+from repagen.evaluation.moments import (
+    ROWS,
+    FeatureMoments,
+    Features,
+    Statistics,
+    as_covariance,
+    as_matrix,
+    as_rows,
+    require_covariance,
+)
 
 _ROUNDING = 1e-10  # what the fast way may lose, relative to tr (S_a S_b)^(1/2)
 _ALIKE = 1e-12  # of tr S_a + tr S_b: up to 1e-13 is measured between a covariance and itself, in 4 to 1024 dimensions
@@ -80,15 +89,18 @@ def expected_frechet_bias(covariance: torch.Tensor, *, num_samples: int, num_ref
 def _gaussian(side: Features | Statistics) -> Statistics | _FewFeatures:
     if isinstance(side, Statistics):
         return side
-    features = as_matrix(side)
+    features = as_rows(side)
     count, dimension = features.shape
     if count < 2:
         raise UserError(f"a Frechet distance needs at least 2 samples on each side, got {count}; give more images")
+    if count > dimension:
+        moments = FeatureMoments(dimension)
+        for rows in features.split(ROWS):
+            moments.update(rows)
+        return moments.statistics()
+    features = features.double()
     mean = features.mean(dim=0)
-    centred = features - mean
-    if count <= dimension:
-        return _FewFeatures(mean, centred / (count - 1) ** 0.5)
-    return Statistics(mean, centred.T @ centred / (count - 1), count)
+    return _FewFeatures(mean, (features - mean) / (count - 1) ** 0.5)
 
 
 def _trace(side: Statistics | _FewFeatures) -> torch.Tensor:

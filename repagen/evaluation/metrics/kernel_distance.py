@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from repagen.errors import UserError
-from repagen.evaluation.metrics.pairs import feature_pair, given_precision
-from repagen.evaluation.moments import Features
+from repagen.evaluation.metrics.pairs import feature_pair
+from repagen.evaluation.moments import ROWS, Features
 
 _CLIP_BANDWIDTH = 10.0
 _CLIP_SCALE = 1000.0
-_ROWS = 1024  # rows of a kernel matrix in memory at once
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,9 @@ def kernel_inception_distance(
         )
     metric = f"KID with subset_size={subset_size} (a smaller one gives figures of its own)"
     generated, real = feature_pair(samples, reference, metric=metric, least=subset_size)
-    dtype = given_precision(samples, reference)
     figures = kid_features_to_metric(
-        generated.to(dtype),
-        real.to(dtype),
+        generated,
+        real,
         kid_subsets=subsets,
         kid_subset_size=subset_size,
         kid_kernel="poly",
@@ -80,20 +80,29 @@ def clip_mmd(samples: Features, reference: Features) -> float:
         UserError: when a side has no image, a row is not finite or zero (it is named), or the numbers of features
             differ.
     """
-    generated, real = (_unit_rows(side) for side in feature_pair(samples, reference, metric="CMMD", least=1))
+    generated, real = feature_pair(samples, reference, metric="CMMD", least=1)
+    for side in (generated, real):
+        _refuse_zero_rows(side)
     squared = _mean_kernel(generated, generated) + _mean_kernel(real, real) - 2 * _mean_kernel(generated, real)
     return max(_CLIP_SCALE * squared, 0.0)  # below zero by rounding only: the exact value is a squared norm
 
 
-def _unit_rows(matrix: torch.Tensor) -> torch.Tensor:
-    lengths = matrix.norm(dim=1, keepdim=True)
-    if not lengths.all():
-        row = int((lengths == 0).flatten().nonzero()[0])
-        raise UserError(f"the embedding of sample {row} is zero and has no direction; drop or redo it")
-    return matrix / lengths
+def _refuse_zero_rows(matrix: torch.Tensor) -> None:
+    zero = (~matrix.any(dim=1)).nonzero().flatten().tolist()
+    if zero:
+        raise UserError(f"the embedding of sample {zero[0]} is zero and has no direction; drop or redo it")
+
+
+def _unit_rows(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Blocks of rows of length 1, float64."""
+    return (torch.nn.functional.normalize(rows.double(), dim=1, eps=0) for rows in matrix.split(ROWS))
 
 
 def _mean_kernel(a: torch.Tensor, b: torch.Tensor) -> float:
     """Mean of k(x, y) - 1 over all pairs of unit rows: k is near 1 throughout, and the ones cancel in the distance."""
-    sums = [(rows @ b.T).sub_(1).div_(_CLIP_BANDWIDTH**2).expm1_().sum() for rows in a.split(_ROWS)]
-    return torch.stack(sums).sum().item() / (len(a) * len(b))
+    total = math.fsum(
+        (rows @ others.T).sub_(1).div_(_CLIP_BANDWIDTH**2).expm1_().sum().item()
+        for rows in _unit_rows(a)
+        for others in _unit_rows(b)
+    )
+    return total / (len(a) * len(b))

@@ -6,10 +6,10 @@ import torch
 
 from repagen.errors import UserError
 from repagen.evaluation.metrics.pairs import feature_pair
-from repagen.evaluation.moments import Features
+from repagen.evaluation.moments import ROWS, Features
 from repagen.randomness import generator_for
 
-_DIRECTIONS = 64  # projected on at once
+DIRECTIONS = 64  # projected on at once
 
 
 def monge_inception_distance(
@@ -35,19 +35,27 @@ def monge_inception_distance(
         raise UserError(f"MIND needs at least 1 direction, got {directions}; customary are 1000")
     generated, real = feature_pair(samples, reference, metric="MIND", least=2)
     count, dimension = min(len(generated), len(real)), generated.shape[1]
-    generated, real = (_subset(side, count, seed) for side in (generated, real))
+    chosen = [_subset(len(side), count, seed) for side in (generated, real)]
     generator = generator_for(seed, "mind directions")
     unit = torch.nn.functional.normalize(
         torch.randn(directions, dimension, generator=generator, dtype=torch.float64), dim=1
     )
     squared = [
-        ((chunk @ generated.T).sort(dim=1).values - (chunk @ real.T).sort(dim=1).values).square().mean(dim=1)
-        for chunk in unit.split(_DIRECTIONS)
+        (_sorted_projections(generated, chosen[0], chunk) - _sorted_projections(real, chosen[1], chunk))
+        .square()
+        .mean(dim=1)
+        for chunk in unit.split(DIRECTIONS)
     ]
     return 3 * dimension * torch.cat(squared).mean().item()
 
 
-def _subset(features: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    if len(features) == count:
-        return features
-    return features[torch.randperm(len(features), generator=generator_for(seed, "mind subset"))[:count]]
+def _subset(available: int, count: int, seed: int) -> torch.Tensor:
+    if available == count:
+        return torch.arange(count)
+    return torch.randperm(available, generator=generator_for(seed, "mind subset"))[:count]
+
+
+def _sorted_projections(features: torch.Tensor, chosen: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Projections (directions, chosen) in float64, ascending along each direction."""
+    blocks = [directions @ features[indices].double().T for indices in chosen.split(ROWS)]
+    return torch.cat(blocks, dim=1).sort(dim=1).values

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 
 from repagen.errors import UserError, naming
-from repagen.evaluation.moments import Features, as_matrix
+from repagen.evaluation.moments import Features, as_rows
 
 
 def feature_pair(
     samples: Features, reference: Features, *, metric: str, least: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return features (N, D) and (M, D) as float64 tensors on the CPU.
+    """Return features (N, D) and (M, D) as tensors on the CPU: float64 where a side is, else float32.
+
+    Nothing is copied where both are so already. Metrics that compute in float64 convert some rows at a time.
 
     Args:
         samples: features of generated images.
@@ -24,16 +26,17 @@ def feature_pair(
             named).
     """
     with naming({"features": "samples: features"}):
-        generated = as_matrix(samples)
+        generated = as_rows(samples)
     with naming({"features": "reference: features"}):
-        real = as_matrix(reference)
+        real = as_rows(reference)
     if min(len(generated), len(real)) < least:
         raise UserError(
             f"{metric} needs at least {least} images on each side, got {len(generated)} samples and {len(real)} "
             "reference images; give more images"
         )
     require_equal_dimensions(generated.shape[1], real.shape[1])
-    return generated, real
+    precision = torch.float64 if torch.float64 in (generated.dtype, real.dtype) else torch.float32
+    return generated.to(precision), real.to(precision)
 
 
 def neighbourhood_pair(
@@ -59,9 +62,3 @@ def require_equal_dimensions(samples: int, reference: int) -> None:
         raise UserError(
             f"cannot compare {samples} features with {reference}; both sides must come from the same extractor"
         )
-
-
-def given_precision(samples: Features, reference: Features) -> torch.dtype:
-    """float64 when one side is, else float32: in which torch-fidelity computes with such features."""
-    dtypes = [torch.as_tensor(side).dtype for side in (samples, reference)]
-    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,8 @@ class PerceptualDistance(nn.Module):
             backbone: `vgg` or `alex`.
 
         Raises:
-            UserError: when a file is absent, damaged, not what its published name promises, or of another layout.
+            UserError: when a file is absent, damaged, not what its published name promises, or of another layout, or
+                has a weight that is not finite.
         """
         paths = {
             "trunk": Path(trunk) if trunk else _cached_trunk(backbone),
@@ -219,10 +220,14 @@ def _read_tensors(path: Path, part: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zipfile and pickle each raise their own kind
         raise UserError(f"LPIPS {part}: {path} is no readable state dict ({type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"LPIPS {part}: {path} holds no plain state dict of tensors")
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"LPIPS {part}: {path}:{key} is not finite; the file is damaged, fetch it again")
     return state

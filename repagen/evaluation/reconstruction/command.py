@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,20 @@ from repagen.evaluation.encoder_extractors import open_extractor
 from repagen.evaluation.extractor import ExtractorRule, FeatureExtractor, Pooling
 from repagen.evaluation.inception import INCEPTION
 from repagen.evaluation.metrics.perceptual import Backbone, PerceptualDistance
+from repagen.evaluation.places import require_result_folder, write_result
 from repagen.evaluation.reconstruction.evaluate import DEFAULT_METRICS, evaluate_reconstruction, require_originals
 from repagen.evaluation.reconstruction.picture import save_case_picture
 from repagen.evaluation.reconstruction.result import Metric, ReconstructionResult
 from repagen.evaluation.reference import open_reference
 from repagen.evaluation.samples import ImageSource
+from repagen.models.latents import require_autoencoder
 from repagen.models.opening import open_component
+
+# Options of one metric, which given without it would be passed over in silence.
+_OF_METRIC: dict[Metric, tuple[str, ...]] = {
+    "rfid": ("extractor", "extractor_weights", "pooling"),
+    "lpips": ("lpips_backbone", "lpips_weights", "lpips_heads"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,16 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
     rfid = parser.add_argument_group("features of rfid")
-    rfid.add_argument("--extractor", default="inception", help="inception (default), or an encoder's id or folder")
+    rfid.add_argument("--extractor", help="inception (default), or an encoder's id or folder")
     rfid.add_argument("--extractor-weights", metavar="FILE", help="Inception's weights, where not in torch's cache")
-    rfid.add_argument(
-        "--pooling", choices=typing.get_args(Pooling)[:2], default="mean", help="tokens of an encoder (default mean)"
-    )
+    rfid.add_argument("--pooling", choices=typing.get_args(Pooling)[:2], help="tokens of an encoder (default mean)")
     lpips = parser.add_argument_group("network of lpips")
     lpips.add_argument(
         "--lpips-backbone",
         choices=typing.get_args(Backbone),
-        default="alex",
         help="alex (default, the usual one of reported figures), or vgg (that of losses, and of RAE's figures)",
     )
     lpips.add_argument("--lpips-weights", metavar="FILE", help="torchvision's weights, where not in torch's cache")
@@ -79,12 +83,12 @@ def run(args: argparse.Namespace) -> str | None:
     Raises:
         UserError: on options that contradict each other, and as `evaluate_reconstruction` does.
     """
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    _require_options(args)
     source = require_originals(open_reference(args.data))
     device = PartialState().device
     perceptual = _open_perceptual(args)
     autoencoder = open_component(args.autoencoder, "vae", "--autoencoder").to(device)
+    require_autoencoder(autoencoder, f"--autoencoder {args.autoencoder} holds no autoencoder")
     result = evaluate_reconstruction(
         autoencoder,
         source,
@@ -103,28 +107,48 @@ def run(args: argparse.Namespace) -> str | None:
     return result.table()
 
 
+def _require_options(args: argparse.Namespace) -> None:
+    for option, least in {"batch_size": 1, "max_bad": 0}.items():
+        if (value := getattr(args, option)) < least:
+            raise UserError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+    for metric, options in _OF_METRIC.items():
+        given = [option for option in options if getattr(args, option) is not None]
+        if given and metric not in args.metrics:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} is for {metric}; add it: --metrics {' '.join(args.metrics)} {metric}"
+            )
+    if args.pooling and not _names_encoder(args):
+        raise UserError("--pooling is for --extractor ENCODER; the features of Inception are pooled already")
+    for word in args.data:
+        if word.startswith("data.max_bad_images="):
+            raise UserError(f"--data {word}: is for training; say here --max-bad {word.partition('=')[2]}")
+    if args.output:
+        require_result_folder(Path(args.output), result="result.json")
+
+
+def _names_encoder(args: argparse.Namespace) -> bool:
+    return args.extractor not in (None, "inception", INCEPTION)
+
+
 def _open_extractor(args: argparse.Namespace) -> FeatureExtractor:
     rule = ExtractorRule()
-    if args.extractor not in ("inception", INCEPTION):
-        rule = ExtractorRule(kind="encoder", model=args.extractor, pooling=args.pooling)
+    if _names_encoder(args):
+        rule = ExtractorRule(kind="encoder", model=args.extractor, pooling=args.pooling or "mean")
     return open_extractor(rule, weights=args.extractor_weights, device=PartialState().device)
 
 
 def _open_perceptual(args: argparse.Namespace) -> PerceptualDistance | None:
-    if "lpips" in args.metrics:
-        with naming({"LPIPS trunk": "--lpips-weights", "LPIPS heads": "--lpips-heads"}):
-            return PerceptualDistance.from_files(args.lpips_weights, args.lpips_heads, args.lpips_backbone)
-    for option in ("lpips_weights", "lpips_heads"):
-        if getattr(args, option) is not None:
-            raise UserError(
-                f"--{option.replace('_', '-')} is for lpips; add it: --metrics {' '.join(args.metrics)} lpips"
-            )
-    return None
+    if "lpips" not in args.metrics:
+        return None
+    with naming({"LPIPS trunk": "--lpips-weights", "LPIPS heads": "--lpips-heads"}):
+        return PerceptualDistance.from_files(args.lpips_weights, args.lpips_heads, args.lpips_backbone or "alex")
 
 
 def _write(folder: Path, result: ReconstructionResult, source: ImageSource, autoencoder: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+    table, picture = folder / "per_image.csv", folder / "worst_and_median.png"
+    write_result(folder / "result.json", result.as_dict())
+    for path in (table, picture):  # those of an earlier result; this one may have none
+        path.unlink(missing_ok=True)
     if result.per_image:
-        (folder / "per_image.csv").write_text(result.per_image_csv(), encoding="utf-8")
-        save_case_picture(folder / "worst_and_median.png", result, source, autoencoder)
+        table.write_text(result.per_image_csv(), encoding="utf-8")
+        save_case_picture(picture, result, source, autoencoder)

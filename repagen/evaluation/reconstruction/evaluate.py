@@ -23,6 +23,7 @@ from repagen.errors import UserError, refusing
 from repagen.evaluation.extraction import (
     FORWARD_BATCH_SIZE,
     all_unreadable,
+    listed,
     pixel_digest,
     pixels_sha256,
     too_many_unreadable,
@@ -49,6 +50,7 @@ from repagen.models.latents import (
     images_to_latents,
     latent_shape,
     latents_to_images,
+    require_autoencoder,
     require_independent_latents,
 )
 from repagen.randomness import generator_for
@@ -90,16 +92,17 @@ def evaluate_reconstruction(
 
     Raises:
         UserError: on a metric without its network; on statistics in place of originals; on images that cannot be
-            read, are not square, or of a side that the autoencoder does not take; on reconstructions or features
-            that are not numbers; on fewer than two images. Each names the image.
+            read, are not square, or of a side that the autoencoder does not take; on reconstructions, figures or
+            features that are not finite; on fewer than two images. Each names the image.
     """
     began = time.perf_counter()
     source = require_originals(source)
+    require_autoencoder(autoencoder, "autoencoder")
     require_independent_latents(autoencoder, "autoencoder")
     comparisons = _comparisons(metrics, perceptual, autoencoder.device)
     autoencoder.eval()
     indices = _chosen(len(source), num_images, seed)
-    side = _image_side(autoencoder, source, indices, max_bad_images)
+    side = _image_side(autoencoder, source, indices)
     _refuse_too_small(comparisons, side, autoencoder.device)
     task = _Task(autoencoder, source, comparisons, _extractor_of(metrics, extractor), side)
     whole = _join(gather_object([_run_share(task, indices, batch_size, max_bad_images)]))
@@ -125,17 +128,17 @@ def reconstruct(autoencoder: Any, originals: torch.Tensor, names: Sequence[str])
         uint8 (B, 3, H, H) on the CPU, rounded.
 
     Raises:
-        UserError: when a reconstruction has pixels that are no numbers.
+        UserError: when a reconstruction has pixels that are not finite.
     """
     device = autoencoder.device
 
     def run(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         latents = images_to_latents(autoencoder, batch.to(device).float() / 255, sample_posterior=False)
-        return {"images": latents_to_images(autoencoder, latents)}
+        return {"images": latents_to_images(autoencoder, latents, clamp=False)}
 
     with full_float32(device):
         images = in_fixed_batches(run, originals, FORWARD_BATCH_SIZE)["images"]
-    broken = images.isnan().flatten(1).any(dim=1).tolist()
+    broken = (~torch.isfinite(images)).flatten(1).any(dim=1).tolist()
     if any(broken):
         raise UserError(
             f"the reconstruction of {names[broken.index(True)]} has pixels that are not finite; look at that image, "
@@ -199,12 +202,13 @@ def _chosen(available: int, wanted: int | None, seed: int) -> list[int]:
     return sorted(order[:count].tolist())
 
 
-def _image_side(autoencoder: Any, source: ImageSource, indices: Sequence[int], max_bad_images: int) -> int:
+def _image_side(autoencoder: Any, source: ImageSource, indices: Sequence[int]) -> int:
     """Return the side in pixels of the first readable image, after checking that the autoencoder takes it."""
     loaded = ((index, source.load([index])[0]) for index in indices)
     found = next(((index, image) for index, image in loaded if isinstance(image, torch.Tensor)), None)
     if found is None:
-        raise too_many_unreadable(all_unreadable(source, indices), max_bad_images)
+        unreadable = listed(all_unreadable(source, indices))
+        raise UserError(f"none of the {len(indices)} images can be read: {unreadable}; replace them")
     index, image = found
     _, height, width = image.shape
     if height != width:
@@ -310,7 +314,7 @@ def _run_batch(task: _Task, indices: Sequence[int], share: _Share) -> None:
         (share.reconstructions, reconstructions, "the reconstruction of "),
     ):
         _add_features(moments, task.features(pictures), [side + name for name in names])
-    share.figures |= dict(zip(images, _compare(task, originals, reconstructions), strict=True))
+    share.figures |= dict(zip(images, _compare(task, originals, reconstructions, names), strict=True))
     share.digests |= {
         index: (pixel_digest(original), pixel_digest(reconstruction))
         for index, original, reconstruction in zip(images, originals, reconstructions, strict=True)
@@ -330,7 +334,9 @@ def _add_features(
 
 
 @torch.no_grad()
-def _compare(task: _Task, originals: torch.Tensor, reconstructions: torch.Tensor) -> list[dict[PairedMetric, float]]:
+def _compare(
+    task: _Task, originals: torch.Tensor, reconstructions: torch.Tensor, names: Sequence[str]
+) -> list[dict[PairedMetric, float]]:
     device = task.autoencoder.device
 
     def run(pairs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -339,6 +345,11 @@ def _compare(task: _Task, originals: torch.Tensor, reconstructions: torch.Tensor
 
     with full_float32(device):
         columns = in_fixed_batches(run, torch.cat([originals, reconstructions], dim=1), FORWARD_BATCH_SIZE)
+    for metric, values in columns.items():
+        broken = (~torch.isfinite(values)).tolist()
+        if any(broken):
+            name = names[broken.index(True)]
+            raise UserError(f"{metric} of {name} is not finite; look at that image, and at the metric's weights")
     return [{metric: columns[metric][row].item() for metric in task.comparisons} for row in range(len(originals))]
 
 

@@ -74,7 +74,8 @@ def save_case_picture(
     metadata = PngInfo()
     metadata.add_text("Title", title)
     indices = {"worst": [case.index for case in worst], "median": [case.index for case in median], "by": metric}
-    metadata.add_text("repagen", json.dumps({**indices, "difference_factor": DIFFERENCE_FACTOR, **result.as_dict()}))
+    facts = {**indices, "difference_factor": DIFFERENCE_FACTOR, **result.as_dict()}
+    metadata.add_text("repagen", json.dumps(facts, allow_nan=False))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, format="PNG", pnginfo=metadata)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import PartialState
 
-from repagen.errors import UserError
+from repagen.errors import UserError, naming
+from repagen.evaluation.places import require_result_file, require_result_folder, write_result
 from repagen.evaluation.text_to_image.evaluate import ScoreName, evaluate_text_to_image
 from repagen.evaluation.text_to_image.export import IMAGES_PER_PROMPT, export_dpg, export_geneval, provide_from
 from repagen.evaluation.text_to_image.matching import PromptImages
@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--images-per-prompt", type=int, help="images of each prompt, following each other (default 1; 4 to export)"
+    )
+    parser.add_argument(
+        "--by-order",
+        action="store_true",
+        help="match images whose names have no id to prompts that have ids, both in natural order (p2 before p10)",
     )
     parser.add_argument("--batch-size", type=int, default=50, help="images at once per process (default 50)")
     task = parser.add_mutually_exclusive_group(required=True)
@@ -70,8 +75,17 @@ def run(args: argparse.Namespace) -> str | None:
     for option in foreign:
         if getattr(args, option):
             raise UserError(f"--{option.replace('_', '-')} is for {task}; leave it out")
+    if args.export and args.export_to is None:
+        raise UserError("--export needs --export-to FOLDER")
+    if args.output:
+        require_result_file(Path(args.output))
+    if args.export_to:
+        require_result_folder(Path(args.export_to), "--export-to")
     prompts = read_prompts(args.prompts)
-    samples = PromptImages(args.samples, prompts, args.images_per_prompt or (IMAGES_PER_PROMPT if args.export else 1))
+    if args.by_order and not prompts.named:
+        raise UserError("--by-order is for prompts that have ids; these are matched by order anyway, leave it out")
+    count = args.images_per_prompt or (IMAGES_PER_PROMPT if args.export else 1)
+    samples = PromptImages(args.samples, prompts, count, by_order=args.by_order)
     return _export(args, samples) if args.export else _evaluate(args, samples)
 
 
@@ -80,9 +94,7 @@ def _evaluate(args: argparse.Namespace, samples: PromptImages) -> str | None:
     if not PartialState().is_main_process:
         return None
     if args.output:
-        path = Path(args.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
+        write_result(Path(args.output), result.as_dict())
     return result.table()
 
 
@@ -100,19 +112,23 @@ def _open_models(args: argparse.Namespace) -> dict[ScoreName, ScoringModel]:
             names[metric] = given
     if args.pick_processor and "pick_score" not in names:
         raise UserError("--pick-processor is for --metrics pick_score; name that metric, or leave it out")
-    return {
-        metric: open_scoring_model(
-            name,
-            processor=args.pick_processor if metric == "pick_score" else None,
-            device=PartialState().device,
-        )
-        for metric, name in names.items()
+    return {metric: _open_model(args, metric, name) for metric, name in names.items()}
+
+
+def _open_model(args: argparse.Namespace, metric: ScoreName, name: str) -> ScoringModel:
+    option = f"--{_MODEL_OPTIONS[metric]}"
+    processor = args.pick_processor if metric == "pick_score" else None
+    subjects = {name: option, **({processor: "--pick-processor"} if processor and processor != name else {})}
+    options = {
+        start: f"{given} {subject}: "
+        for subject, given in subjects.items()
+        for start in (f"encoder {subject!r}: ", f"{subject}: ")
     }
+    with naming({**options, "": f"{option} {name}: "}):
+        return open_scoring_model(name, processor=processor, device=PartialState().device)
 
 
 def _export(args: argparse.Namespace, samples: PromptImages) -> str:
-    if args.export_to is None:
-        raise UserError("--export needs --export-to FOLDER")
     if PartialState().num_processes > 1:
         raise UserError("--export runs in one process; start it without accelerate launch")
     written = _EXPORTS[args.export](

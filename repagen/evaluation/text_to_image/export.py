@@ -79,8 +79,8 @@ def export_geneval(
         images_per_prompt: 4 in GenEval.
         any_count: allow another number; figures are then not GenEval's.
         batch_size: images asked for at once, rounded down to whole prompts, at least one.
-        resume: keep the prompts of an earlier, interrupted export whose metadata and images are whole. Which model
-            made them is not known here.
+        resume: keep the prompts of an earlier, interrupted export whose metadata, images and grid are whole. Which
+            model made them is not known here.
 
     Returns:
         Number of prompts whose images were written now.
@@ -255,7 +255,7 @@ def _is_whole_geneval(folder: Path, prompt: Prompt, images_per_prompt: int) -> b
     expected = [_sample_name(number) for number in range(images_per_prompt)]
     if sorted(path.name for path in (folder / "samples").glob("*")) != expected:
         return False
-    return all(_image_size(folder / "samples" / name) for name in expected)
+    return all(_image_size(path) for path in (*(folder / "samples" / name for name in expected), folder / "grid.png"))
 
 
 def _is_whole_dpg(path: Path, images_per_prompt: int, sides: set[int]) -> bool:

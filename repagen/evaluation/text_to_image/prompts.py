@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the order of their file.
+    """Prompts in the order of their file; those of a folder in that of `natural_key`.
 
     Attributes:
         path: the file or folder.
@@ -59,7 +60,7 @@ def read_prompts(path: str | Path) -> PromptSet:
     Args:
         path: `FILE.txt` with one prompt a line; `FILE.jsonl` with one JSON object a line, which has `prompt`, perhaps
             `id`, and what GenEval's `evaluation_metadata.jsonl` has (`tag`, `include` ...); or a folder of `<id>.txt`
-            as DPG-Bench has it, in the order of the names.
+            as DPG-Bench has it, in the order of `natural_key`.
 
     Raises:
         UserError: when there is no such file, or a prompt is empty, not JSON, or of an id that was there before;
@@ -77,6 +78,12 @@ def read_prompts(path: str | Path) -> PromptSet:
         lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     prompts, named = _read_lines(lines, path) if path.suffix == ".txt" else _read_json_lines(lines, path)
     return PromptSet(path, file_digest(path)["sha256"], tuple(prompts), named)
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Sort key of names by which their numbers count as numbers: `p2` before `p10`."""
+    words = re.split(r"(\d+)", name)
+    return [(1, int(word), "") if word.isdecimal() else (0, 0, word) for word in words], name
 
 
 def _read_lines(lines: Sequence[str], path: Path) -> tuple[list[Prompt], bool]:
@@ -139,7 +146,8 @@ def _checked_id(value: Any, place: str) -> str:
 
 
 def _read_folder(folder: Path) -> PromptSet:
-    files = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
+    found = (path for path in folder.glob("*.txt") if not path.name.startswith("."))
+    files = sorted(found, key=lambda path: natural_key(path.stem))
     if not files:
         raise UserError(f"{folder}: no prompts found; looked for <id>.txt")
     digest = hashlib.sha256()

@@ -24,7 +24,7 @@ def test_it_follows_its_definition_for_any_block_size(k: int, monkeypatch: pytes
     expected = by_definition(samples, real, k)
     assert expected.density != expected.coverage
     for rows in (1024, 13):
-        monkeypatch.setattr("repagen.evaluation.metrics.density_coverage._ROWS", rows)
+        monkeypatch.setattr("repagen.evaluation.metrics.neighbourhoods.ROWS", rows)
         found = density_coverage(samples, real, k)
         assert (found.density, found.coverage) == pytest.approx((expected.density, expected.coverage), rel=1e-12)
 

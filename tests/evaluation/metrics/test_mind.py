@@ -37,7 +37,7 @@ def test_one_feature_needs_no_direction() -> None:
 def test_more_directions_than_a_chunk_are_each_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(40, 6), torch.randn(40, 6) * 2
     expected = monge_inception_distance(x, y, directions=100)
-    monkeypatch.setattr("repagen.evaluation.metrics.mind._DIRECTIONS", 9)
+    monkeypatch.setattr("repagen.evaluation.metrics.mind.DIRECTIONS", 9)
     assert monge_inception_distance(x, y, directions=100) == pytest.approx(expected, rel=1e-13)
     assert monge_inception_distance(y, x, directions=100) == pytest.approx(expected, rel=1e-13)
     assert monge_inception_distance(x, y, directions=100, seed=1) != pytest.approx(expected, rel=1e-3)

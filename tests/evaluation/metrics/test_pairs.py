@@ -10,7 +10,7 @@ from repagen.errors import UserError
 from repagen.evaluation.metrics.density_coverage import density_coverage
 from repagen.evaluation.metrics.kernel_distance import clip_mmd, kernel_inception_distance
 from repagen.evaluation.metrics.mind import monge_inception_distance
-from repagen.evaluation.metrics.pairs import given_precision
+from repagen.evaluation.metrics.pairs import feature_pair
 from repagen.evaluation.metrics.precision_recall import precision_recall
 from repagen.evaluation.moments import Features
 
@@ -61,5 +61,8 @@ def test_arrays_and_half_floats_are_features_too(metric: Metric, name: str, leas
 
 
 def test_the_precision_is_that_of_the_finer_side() -> None:
-    assert given_precision(torch.zeros(1, 1), np.zeros((1, 1))) == torch.float64
-    assert given_precision(torch.zeros(1, 1).half(), np.zeros((1, 1), np.float32)) == torch.float32
+    single, double, half = torch.zeros(1, 1), np.zeros((1, 1)), torch.zeros(1, 1).half()
+    for sides, dtype in (((single, double), torch.float64), ((half, single.numpy()), torch.float32)):
+        assert [side.dtype for side in feature_pair(*sides, metric="a metric", least=1)] == [dtype, dtype]
+    kept = feature_pair(single, single.numpy(), metric="a metric", least=1)
+    assert [side.data_ptr() for side in kept] == [single.data_ptr()] * 2  # nothing is copied

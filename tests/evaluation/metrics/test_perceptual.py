@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lpips_parts import random_alex_lpips, random_lpips, write_lpips
+from safetensors.torch import save_file
 
 from repagen import UserError
 from repagen.evaluation.metrics import perceptual
@@ -69,6 +71,20 @@ def test_from_files_records_hashes_and_does_not_import_lpips(tmp_path):
     again = PerceptualDistance(*random_lpips())
     a, b = torch.rand(2, 1, 3, 16, 16)
     assert torch.equal(network(a, b), again(a, b))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("part", "key"), [("trunk", "features.2.weight"), ("trunk", "features.5.bias"), ("heads", "lin1.model.1.weight")]
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_that_are_not_finite_are_refused_by_their_tensor(tmp_path, value, part, key, suffix):
+    states = dict(zip(("trunk", "heads"), random_lpips(), strict=True))
+    states[part][key].view(-1)[1] = value
+    for name, state in states.items():
+        (save_file if suffix == ".safetensors" else torch.save)(state, tmp_path / f"{name}{suffix}")
+    with pytest.raises(UserError, match=rf"LPIPS {part}: .*{part}{re.escape(f'{suffix}:{key}')} is not finite"):
+        PerceptualDistance.from_files(tmp_path / f"trunk{suffix}", tmp_path / f"heads{suffix}")
 
 
 @pytest.mark.parametrize("backbone", ["vgg", "alex"])

@@ -21,7 +21,7 @@ def test_it_equals_a_run_of_torch_fidelity(capsys: pytest.CaptureFixture[str]) -
 def test_blocks_do_not_count(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, real = torch.randn(300, 8, dtype=dtype) * 0.8 + 0.3, torch.randn(250, 8, dtype=dtype)
     whole = prc_features_to_metric(samples, real, prc_neighborhood=4, save_cpu_ram=False, verbose=False)
-    monkeypatch.setattr("repagen.evaluation.metrics.precision_recall._ROWS", 64)
+    monkeypatch.setattr("repagen.evaluation.metrics.neighbourhoods.ROWS", 64)
     ours = precision_recall(samples, real, neighbours=4)
     assert (ours.precision, ours.recall) == (whole["precision"], whole["recall"])
 

@@ -258,17 +258,43 @@ def test_other_sizes_are_refused_by_name(
         evaluate_reconstruction(kl, FolderImages(mixed), metrics=["psnr"])
 
 
-def test_reconstructions_that_are_not_numbers_name_the_image(digits: Any) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_reconstructions_that_are_not_finite_name_the_image(digits: Any, value: float) -> None:
     class Broken(PixelAutoencoder):
         def decode(self, latents: torch.Tensor, return_dict: bool = True) -> Any:
             images = super().decode(latents, return_dict=False)[0]
-            images[images.flatten(1).mean(1) == images.flatten(1).mean(1).max(), 0, 0, 0] = torch.nan
+            images[images.flatten(1).mean(1) == images.flatten(1).mean(1).max(), 0, 0, 0] = value
             return (images,)
 
     images = torch.stack(digits.load(range(8))) // 2
     images[5] += 100
     with pytest.raises(UserError, match=r"reconstruction of tensor\[5\] has pixels that are not finite"):
         evaluate_reconstruction(Broken(image_size=32), TensorImages(images), metrics=["psnr"])
+
+
+def test_a_figure_that_is_not_finite_names_the_image(identity: Any, kl: Any) -> None:
+    """Weights so large that any difference is too much for float32."""
+    trunk, heads = random_lpips()
+    heads = {key: value * 1e38 for key, value in heads.items()}
+    images = torch.full((4, 3, 32, 32), 128, dtype=torch.uint8)
+    perceptual = PerceptualDistance(trunk, heads)
+    result = evaluate_reconstruction(identity, TensorImages(images), metrics=["lpips"], perceptual=perceptual)
+    assert result.metrics == {"lpips": 0.0}
+    with pytest.raises(UserError, match=r"^lpips of tensor\[0\] is not finite"):
+        evaluate_reconstruction(kl, TensorImages(images), metrics=["lpips"], perceptual=perceptual)
+
+
+def test_what_is_no_autoencoder_is_refused_by_its_class(digits: Any) -> None:
+    with pytest.raises(UserError, match=r"^autoencoder: Linear is none of .*AutoencoderKL"):
+        evaluate_reconstruction(torch.nn.Linear(1, 1), digits, metrics=["psnr"])
+
+
+def test_no_readable_image_is_said_so(identity: Any, tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"nothing")
+    for allowed in (0, 2, 9):
+        with pytest.raises(UserError, match=r"^none of the 3 images can be read: 0\.png .*2\.png .*; replace them$"):
+            evaluate_reconstruction(identity, FolderImages(tmp_path), metrics=["psnr"], max_bad_images=allowed)
 
 
 def test_features_that_are_not_finite_name_the_image(identity: Any, digits: Any, extractor: EncoderExtractor) -> None:

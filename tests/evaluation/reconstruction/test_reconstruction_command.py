@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lpips_parts import write_lpips
 from PIL import Image
 
@@ -62,9 +63,75 @@ def test_an_autoencoder_is_found_in_a_pipeline(evaluate: Any, pipeline_folder: P
     assert "PSNR" in output and "SSIM" not in output and "Frechet" not in output
 
 
+def test_a_result_is_replaced_whole(evaluate: Any, rae_folder: Path, encoder_folder: Path, tmp_path: Path) -> None:
+    """No figures of single images stay beside a result that has none."""
+    words = ["--autoencoder", str(rae_folder), "--data", *DIGITS, "--num-images", "9", "--output", str(tmp_path / "o")]
+    evaluate(*words, "--metrics", "psnr")
+    names = ["per_image.csv", "result.json", "worst_and_median.png"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == names
+    evaluate(*words, "--metrics", "rfid", "--extractor", str(encoder_folder))
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["result.json"]
+    assert list(json.loads((tmp_path / "o/result.json").read_text())["metrics"]) == ["rfid"]
+
+
+@pytest.fixture
+def refused(evaluate: Any, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command, which must fail; => its message."""
+
+    def run(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            evaluate(*words)
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_a_place_that_cannot_take_the_result_is_refused_before_anything_is_opened(
+    refused: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "notes").write_text("years of work")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/result.json").write_text('{"years": "of work"}')
+    for output, message in (
+        ("notes", "is a file; name a folder"),
+        ("notes/out", "notes is a file, so that no folder can be made there"),
+        ("/proc/repagen", "nothing can be written in /proc"),
+        ("foreign", "its result.json is no result of an evaluation"),
+    ):
+        place = str(tmp_path / output)
+        error = refused("--autoencoder", "missing", "--data", "missing", "--output", place)
+        assert f"error: --output {place}" in error and message in error
+    assert (tmp_path / "notes").read_text() == "years of work"
+
+
+def test_another_model_than_an_autoencoder_is_named(refused: Any, encoder_folder: Path) -> None:
+    error = refused("--autoencoder", str(encoder_folder), "--data", *DIGITS, "--metrics", "psnr")
+    assert f"error: --autoencoder {encoder_folder} holds no autoencoder: Dinov2Model is none of" in error
+
+
+def test_broken_weights_of_lpips_name_option_and_tensor(refused: Any, rae_folder: Path, tmp_path: Path) -> None:
+    trunk, heads = write_lpips(tmp_path)
+    state = torch.load(heads, weights_only=True)
+    state["lin1.model.1.weight"][0, 2] = torch.nan
+    torch.save(state, heads)
+    lpips = ["--lpips-backbone", "vgg", "--lpips-weights", str(trunk), "--lpips-heads", str(heads)]
+    error = refused("--autoencoder", str(rae_folder), "--data", *DIGITS, "--metrics", "lpips", *lpips)
+    assert f"--lpips-heads: {heads}:lin1.model.1.weight is not finite" in error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--data", *DIGITS, "--max-bad", "-1"], "--max-bad must be at least 0, got -1"),
+        (["--data", *DIGITS, "data.max_bad_images=2"], "data.max_bad_images=2: is for training; say here --max-bad 2"),
+        (
+            ["--data", *DIGITS, "--metrics", "psnr", "--extractor", "x"],
+            "--extractor is for rfid; add it: --metrics psnr",
+        ),
+        (["--data", *DIGITS, "--metrics", "psnr", "--pooling", "cls"], "--pooling is for rfid"),
+        (["--data", *DIGITS, "--metrics", "psnr", "--extractor-weights", "x"], "--extractor-weights is for rfid"),
+        (["--data", *DIGITS, "--metrics", "rfid", "--lpips-backbone", "vgg"], "--lpips-backbone is for lpips"),
+        (["--data", *DIGITS, "--pooling", "cls"], "--pooling is for --extractor ENCODER"),
         (["--data", "missing"], "no such folder of images: missing"),
         (["--data", *DIGITS, "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--data", *DIGITS, "--extractor-weights", "missing.pth"], "Inception weights not found: missing.pth"),

@@ -135,6 +135,16 @@ def test_what_a_killed_or_damaged_export_left_is_written_anew(tmp_path: Path, ge
     assert files_of(out) == whole
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:60])])
+def test_a_prompt_without_its_grid_is_completed(tmp_path: Path, geneval_prompts: PromptSet, damage: Any) -> None:
+    out = tmp_path / "out"
+    export_geneval(out, geneval_prompts, Provider())
+    whole = files_of(out)
+    damage(out / "00001/grid.png")
+    assert export_geneval(out, geneval_prompts, Provider(), resume=True) == 1
+    assert files_of(out) == whole
+
+
 def test_a_damaged_grid_is_written_anew(tmp_path: Path, dpg_prompts: PromptSet) -> None:
     out = tmp_path / "out"
     export_dpg(out, dpg_prompts, Provider())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from PIL import Image
 
 from repagen.errors import UserError
 from repagen.evaluation.text_to_image.matching import PromptImages
-from repagen.evaluation.text_to_image.prompts import PromptSet
+from repagen.evaluation.text_to_image.prompts import PromptSet, read_prompts
 
 
 @pytest.fixture
@@ -61,9 +63,96 @@ def test_ids_with_several_images(folder_of: Any, dpg_prompts: PromptSet) -> None
     assert (order(images), images.matching) == (names, "id")
 
 
-def test_prompts_with_ids_take_numbered_images_too(folder_of: Any, dpg_prompts: PromptSet) -> None:
-    names = [f"{number:05d}.png" for number in range(6)]
-    assert PromptImages(folder_of(*names), dpg_prompts, 2).matching == "number"
+TWELVE = [f"p{number}" for number in range(1, 13)]
+
+
+@pytest.fixture(params=["folder", "jsonl"])
+def twelve(request: pytest.FixtureRequest, tmp_path: Path) -> PromptSet:
+    """p1 ... p12; sorted as text, p10 would follow p1."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    for name in TWELVE:
+        (folder / f"{name}.txt").write_text(f"text of {name}")
+    if request.param == "folder":
+        return read_prompts(folder)
+    lines = [json.dumps({"id": name, "prompt": f"text of {name}"}) for name in TWELVE]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    return read_prompts(tmp_path / "prompts.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("layout", "count"),
+    [
+        ("{0}", 1),
+        *itertools.product(("{0}/{1}", "{0}_{1}", "{0}-{1}", "{0}/{0}_{1}", "run/{0}-{1:03}"), (1, 2)),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_image_goes_to_the_prompt_of_its_id(
+    folder_of: Any, twelve: PromptSet, layout: str, count: int, first: int
+) -> None:
+    assert [prompt.id for prompt in twelve.prompts] == TWELVE
+    names = [layout.format(name, first + number) + ".png" for name in TWELVE for number in range(count)]
+    images = PromptImages(folder_of(*names), twelve, count)
+    assert (order(images), images.matching) == (names, "id")
+
+
+def test_numbers_as_ids_are_no_numbers_of_images(folder_of: Any, tmp_path: Path) -> None:
+    ids = [str(number) for number in range(11, -1, -1)]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"id": name, "prompt": "a"}) for name in ids))
+    prompts = read_prompts(tmp_path / "p.jsonl")
+    names = [f"{name}/0.png" for name in ids]
+    assert order(PromptImages(folder_of(*names), prompts)) == names
+    for name in names:
+        (tmp_path / "images" / name).unlink()
+    names = [f"{name}.png" for name in ids]
+    assert order(PromptImages(folder_of(*names), prompts)) == names
+
+
+@pytest.mark.parametrize("layout", ["{}.png", "{:05d}.png", "run/sample{}.png"])
+def test_images_without_ids_take_the_prompts_in_their_order_only_when_asked(
+    folder_of: Any, twelve: PromptSet, layout: str
+) -> None:
+    names = [layout.format(number) for number in range(24)]
+    folder = folder_of(*names)
+    with pytest.raises(
+        UserError, match=r"24 images for 12 prompts x 2 = 24, and none is named .* prompt p1\); .*--by-order"
+    ):
+        PromptImages(folder, twelve, 2)
+    images = PromptImages(folder, twelve, 2, by_order=True)
+    assert order(images) == names
+    assert images.matching == ("order" if "/" in layout else "number")
+
+
+@pytest.mark.parametrize("layout", ["{}/0.png", "{}_final.png", "run-{}/samples/0.png", "{}/text.png"])
+def test_images_with_ids_are_never_matched_by_order(folder_of: Any, twelve: PromptSet, layout: str) -> None:
+    folder = folder_of(*(layout.format(name) for name in TWELVE))
+    with pytest.raises(UserError, match=r"has the id of prompt p\d+, so that --by-order may"):
+        PromptImages(folder, twelve, by_order=True)
+
+
+def test_prompts_without_ids_are_matched_by_order_unasked(folder_of: Any, prompts_of: Any) -> None:
+    with pytest.raises(UserError, match=r"have no ids.*drop by_order"):
+        PromptImages(folder_of("0.png"), prompts_of("a"), by_order=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            [f"{name}/0.png" for name in TWELVE[1:]],
+            "11 images, but .* missing is image 1 of prompt p1, looked for p1/0",
+        ),
+        ([*(f"{name}/0.png" for name in TWELVE), "p1/1.png"], "13 images, but 12 .*; p1/1.png belongs to no prompt"),
+        ([*(f"{name}_0.png" for name in TWELVE[1:]), "p1.png"], "image 1 of prompt p1, looked for p1_0.png"),
+        ([*(f"{name}_0.png" for name in TWELVE), "p1_00.png"], "both p1_0.png and p1_00.png are image p1_0"),
+        ([*(f"{name}/{name}.png" for name in TWELVE[1:]), "p1/p2.png"], "image 1 of prompt p1, looked for p1.png"),
+        ([*(f"{name}/a.png" for name in TWELVE)], "and none is named after a prompt"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(folder_of: Any, twelve: PromptSet, names: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PromptImages(folder_of(*names), twelve)
 
 
 @pytest.mark.parametrize(

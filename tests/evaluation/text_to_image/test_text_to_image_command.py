@@ -134,10 +134,25 @@ def test_exports_of_a_folder(
 
     twelve = write_pictures(tmp_path / "twelve", random_pictures(12, seed=2))
     out = tmp_path / "dpg_out"
-    words = ["--samples", twelve, "--prompts", dpg_prompts.path, "--export", "dpg", "--export-to", out]
+    words = ["--samples", twelve, "--prompts", dpg_prompts.path, "--export", "dpg", "--export-to", out, "--by-order"]
     assert evaluate(*words) == f"{out}: 3 prompts x 4 images written, 0 kept\n"
     corner = np.array(Image.open(out / "COCOval42.png"))[16:, :16]
     assert np.array_equal(corner, np.array(Image.open(twelve / "00006.png")))
+
+
+def test_a_dpg_export_gives_every_prompt_its_own_images(evaluate: Any, tmp_path: Path) -> None:
+    """The colour of an image is that of its prompt."""
+    (tmp_path / "prompts").mkdir()
+    for number in range(1, 13):
+        (tmp_path / f"prompts/p{number}.txt").write_text(f"colour {number}")
+        (tmp_path / f"images/p{number}").mkdir(parents=True)
+        for image in range(4):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"images/p{number}/{image}.png")
+    words = ["--samples", tmp_path / "images", "--prompts", tmp_path / "prompts", "--export", "dpg"]
+    evaluate(*words, "--export-to", tmp_path / "out")
+    for number in range(1, 13):
+        with Image.open(tmp_path / f"out/p{number}.png") as grid:
+            assert grid.getcolors() == [(256, (number, 0, 0))]
 
 
 @pytest.mark.parametrize(
@@ -147,12 +162,15 @@ def test_exports_of_a_folder(
         (["--metrics", "clip_score", "--clip", "x", "--pick", "y"], "--pick is for --metrics pick_score"),
         (["--metrics", "clip_score", "--clip", "x", "--pick-processor", "y"], "--pick-processor is for --metrics"),
         (["--metrics", "clip_score", "--clip", "x", "--resume"], "--resume is for --export"),
-        (["--metrics", "clip_score", "--clip", "no/model"], "encoder 'no/model': not in the local cache"),
+        (["--metrics", "clip_score", "--clip", "no/model"], "error: --clip no/model: not in the local cache"),
         (["--metrics", "clip_score", "--clip", "x", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--metrics", "clip_score", "--images-per-prompt", "3"], "6 images, but 3 prompts x 3 = 9 are needed"),
+        (["--metrics", "clip_score", "--clip", "/nope"], "error: --clip /nope: neither a folder"),
+        (["--metrics", "pick_score", "--pick", "/nope"], "error: --pick /nope: neither a folder"),
         (["--export", "dpg"], "--export needs --export-to FOLDER"),
         (["--export", "dpg", "--export-to", "x", "--clip", "y"], "--clip is for --metrics"),
         (["--export", "dpg", "--export-to", "x"], "its prompts have no ids"),
+        (["--metrics", "clip_score", "--by-order"], "--by-order is for prompts that have ids"),
         (["--metrics", "clip_score", "--export", "dpg"], "not allowed with argument"),
         ([], "one of the arguments --metrics --export is required"),
     ],
@@ -165,6 +183,47 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("repagen: error")]
     assert caught.value.code == 2
     assert len(error) == 1 and message in error[0]
+
+
+@pytest.fixture
+def refused(evaluate: Any, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command, which must fail; => its message."""
+
+    def run(*words: object) -> str:
+        with pytest.raises(SystemExit):
+            evaluate(*words)
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_a_place_that_cannot_take_the_result_is_refused_before_models_are_opened(
+    refused: Any, given: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "notes.json").write_text('{"years": "of work"}')
+    for output, message in (
+        (tmp_path, "is a folder; name a file"),
+        (tmp_path / "notes.json", "exists and is no result of an evaluation"),
+        (tmp_path / "notes.json/result.json", "notes.json is a file, so that no folder can be made there"),
+        ("/proc/repagen/result.json", "nothing can be written in /proc"),
+    ):
+        words = ["--metrics", "clip_score", "--clip", "no/model", "--output", output]
+        assert f"error: --output {output}" in (error := refused(*given, *words)) and message in error
+    assert (tmp_path / "notes.json").read_text() == '{"years": "of work"}'
+    words = ["--export", "geneval", "--export-to", tmp_path / "notes.json"]
+    assert f"error: --export-to {tmp_path / 'notes.json'} is a file; name a folder" in refused(*given, *words)
+
+
+def test_an_earlier_result_is_replaced(evaluate: Any, given: list[object], clip_folder: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        evaluate(*given, "--metrics", "clip_score", "--clip", clip_folder, "--output", tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["num_samples"] == 6
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_a_message_about_the_processor_names_its_option(refused: Any, given: list[object], pick_folder: Path) -> None:
+    words = [*given, "--metrics", "pick_score", "--pick", pick_folder, "--pick-processor"]
+    assert "error: --pick-processor /nope: neither a folder" in refused(*words, "/nope")
 
 
 @pytest.mark.parametrize("task", ["score", "export"])
