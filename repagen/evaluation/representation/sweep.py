@@ -33,7 +33,7 @@ from repagen.evaluation.representation.readouts import (
 )
 from repagen.evaluation.representation.request import TEST_SHARE, Request
 from repagen.evaluation.representation.result import Reading, RepresentationResult
-from repagen.evaluation.representation.sources import EncoderSource, FeatureSlice
+from repagen.evaluation.representation.sources import EncoderSource, FeatureSlice, FeatureSource
 from repagen.evaluation.samples import DatasetImages
 from repagen.randomness import generator_for
 
@@ -105,20 +105,7 @@ def evaluate_representation(
     sweep = _Sweep(request)
     for seed in request.seeds:
         sweep.read(seed)
-    return RepresentationResult(
-        subject={key: value for key, value in source.describe().items() if key not in ("seed", "draw")},
-        target=EncoderSource(target, [-1]).describe() if target is not None else None,
-        data=sweep.describe_data(),
-        readouts=request.readouts,
-        slices=tuple(source.slices),
-        last=tuple(source.last),
-        readings=sweep.readings(),
-        mixes=sweep.mixes,
-        seeds=request.seeds,
-        settings=_described_settings(request),
-        versions=software_versions(),
-        seconds=time.monotonic() - started,
-    )
+    return sweep.result(source, time.monotonic() - started)
 
 
 @dataclass
@@ -208,6 +195,29 @@ class _Sweep:
         if "hyperfeatures_pck" in self.request.readouts:
             half = half_of_pairs(count)
             self.counts |= {"pairs_train": half, "pairs_test": count - half}
+
+    def result(self, source: FeatureSource, seconds: float) -> RepresentationResult:
+        """All of it, with what it depends on.
+
+        Args:
+            source: what features were read from, with the noise of any seed.
+            seconds: that it took.
+        """
+        request = self.request
+        return RepresentationResult(
+            subject={key: value for key, value in source.describe().items() if key not in ("seed", "draw")},
+            target=EncoderSource(request.target, [-1]).describe() if request.target is not None else None,
+            data=self.describe_data(),
+            readouts=request.readouts,
+            slices=tuple(source.slices),
+            last=tuple(source.last),
+            readings=self.readings(),
+            mixes=self.mixes,
+            seeds=request.seeds,
+            settings=_described_settings(request),
+            versions=software_versions(),
+            seconds=seconds,
+        )
 
     def readings(self) -> tuple[Reading, ...]:
         """All values, read-out by read-out in the order asked for."""
