@@ -173,6 +173,14 @@ class ImageDataset(SampleDataset):
         self._hash_sources(digest)
         return digest.hexdigest()
 
+    def state(self) -> str:
+        """Return a hash that is another one once any image may have been changed or exchanged, on this machine.
+
+        The fingerprint is the same for copies of a dataset elsewhere, and does not look into files; this is to tell
+        whether what was computed of the images still holds.
+        """
+        return self.fingerprint()
+
     @abstractmethod
     def _hash_sources(self, digest: hashlib._Hash) -> None:
         """Add what identifies the images to the hash."""

@@ -14,6 +14,7 @@ from repagen.data.config import DataConfig
 from repagen.data.dataset import ImageDataset
 from repagen.data.images import EXTENSIONS, UNREAD_EXTENSIONS, decode_image
 from repagen.errors import UserError
+from repagen.files import state_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,12 @@ class FolderDataset(ImageDataset):
             path = self._root / name
             size = path.stat().st_size if path.exists() else -1
             digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
+
+    def state(self) -> str:
+        """See `ImageDataset.state`: the fingerprint, and where the files are and when each was changed."""
+        root = self._root.resolve()
+        files = state_of_files(root / name for name in self._files)
+        return hashlib.sha256(f"{self.fingerprint()}/{files}".encode()).hexdigest()
 
 
 def _find_classes(root: Path) -> list[str]:

@@ -13,6 +13,7 @@ from repagen.data.config import DataConfig
 from repagen.data.dataset import ImageDataset
 from repagen.data.images import BadImageError, decode_image
 from repagen.errors import UserError
+from repagen.files import state_of_files
 
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 
@@ -33,6 +34,7 @@ class HuggingFaceDataset(ImageDataset):
         label_column = _find_label_column(table, config)
         labels, class_names = _read_labels(table, label_column)
         super().__init__(config, labels, class_names)
+        self._content = table._fingerprint  # of the library: what the rows were made of, and how
         self._images = _undecoded(table, image_column)
         self._image_column = image_column
 
@@ -53,6 +55,11 @@ class HuggingFaceDataset(ImageDataset):
     def _hash_sources(self, digest: hashlib._Hash) -> None:
         config, info = self.config, self._images.info
         digest.update(f"{config.path}/{config.split}/{config.revision}/{info.version}/{info.dataset_size}".encode())
+
+    def state(self) -> str:
+        """See `ImageDataset.state`: fingerprints, ours and the library's, and when the tables were written."""
+        files = state_of_files(Path(file["filename"]) for file in self._images.cache_files)
+        return hashlib.sha256(f"{self.fingerprint()}/{self._content}/{files}".encode()).hexdigest()
 
 
 def _open_table(config: DataConfig) -> Any:

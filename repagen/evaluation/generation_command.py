@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import typing
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from repagen.evaluation.extractor import Pooling
 from repagen.evaluation.generation import evaluate_generation, open_extractors
 from repagen.evaluation.metrics.ratios import load_normalisers
 from repagen.evaluation.pipeline_images import PipelineImages
-from repagen.evaluation.places import require_result_file
+from repagen.evaluation.places import require_result_file, write_result
 from repagen.evaluation.protocol import (
     EvaluationProtocol,
     MetricName,
@@ -31,7 +30,6 @@ from repagen.evaluation.result import GenerationResult
 from repagen.evaluation.samples import ImageSource, LabelMode, open_images
 from repagen.evaluation.sinks import SampleWriter
 from repagen.evaluation.store import require_own_folder
-from repagen.files import replace_file
 from repagen.pipelines.sample_command import add_sampler_options, load_pipeline, sampler_options
 
 _SAMPLING = ("num_samples", "label_mode", "seed", "dtype", "forward_batch_size")
@@ -210,9 +208,7 @@ def _open_samples(args: argparse.Namespace, name: str, protocol: EvaluationProto
 
 def _write(result: GenerationResult, args: argparse.Namespace) -> None:
     if args.output:
-        path = Path(args.output)
-        text = json.dumps(result.as_dict(), indent=2) + "\n"
-        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_result(Path(args.output), result.as_dict())
     if args.save_reference:
         statistics, reference = result.reference_statistics, result.reference
         if not statistics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from repagen.data import DataConfig, ImageDataset, data_config_from_words, open_
 from repagen.data.folders import list_images
 from repagen.data.images import EXTENSIONS, BadImageError, decode_image
 from repagen.errors import UserError
-from repagen.files import printable
+from repagen.files import printable, state_of_files
 
 LabelMode = Literal["balanced", "random"]
 Rounding = Literal["round", "truncate"]
@@ -109,7 +108,7 @@ class FolderImages(ImageSource):
 
     def state(self, indices: Sequence[int]) -> str:
         """Names, sizes and times of the files."""
-        return _state_of_files([self.paths[index] for index in indices])
+        return state_of_files([self.paths[index] for index in indices])
 
 
 class NpzImages(ImageSource):
@@ -170,7 +169,7 @@ class NpzImages(ImageSource):
 
     def origin(self) -> str:
         """Size and time of the file."""
-        return _state_of_files([self.path])
+        return state_of_files([self.path])
 
 
 class TensorImages(ImageSource):
@@ -277,8 +276,8 @@ class DatasetImages(ImageSource):
         return {"kind": config.kind, **source, "image_size": config.image_size, "crop": config.crop}
 
     def origin(self) -> str:
-        """The dataset's fingerprint."""
-        return self.dataset.fingerprint()
+        """The dataset's state: an image that was changed since is another one."""
+        return self.dataset.state()
 
 
 def dataset_images(config: DataConfig) -> DatasetImages:
@@ -301,18 +300,6 @@ def to_uint8(images: torch.Tensor, rounding: Rounding = "round") -> torch.Tensor
     return (scaled.round() if rounding == "round" else scaled).to(torch.uint8)
 
 
-def _state_of_files(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            status = path.stat()
-            facts = f"\0{status.st_size}\0{status.st_mtime_ns}\n"
-        except OSError as error:  # a link to nothing, which counts as an unreadable image
-            facts = f"\0{error.errno}\n"
-        digest.update(os.fsencode(path) + facts.encode())
-    return digest.hexdigest()
-
-
 def open_images(words: Sequence[str]) -> FolderImages | NpzImages | DatasetImages:
     """Open images named on a command line.
 
@@ -324,6 +311,9 @@ def open_images(words: Sequence[str]) -> FolderImages | NpzImages | DatasetImage
         UserError: when there is nothing there, or a setting is unknown.
     """
     if all(word.startswith("data.") and "=" in word for word in words):
+        for word in words:
+            if word.startswith("data.max_bad_images="):
+                raise UserError(f"{word}: is for training; say here --max-bad {word.partition('=')[2]}")
         return dataset_images(data_config_from_words(words))
     if len(words) > 1:
         raise UserError(f"give one path, or settings of a dataset (data.KEY=VALUE ...), got {' '.join(words)}")

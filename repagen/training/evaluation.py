@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,14 +26,15 @@ from repagen.evaluation.reference import ReferenceStatistics, open_reference
 from repagen.evaluation.samples import ImageSource, dataset_images
 from repagen.files import replace_file
 from repagen.models.latents import decoded_size
+from repagen.models.modes import in_eval_mode
 from repagen.training.evaluation_config import EvaluationConfig
 from repagen.training.frozen import BUNDLED_ENCODERS, encoder_source
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.release import training_facts
 from repagen.training.run import Run
 
-# What messages of the command line tell to do => the key that does it here; the first that fits.
-_KEYS = {
+# Options that messages speak of => the keys that do the same here.
+KEYS = {
     "--extractor-weights": "evaluation.extractor_weights",
     "--extractor": "evaluation.extractor",
     "--reference": "evaluation.reference",
@@ -241,8 +243,7 @@ def _naming(place: str) -> Iterator[None]:
         yield
     except UserError as error:
         message = str(error).removeprefix("reference: ")  # which the key says
-        for option, key in _KEYS.items():
-            message = message.replace(option, key)
+        message = re.sub(r"--[a-z-]+", lambda found: KEYS.get(found[0], found[0]), message)
         raise UserError(f"{place}: {message}") from error
 
 
@@ -252,17 +253,13 @@ def _undisturbed(pipeline: Any, device: torch.device) -> Iterator[None]:
 
     Random streams, the scheduler, the modules' modes and the precision of matrix products come out as they went in.
     """
-    modules = {module: module.training for part in (pipeline.transformer, pipeline.vae) for module in part.modules()}
     scheduler, precision = pipeline.scheduler, torch.get_float32_matmul_precision()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), in_eval_mode(pipeline.transformer, pipeline.vae):
         try:
             pipeline.scheduler = copy.deepcopy(scheduler)
-            pipeline.transformer.eval()
-            pipeline.vae.eval()
             torch.set_float32_matmul_precision("highest")
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
             pipeline.scheduler = scheduler
-            for module, training in modules.items():
-                module.training = training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,16 @@ def test_fingerprint_sees_names_labels_sizes_and_preprocessing(classes: Path) ->
     assert moved != first
     save(classes / "ant" / "9.png")
     assert opened(classes).fingerprint() not in (first, moved)
+
+
+def test_state_sees_place_and_time_of_files_where_the_fingerprint_does_not(classes: Path, tmp_path: Path) -> None:
+    first = opened(classes)
+    assert opened(classes).state() == first.state() == opened(classes / "cat" / "..").state()
+    copy = opened(shutil.copytree(classes, tmp_path.parent / f"{tmp_path.name}-copy"))
+    assert copy.fingerprint() == first.fingerprint() and copy.state() != first.state()
+    before, fingerprint = first.state(), first.fingerprint()
+    save(classes / "ant" / "5.bmp", 77)  # the same size, other pixels
+    assert first.fingerprint() == fingerprint and first.state() != before
 
 
 @pytest.mark.parametrize(

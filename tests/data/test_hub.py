@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,27 @@ def test_samples_are_the_same_type_as_those_of_folders(folder: Path) -> None:
     sample = opened(folder)[1]
     assert sample["image"].dtype == torch.float32 and sample["image"].shape == (3, 8, 8)
     assert (sample["label"], sample["index"]) == (0, 1)
+
+
+def test_state_sees_content_where_the_fingerprint_does_not(folder: Path, tmp_path: Path) -> None:
+    def state(path: Path) -> str:
+        return opened(path).state()
+
+    before = state(folder)
+    assert state(folder) == before
+    for path in folder.rglob("*.png"):  # the same size, other pixels
+        os.utime(path, ns=(1, 1))
+    assert state(folder) != before
+    for level in (1, 2):
+        table = datasets.Dataset.from_dict(
+            {"image": [Image.new("RGB", (9, 8), (level, 0, 0))] * 3},
+            features=datasets.Features({"image": datasets.Image()}),
+        )
+        table.save_to_disk(tmp_path / f"saved-{level}")
+    shutil.copytree(tmp_path / "saved-1", tmp_path / "place")
+    saved, fingerprint = state(tmp_path / "place"), opened(tmp_path / "place").fingerprint()
+    assert state(tmp_path / "place") == saved
+    shutil.rmtree(tmp_path / "place")
+    shutil.copytree(tmp_path / "saved-2", tmp_path / "place")
+    assert opened(tmp_path / "place").fingerprint() == fingerprint
+    assert state(tmp_path / "place") != saved

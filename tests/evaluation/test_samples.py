@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from repagen.data import load_digits
+from repagen.data import DataConfig, load_digits
 from repagen.errors import UserError
 from repagen.evaluation import FolderImages, NpzImages, TensorImages, open_images
-from repagen.evaluation.samples import Unreadable, to_uint8
+from repagen.evaluation.samples import Unreadable, dataset_images, to_uint8
 
 
 def test_rounding_to_uint8() -> None:
@@ -148,6 +148,7 @@ def test_a_folder_is_cropped_when_it_is_opened_as_a_dataset(tmp_path: Path) -> N
             "data.imagesize=3: not a known setting; allowed: .*data.image_size",
         ),
         (["data.kind=digit"], "expected one of"),
+        (["data.kind=digits", "data.max_bad_images=2"], "is for training; say here --max-bad 2"),
         (["data.kind=digits", "samples"], "give one path"),
         (["missing"], "no such folder of images: missing"),
         (["missing.npz"], "no such file: missing.npz"),
@@ -238,3 +239,13 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "animated.webp", save_all=True, append_images=frames[1:], lossless=True)
     [pixels] = FolderImages(tmp_path).load([0])
     assert pixels[:, 0, 0].tolist() == [255, 0, 0]  # type: ignore[union-attr]
+
+
+def test_the_origin_of_a_dataset_is_its_state(tmp_path: Path) -> None:
+    """Features of a killed evaluation are not those of images that were written since."""
+    path = tmp_path / "0.bmp"
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(path)
+    source = dataset_images(DataConfig(path=str(tmp_path), image_size=4))
+    before, fingerprint = source.origin(), source.dataset.fingerprint()
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(path)
+    assert source.origin() != before and source.dataset.fingerprint() == fingerprint

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +28,7 @@ from generator_parts import (
     write_settings,
 )
 
+import repagen.evaluation as evaluation_package
 import repagen.training.evaluation as evaluation_module
 from repagen.config import load_config
 from repagen.errors import UserError
@@ -35,7 +38,7 @@ from repagen.evaluation.pipeline_images import TRAINING_FILE
 from repagen.evaluation.protocol import encoder_protocol
 from repagen.evaluation.reference import open_reference
 from repagen.pipelines.class_to_image import ClassToImagePipeline
-from repagen.training.evaluation import TrainingEvaluation
+from repagen.training.evaluation import KEYS, TrainingEvaluation
 from repagen.training.evaluation_config import EvaluationConfig
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.run import Run
@@ -553,6 +556,31 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"extractor": None, "protocol": "adm256", "metrics": ["fd"]}, "^evaluation.extractor_weights: Inception weights"),
     ({"guidance_scale": 2.0, "label_dropout": 0}, "^evaluation.guidance_scale: is 2.0, but .* null class"),
 ]
+
+
+def test_every_option_that_becomes_a_key_is_spoken_of() -> None:
+    """Messages come from the evaluation, which knows options; each that is rewritten is still in one."""
+    folder = Path(evaluation_package.__file__).parent
+    library = [path for path in folder.glob("*.py") if not path.stem.endswith("command")]
+    texts = [
+        node.value
+        for path in library
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    for option in KEYS:
+        assert any(re.search(rf"{option}(?![a-z-])", text) for text in texts), option
+
+
+def test_whole_options_become_keys() -> None:
+    message = "give --extractor-weights FILE, another --extractor, or --extractors; --max-bad 1"
+    expected = (
+        "here: give evaluation.extractor_weights FILE, another evaluation.extractor, or --extractors; "
+        "data.max_bad_images 1"
+    )
+    with pytest.raises(UserError) as caught, evaluation_module._naming("here"):
+        raise UserError(message)
+    assert str(caught.value) == expected
 
 
 @pytest.mark.parametrize(("keys", "message"), WRONG, ids=[" ".join(keys) for keys, _ in WRONG])

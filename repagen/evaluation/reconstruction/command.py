@@ -119,9 +119,6 @@ def _require_options(args: argparse.Namespace) -> None:
             )
     if args.pooling and not _names_encoder(args):
         raise UserError("--pooling is for --extractor ENCODER; the features of Inception are pooled already")
-    for word in args.data:
-        if word.startswith("data.max_bad_images="):
-            raise UserError(f"--data {word}: is for training; say here --max-bad {word.partition('=')[2]}")
     if args.output:
         require_result_folder(Path(args.output), result="result.json")
 

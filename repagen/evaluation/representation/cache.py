@@ -18,17 +18,21 @@ from repagen.files import file_digest, replace_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 
 
 class FeatureCache:
     """Features of one source on one set of images, below a folder that many may share.
 
-    The rule: everything that decides the features (weights, dataset, seed, dtypes ...) is hashed to the name of a
-    subfolder, so features of something else are never taken, and stay beside these. A subfolder whose manifest names
-    something else than its hash says is refused. A slice whose bytes are not those that the manifest knows, or a
-    manifest that cannot be read, is computed again. Files appear whole or not at all.
+    The rule: everything that decides the features (weights, state of the dataset, seed, dtypes ...) is hashed to the
+    name of a subfolder, so that features of something else stay beside these and are not taken. A subfolder whose
+    manifest names something else than its hash says is refused, and so are slices of other pixels than those that are
+    there. A slice whose bytes are not those that the manifest knows, or a manifest that cannot be read, is computed
+    again. Files appear whole or not at all.
+
+    Attributes:
+        pixels_sha256: hash of the images whose features are there; None where none are.
 
     Args:
         root: the folder; created when something is saved.
@@ -40,11 +44,11 @@ class FeatureCache:
 
     def __init__(self, root: str | Path, made_by: dict[str, Any]) -> None:
         if Path(root).exists() and not Path(root).is_dir():
-            raise UserError(f"--cache {root}: is no folder; name a folder, or one to be made")
+            raise UserError(f"cache: {root} is no folder; name a folder, or one to be made")
         self.made_by = json.loads(json.dumps({"format": FORMAT, **made_by}))
         content = json.dumps(self.made_by, sort_keys=True).encode()
         self.folder = Path(root) / hashlib.sha256(content).hexdigest()[:16]
-        self._entries = self._read_manifest()
+        self._entries, self.pixels_sha256 = self._read_manifest()
 
     def load(self, place: FeatureSlice) -> dict[str, torch.Tensor] | None:
         """The tensors saved of a slice; None where there are none, or damaged ones."""
@@ -60,30 +64,43 @@ class FeatureCache:
         logger.warning("%s is missing or damaged; its features are computed again", path)
         return None
 
-    def save(self, place: FeatureSlice, tensors: dict[str, torch.Tensor]) -> None:
-        """Keep the tensors of a slice."""
+    def save(self, place: FeatureSlice, tensors: dict[str, torch.Tensor], pixels_sha256: str) -> None:
+        """Keep the tensors of a slice, and the hash of the images they are of.
+
+        Raises:
+            UserError: slices of other images are there.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         name = _file_name(place)
         replace_file(self.folder / name, lambda file: save_file(tensors, file))
         facts = {"block": place.block, "timestep": place.timestep, **file_digest(self.folder / name)}
         # Another process may have added slices meanwhile.
-        self._entries = {**self._read_manifest(), name: facts}
-        manifest = json.dumps({"made_by": self.made_by, "slices": self._entries}, indent=2) + "\n"
+        entries, known = self._read_manifest()
+        if known not in (None, pixels_sha256):
+            raise UserError(
+                f"{self.folder}: its features are of other pixels than the images have now; remove it, or name "
+                "another cache"
+            )
+        self._entries, self.pixels_sha256 = {**entries, name: facts}, pixels_sha256
+        content = {"made_by": self.made_by, "pixels_sha256": pixels_sha256, "slices": self._entries}
+        manifest = json.dumps(content, indent=2) + "\n"
         replace_file(self.folder / MANIFEST_NAME, lambda file: file.write_text(manifest, encoding="utf-8"))
 
-    def _read_manifest(self) -> dict[str, dict[str, Any]]:
+    def _read_manifest(self) -> tuple[dict[str, dict[str, Any]], str | None]:
+        """What is known of each slice, and the hash of the pixels; nothing where the file is missing or damaged."""
         path = self.folder / MANIFEST_NAME
         if not path.is_file():
-            return {}
+            return {}, None
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            made_by, entries = manifest["made_by"], dict(manifest["slices"])
-        except (ValueError, KeyError, TypeError) as error:
+            made_by, pixels_sha256 = manifest["made_by"], str(manifest["pixels_sha256"])
+            entries = {name: dict(entry) for name, entry in manifest["slices"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s cannot be read (%s); all its features are computed again", path, type(error).__name__)
-            return {}
+            return {}, None
         if made_by != self.made_by:
-            raise UserError(f"{self.folder}: holds features of something else; remove it, or name another --cache")
-        return entries
+            raise UserError(f"{self.folder}: holds features of something else; remove it, or name another cache")
+        return entries, pixels_sha256
 
 
 def _file_name(place: FeatureSlice) -> str:

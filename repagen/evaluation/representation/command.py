@@ -12,8 +12,9 @@ from accelerate import PartialState
 
 from repagen.errors import UserError, naming
 from repagen.evaluation.representation.harvest import FeatureType
-from repagen.evaluation.representation.readouts import ReadOut, ReadOutSettings
-from repagen.evaluation.representation.sweep import DEFAULT_TIMESTEPS, evaluate_representation
+from repagen.evaluation.representation.readouts import PAIRS, ReadOut, ReadOutSettings
+from repagen.evaluation.representation.request import DEFAULT_TIMESTEPS
+from repagen.evaluation.representation.sweep import evaluate_representation
 from repagen.pipelines.sample_command import load_pipeline
 
 if TYPE_CHECKING:
@@ -22,11 +23,30 @@ if TYPE_CHECKING:
     from repagen.evaluation.representation.result import RepresentationResult
 
 
-# How messages about arguments begin => the options that the arguments were given as.
-_OPTIONS = {
-    "encoder.layers: ": "--layers: ",
-    "neighbours: must be from 1 to the": "--knn-neighbours: must be from 1 to the",
-    "neighbours: ": "--cknna-neighbours: ",
+# Arguments that messages begin with => the options that they were given as.
+OPTIONS = {
+    "pipeline": "--model",
+    "blocks": "--blocks",
+    "layers": "--layers",
+    "timesteps": "--timesteps",
+    "readouts": "--readouts",
+    "target": "--target",
+    "data": "--data",
+    "data.image_size": "--data data.image_size",
+    "test_data": "--test-data",
+    "num_images": "--num-images",
+    "seeds": "--seeds",
+    "settings.knn_neighbours": "--knn-neighbours",
+    "settings.cknna_neighbours": "--cknna-neighbours",
+    "settings.pck_images": "--pck-images",
+    "dtype": "--feature-dtype",
+    "cache": "--cache",
+}
+# Options of read-outs => the read-outs that look at them.
+_READERS: dict[str, tuple[ReadOut, ...]] = {
+    "knn_neighbours": ("knn",),
+    "cknna_neighbours": ("cknna",),
+    "pck_images": PAIRS,
 }
 
 
@@ -73,14 +93,12 @@ def _add_further_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="in which features are stored (default float32)",
     )
+    parser.add_argument("--knn-neighbours", type=int, metavar="K", help=f"of knn (default {defaults.knn_neighbours})")
     parser.add_argument(
-        "--knn-neighbours", type=int, default=defaults.knn_neighbours, metavar="K", help="of knn (default 20)"
+        "--cknna-neighbours", type=int, metavar="K", help=f"of cknna (default {defaults.cknna_neighbours})"
     )
     parser.add_argument(
-        "--cknna-neighbours", type=int, default=defaults.cknna_neighbours, metavar="K", help="of cknna (default 10)"
-    )
-    parser.add_argument(
-        "--pck-images", type=int, default=defaults.pck_images, metavar="N", help="images to warp (default 100)"
+        "--pck-images", type=int, metavar="N", help="images to warp (default 100, or all where there are fewer)"
     )
 
 
@@ -92,20 +110,17 @@ def run(args: argparse.Namespace) -> str:
     """
     if PartialState().num_processes > 1:
         raise UserError("repagen evaluate representation runs in one process; start it without accelerate launch")
-    for option in ("batch_size", "num_images", "knn_neighbours", "cknna_neighbours", "pck_images"):
+    for option in ("batch_size", "num_images", *_READERS):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise UserError(f"--output {args.output}: is no folder; name a folder, or one to be made")
-    blocks = _blocks(args)
+    blocks, settings = _blocks(args), _settings(args)
     data = _open_data(args.data, "--data")
     test_data = _open_data(args.test_data, "--test-data") if args.test_data else None
     target = _open_encoder(args.target, "--target", "float32") if args.target else None
-    settings = ReadOutSettings(
-        knn_neighbours=args.knn_neighbours, cknna_neighbours=args.cknna_neighbours, pck_images=args.pck_images
-    )
-    with naming(_OPTIONS):
+    with naming({f"{argument}: ": f"{option}: " for argument, option in OPTIONS.items()}):
         result = evaluate_representation(
             _open_subject(args),
             data,
@@ -151,9 +166,24 @@ def _blocks(args: argparse.Namespace) -> list[int] | None:
     return [int(word) for word in words]
 
 
+def _settings(args: argparse.Namespace) -> ReadOutSettings:
+    given = {name: value for name in _READERS if (value := getattr(args, name)) is not None}
+    for name in given:
+        if not set(_READERS[name]) & set(args.readouts):
+            raise UserError(
+                f"--{name.replace('_', '-')} is for the read-outs {', '.join(_READERS[name])}, and none of them is "
+                "among --readouts; add one, or leave it out"
+            )
+    return ReadOutSettings(**given)
+
+
 def _open_data(words: list[str], option: str) -> ImageDataset:
     from repagen.data import data_config_from_words, open_image_dataset
 
+    if paths := [word for word in words if "=" not in word]:
+        raise UserError(
+            f"{option} {paths[0]}: give settings of a dataset, such as data.path={paths[0]} data.image_size=256"
+        )
     with naming({"data": f"{option} data"}):
         return open_image_dataset(data_config_from_words(words))
 

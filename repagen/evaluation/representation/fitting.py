@@ -12,6 +12,7 @@ from repagen.errors import UserError
 from repagen.randomness import derived_seed, generator_for
 
 WEIGHT_DECAY = 1e-3  # of the full-batch fit: half of it times the squared parameters is added to the loss
+TOLERANCE = 1e-7  # of the full-batch fit, on each component of the gradient
 LEARNING_RATE = 5e-3  # of AdamW, falling to 0 as a cosine
 ADAM_WEIGHT_DECAY = 0.05
 
@@ -36,15 +37,20 @@ def check_positive(**values: float) -> None:
 
 
 @torch.enable_grad()
-def fit_full_batch(modules: Sequence[nn.Module], loss: Callable[[], torch.Tensor], iterations: int) -> None:
-    """Minimise a loss over the whole training set plus the decay of all parameters but biases, by L-BFGS."""
+def fit_full_batch(modules: Sequence[nn.Module], loss: Callable[[], torch.Tensor], iterations: int) -> bool:
+    """Minimise a loss over the whole training set plus the decay of all parameters but biases, by L-BFGS.
+
+    Returns:
+        Whether no component of the gradient is above `TOLERANCE` at the end.
+    """
     named = [pair for module in modules for pair in module.named_parameters()]
     parameters = [parameter for _, parameter in named]
     decaying = [parameter for name, parameter in named if name.split(".")[-1] != "bias"]
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=iterations,
-        tolerance_grad=1e-8,
+        max_eval=10 * iterations,
+        tolerance_grad=TOLERANCE,
         tolerance_change=1e-15,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -58,6 +64,8 @@ def fit_full_batch(modules: Sequence[nn.Module], loss: Callable[[], torch.Tensor
         return value
 
     optimizer.step(closure)
+    closure()  # the gradient where it ended, which the line search may have left
+    return max(float(p.grad.abs().max()) for p in parameters if p.grad is not None) <= TOLERANCE
 
 
 @torch.enable_grad()

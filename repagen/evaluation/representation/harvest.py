@@ -15,9 +15,11 @@ from repagen.data import ImageDataset, load_in_order
 from repagen.data.shards import without_names
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
+from repagen.evaluation.extraction import pixel_digest, pixels_sha256
 from repagen.evaluation.extractor import full_float32
 from repagen.evaluation.representation.cache import FeatureCache
 from repagen.evaluation.representation.sources import EncoderSource, FeatureSlice, FeatureSource, GeneratorSource
+from repagen.evaluation.samples import to_uint8
 
 FeatureType = Literal["float32", "float16"]
 """In which features are stored; read-outs are computed in float32 at least."""
@@ -46,6 +48,7 @@ class Harvest:
         image_size: side of the images in pixels.
         labels: (N,) int64.
         indices: (N,) int64, places of the images in their dataset.
+        pixels_sha256: hash of the images that were read, 8-bit and before any change; equal for equal images.
         made_by: all that the features depend on.
     """
 
@@ -54,6 +57,7 @@ class Harvest:
     image_size: int
     labels: torch.Tensor
     indices: torch.Tensor
+    pixels_sha256: str
     made_by: dict[str, Any]
     _kept: dict[FeatureSlice, torch.Tensor] = field(repr=False)
     _cache: FeatureCache | None = field(repr=False)
@@ -154,13 +158,14 @@ def harvest(
     """
     chosen = list(range(len(dataset)) if indices is None else indices)
     made_by = without_names(source.describe()) | {
-        "dataset": dataset.fingerprint(),
+        "dataset": dataset.state(),
         "images": hashlib.sha256(repr(chosen).encode()).hexdigest(),
         "change": change.name if change else None,
         "stored_as": dtype,
     }
     store = FeatureCache(cache, made_by) if cache is not None else None
     rows: dict[str, torch.Tensor] | None = None
+    pixels = store.pixels_sha256 if store else None
     missing = []
     for place in source.slices:
         stored = store.load(place) if store else None
@@ -168,19 +173,20 @@ def harvest(
         rows = stored or rows
     kept: dict[FeatureSlice, torch.Tensor] = {}
     for places in source.passes(missing):
-        rows, tokens = _read(source, places, dataset, chosen, batch_size, change, getattr(torch, dtype))
+        rows, pixels, tokens = _read(source, places, dataset, chosen, batch_size, change, getattr(torch, dtype))
         for place in places:
             if store is None:
                 kept[place] = tokens[place]
             else:
-                store.save(place, {"tokens": tokens[place], "label": rows["label"], "index": rows["index"]})
-    assert rows is not None
+                store.save(place, {"tokens": tokens[place], "label": rows["label"], "index": rows["index"]}, pixels)
+    assert rows is not None and pixels is not None
     return Harvest(
         slices=tuple(source.slices),
         grid=source.grid,
         image_size=dataset.config.image_size,
         labels=rows["label"],
         indices=rows["index"],
+        pixels_sha256=pixels,
         made_by=made_by,
         _kept=kept,
         _cache=store,
@@ -195,25 +201,36 @@ def _read(
     batch_size: int,
     change: Change | None,
     dtype: torch.dtype,
-) -> tuple[dict[str, torch.Tensor], dict[FeatureSlice, torch.Tensor]]:
-    """One pass over the images: their labels and indices, and the tokens of every slice, on the CPU."""
+) -> tuple[dict[str, torch.Tensor], str, dict[FeatureSlice, torch.Tensor]]:
+    """One pass over the images: their labels and indices, their hash, and the tokens of every slice, on the CPU."""
     rows: dict[str, list[torch.Tensor]] = {"label": [], "index": []}
+    digests: list[str] = []
     parts: dict[FeatureSlice, list[torch.Tensor]] = {place: [] for place in places}
     what = str(places[0]).split(", ")[-1] if places[0].timestep is not None else "layers"
     with tqdm(total=len(indices), desc=f"features, {what}", unit="image", leave=False) as progress_bar:
         for batch in load_in_order(dataset, indices, batch_size):
+            digests += [pixel_digest(image) for image in to_uint8(batch["image"])]
             images = change.apply(batch["image"]) if change else batch["image"]
             with full_float32(source.device):
                 tokens = source.tokens(places, images, batch["label"], batch["index"].tolist())
             for place, values in zip(places, tokens, strict=True):
-                stored = values.to("cpu", dtype)
-                if not torch.isfinite(stored).all():
-                    raise UserError(f"features of {place} are not finite as {str(dtype)[6:]}; use float32 features")
-                parts[place].append(stored)
+                parts[place].append(_stored(values, dtype, place, source))
             for key, kept in rows.items():
                 kept.append(batch[key])
             progress_bar.update(len(images))
-    if not rows["label"]:
-        raise UserError("--data: no readable image; nothing to read features of")
+    if not digests:
+        raise UserError("data: no readable image; nothing to read features of")
     joined = {place: torch.cat(parts.pop(place)).contiguous() for place in places}
-    return {key: torch.cat(kept) for key, kept in rows.items()}, joined
+    return {key: torch.cat(kept) for key, kept in rows.items()}, pixels_sha256(digests), joined
+
+
+def _stored(values: torch.Tensor, dtype: torch.dtype, place: FeatureSlice, source: FeatureSource) -> torch.Tensor:
+    """Features as they are kept, on the CPU; refused where they are not finite."""
+    if not torch.isfinite(values).all():
+        computed = str(values.dtype).removeprefix("torch.")
+        remedy = "check its weights" if values.dtype == torch.float32 else "load it in float32, or check its weights"
+        raise UserError(f"{source.name}: its features of {place}, computed in {computed}, are not finite; {remedy}")
+    stored = values.to("cpu", dtype)
+    if not torch.isfinite(stored).all():
+        raise UserError(f"dtype: features of {place} are too large for {str(dtype)[6:]}; store them as float32")
+    return stored

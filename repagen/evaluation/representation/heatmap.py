@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from repagen.evaluation.representation.readouts import PAIRS, PROBES
 from repagen.evaluation.representation.result import Reading, RepresentationResult
 
 _LONGEST_NAME = 60
@@ -96,12 +95,8 @@ def _draw_bars(axis: Any, readings: list[Reading]) -> None:
 
 def _subtitle(result: RepresentationResult, readout: str) -> str:
     """Model, number of images and seeds, in two lines."""
-    counts = result.data["images"]
-    if readout in PROBES:
-        images = f"N = {counts['train']} train, {counts['test']} test"
-    else:
-        images = f"N = {counts['pairs'] if readout in PAIRS else counts['measured']}"
     spread = "" if len(result.seeds) == 1 else ", mean ± 95 %"
     seeds = f"seed{'s' * (len(result.seeds) > 1)} {', '.join(map(str, result.seeds))}{spread}"
     name = str(result.subject.get("name") or f"{result.subject['kind']} {result.subject['weights'][:12]}")
-    return f"{name if len(name) <= _LONGEST_NAME else '...' + name[-_LONGEST_NAME:]}\n{images}; {seeds}"
+    short = name if len(name) <= _LONGEST_NAME else "..." + name[-_LONGEST_NAME:]
+    return f"{short}\nimages: {result.shown_images(readout)}; {seeds}"

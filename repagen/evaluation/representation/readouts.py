@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from repagen.errors import UserError
 from repagen.evaluation.representation.correspondence import (
     Warp,
     affine_warp,
@@ -27,10 +29,12 @@ from repagen.evaluation.representation.hyperfeatures import (
     train_hyperfeature_correspondence,
     train_hyperfeature_probe,
 )
-from repagen.evaluation.representation.probes import attentive_probe, knn_probe, linear_probe
+from repagen.evaluation.representation.probes import ProbeResult, attentive_probe, knn_probe, linear_probe
 from repagen.evaluation.representation.similarity import cknna, unbiased_cka
 from repagen.evaluation.representation.sources import FeatureSlice
 from repagen.evaluation.representation.spatial import SpatialStructure, spatial_structure
+
+logger = logging.getLogger(__name__)
 
 ReadOut = Literal[
     "linear", "knn", "attentive", "cknna", "cka", "lds", "cds", "rmsc", "pck", "pck_identity",
@@ -46,6 +50,7 @@ SPATIAL: tuple[ReadOut, ...] = ("lds", "cds", "rmsc")
 PAIRS: tuple[ReadOut, ...] = ("pck", "pck_identity", "hyperfeatures_pck")
 """Those that look at an image and a warped version of it."""
 
+_PCK_IMAGES = 100
 _CHUNK = 256  # images whose tokens are in float64 at once
 
 
@@ -54,27 +59,78 @@ class ReadOutSettings:
     """How read-outs are trained and computed; see the functions of the same names.
 
     Attributes:
-        linear_epochs: most iterations of L-BFGS.
+        linear_epochs: most iterations of L-BFGS; see `linear_probe`.
         attentive_epochs: passes of the attentive probe.
         knn_neighbours, knn_temperature: of the kNN vote.
         cknna_neighbours: k.
-        pck_images: images that PCK looks at, drawn from those at hand by the first seed.
+        pck_images: images that PCK looks at, drawn from those at hand by the first seed; None for 100, or all where
+            there are fewer.
         pck_alpha: radius of a hit over the image's side.
         hyperfeature_width: features of the mix.
         hyperfeature_epochs: most iterations of L-BFGS, of the mix of classes and of each slice beside it.
         correspondence_epochs: passes of the mix that learns to match.
     """
 
-    linear_epochs: int = 100
+    linear_epochs: int = 1000
     attentive_epochs: int = 30
     knn_neighbours: int = 20
     knn_temperature: float = 0.07
     cknna_neighbours: int = 10
-    pck_images: int = 100
+    pck_images: int | None = None
     pck_alpha: float = 0.1
     hyperfeature_width: int = 64
     hyperfeature_epochs: int = 20
     correspondence_epochs: int = 10
+
+    def num_pairs(self, measured: int) -> int:
+        """Images that are warped, where so many are measured."""
+        return min(_PCK_IMAGES, measured) if self.pck_images is None else self.pck_images
+
+    def require_enough(
+        self, readouts: Sequence[ReadOut], measured: int, labels: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> None:
+        """Refuse what cannot be computed of so many images.
+
+        Args:
+            readouts: that are wanted.
+            measured: images that those which train nothing look at.
+            labels: of the training and the test images of `PROBES`; None where none is wanted.
+
+        Raises:
+            UserError: naming the setting, or `data`.
+        """
+        if "cknna" in readouts and not 1 <= self.cknna_neighbours < measured:
+            raise UserError(
+                f"settings.cknna_neighbours: must be from 1 to {measured - 1} with {measured} images, got "
+                f"{self.cknna_neighbours}; give another number, or more images"
+            )
+        if labels is not None:
+            _require_classes(*labels)
+            if "knn" in readouts and not 1 <= self.knn_neighbours <= len(labels[0]):
+                raise UserError(
+                    f"settings.knn_neighbours: must be from 1 to the {len(labels[0])} training images, got "
+                    f"{self.knn_neighbours}; give another number, or more images"
+                )
+        least = 2 if "hyperfeatures_pck" in readouts else 1
+        if set(readouts) & set(PAIRS) and not least <= self.num_pairs(measured) <= measured:
+            halves = "; hyperfeatures_pck learns from one half of them and is tested on the other" if least > 1 else ""
+            raise UserError(
+                f"settings.pck_images: must be from {least} to the {measured} images, got {self.num_pairs(measured)}"
+                f"{halves}"
+            )
+
+
+def _require_classes(train: torch.Tensor, test: torch.Tensor) -> None:
+    """Refuse labels that no probe can be trained on and tested with."""
+    if not len(test):
+        raise UserError(f"data: no class of the {len(train)} images has 2, one of them to test on; give more images")
+    if len(train.unique()) < 2:
+        raise UserError("data: the training images are all of one class, a probe needs at least 2; give more images")
+    if absent := test[~torch.isin(test, train)].unique().tolist():
+        raise UserError(
+            f"data: the training images have none of the test images' class {absent[0]}; give more images, or "
+            "the same classes"
+        )
 
 
 def known_warps(image_size: int) -> dict[str, Warp]:
@@ -152,7 +208,7 @@ def _probe(
     pooled = (train.float().mean(dim=1), train_labels, test.float().mean(dim=1), test_labels)
     seed = harvests.seed
     compute: dict[ReadOut, Callable[[], float]] = {
-        "linear": lambda: linear_probe(*pooled, epochs=settings.linear_epochs, seed=seed).accuracy,
+        "linear": lambda: _linear(linear_probe(*pooled, epochs=settings.linear_epochs, seed=seed), place),
         "knn": lambda: (
             knn_probe(*pooled, neighbours=settings.knn_neighbours, temperature=settings.knn_temperature).accuracy
         ),
@@ -163,6 +219,12 @@ def _probe(
         ),
     }
     return {name: function() for name, function in compute.items() if name in wanted}
+
+
+def _linear(result: ProbeResult, place: FeatureSlice) -> float:
+    if not result.converged:
+        logger.warning("linear probe of %s: not converged; its accuracy may move with more linear_epochs", place)
+    return result.accuracy
 
 
 def _measure(
@@ -237,6 +299,11 @@ def mix_for_classes(
     )
 
 
+def half_of_pairs(count: int) -> int:
+    """How many of so many warped images `hyperfeatures_pck` learns from; it is tested on the others."""
+    return count // 2
+
+
 def mix_for_points(
     harvests: Harvests, places: Sequence[FeatureSlice], settings: ReadOutSettings
 ) -> HyperfeatureResult:
@@ -251,7 +318,7 @@ def mix_for_points(
         for number, of_image in enumerate(pairs):
             source, target = ([tokens[number] for tokens in side] for side in (sources, targets))
             of_image.append(TokenPair(source, target, points, truth))
-    half = len(pairs) // 2
+    half = half_of_pairs(len(pairs))
     train, test = ([pair for of_image in part for pair in of_image] for part in (pairs[:half], pairs[half:]))
     size = harvests.test.image_size
     return train_hyperfeature_correspondence(

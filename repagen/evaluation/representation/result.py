@@ -9,6 +9,7 @@ from typing import Any
 
 from repagen.evaluation.reporting import aligned, described
 from repagen.evaluation.representation.hyperfeatures import HyperfeatureResult
+from repagen.evaluation.representation.readouts import PAIRS, PROBES
 from repagen.evaluation.representation.sources import FeatureSlice
 
 # Student's t, 95 % two-sided, by number of seeds.
@@ -103,6 +104,19 @@ class RepresentationResult:
             (item for item in self._of(readout) if item.place in self.last), key=lambda item: item.mean, default=None
         )
 
+    def images_of(self, readout: str) -> dict[str, int]:
+        """The numbers of images that the values of a read-out rest on: `train` and `test`, or `N`."""
+        counts = self.data["images"]
+        if readout in PROBES:
+            return {"train": counts["train"], "test": counts["test"]}
+        if readout == "hyperfeatures_pck":
+            return {"train": counts["pairs_train"], "test": counts["pairs_test"]}
+        return {"N": counts["pairs" if readout in PAIRS else "measured"]}
+
+    def shown_images(self, readout: str) -> str:
+        """`images_of` in words."""
+        return ", ".join(f"{name} {count}" for name, count in self.images_of(readout).items())
+
     def _of(self, readout: str) -> list[Reading]:
         return [item for item in self.readings if item.readout == readout]
 
@@ -115,6 +129,7 @@ class RepresentationResult:
             "slices": [asdict(place) for place in self.slices],
             "readings": [item.as_dict() for item in self.readings],
             "mixes": {name: [asdict(mix) for mix in mixes] for name, mixes in self.mixes.items()},
+            "images": {name: self.images_of(name) for name in self.readouts},
             "best": {name: self.best(name).as_dict() for name in self.readouts},
             "last": {name: last.as_dict() for name in self.readouts if (last := self.best_of_last(name))},
         }
@@ -122,7 +137,7 @@ class RepresentationResult:
     def table(self) -> str:
         """The result as aligned lines of text: best and last, then every slice, then what it depends on."""
         per_slice = [name for name in self.readouts if self.reading_is_per_slice(name)]
-        parts = [aligned([("read-out", "best slice", "last block or layer"), *self._summary()])]
+        parts = [aligned([("read-out", "images", "best slice", "last block or layer"), *self._summary()])]
         if per_slice:
             rows = [(str(place), *(str(self.reading(name, place)) for name in per_slice)) for place in self.slices]
             parts.append(aligned([("slice", *per_slice), *rows]))
@@ -133,13 +148,13 @@ class RepresentationResult:
         """Whether a read-out has a value for every slice, in place of one for all."""
         return all(item.place is not None for item in self._of(readout))
 
-    def _summary(self) -> list[tuple[str, str, str]]:
+    def _summary(self) -> list[tuple[str, str, str, str]]:
         rows = []
         for name in self.readouts:
             best, last = self.best(name), self.best_of_last(name)
             whole = best.place is None
             shown = "-" if last is None else f"{last}  ({last.place})"
-            rows.append((name, f"{best}  ({'all slices' if whole else best.place})", shown))
+            rows.append((name, self.shown_images(name), f"{best}  ({'all slices' if whole else best.place})", shown))
         return rows
 
     def _facts(self) -> list[tuple[str, str]]:

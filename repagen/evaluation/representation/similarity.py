@@ -26,7 +26,8 @@ def unbiased_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     """
     x, y = _paired(x, y)
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)  # changes nothing but the rounding
-    return _alignment(x @ x.T, y @ y.T)
+    kernel_x, kernel_y = x @ x.T, y @ y.T
+    return _normalised(_unbiased_hsic(kernel_x, kernel_y), kernel_x, kernel_y)
 
 
 def cknna(x: torch.Tensor, y: torch.Tensor, neighbours: int = 10) -> float:
@@ -55,7 +56,7 @@ def cknna(x: torch.Tensor, y: torch.Tensor, neighbours: int = 10) -> float:
     near_x, near_y = _nearest(kernel_x, neighbours), _nearest(kernel_y, neighbours)
     near_both = near_x & near_y
     shared = _unbiased_hsic(kernel_x * near_both, kernel_y * near_both)
-    return shared / (_self_hsic(kernel_x * near_x) * _self_hsic(kernel_y * near_y)) ** 0.5
+    return _normalised(shared, kernel_x * near_x, kernel_y * near_y)
 
 
 def _paired(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,8 +85,9 @@ def _nearest(kernel: torch.Tensor, neighbours: int) -> torch.Tensor:
     return torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, nearest, True)
 
 
-def _alignment(kernel_x: torch.Tensor, kernel_y: torch.Tensor) -> float:
-    return _unbiased_hsic(kernel_x, kernel_y) / (_self_hsic(kernel_x) * _self_hsic(kernel_y)) ** 0.5
+def _normalised(hsic: float, kernel_x: torch.Tensor, kernel_y: torch.Tensor) -> float:
+    """An HSIC over the geometric mean of those of two kernels with themselves."""
+    return hsic / (_self_hsic(kernel_x) * _self_hsic(kernel_y)) ** 0.5
 
 
 def _self_hsic(kernel: torch.Tensor) -> float:

@@ -11,11 +11,11 @@ import torch
 
 from repagen.alignment.plugin import Record, blocks_of, listen
 from repagen.encoders import VisionEncoder
-from repagen.encoders.vision import layer_indices
 from repagen.errors import UserError, naming
 from repagen.flow.path import interpolate
 from repagen.models.identity import describe_autoencoder, describe_encoder, describe_transformer
 from repagen.models.latents import images_to_latents, latent_shape, require_independent_latents
+from repagen.models.modes import in_eval_mode
 from repagen.pipelines.guided_prediction import class_token_dim, is_discrete
 from repagen.randomness import generator_for, normal_per_sample
 
@@ -52,6 +52,10 @@ class FeatureSource(Protocol):
     grid: tuple[int, int]
 
     @property
+    def name(self) -> str:
+        """What it is, for messages."""
+
+    @property
     def last(self) -> Sequence[FeatureSlice]:
         """Those of the network's last block or layer."""
 
@@ -84,7 +88,8 @@ class GeneratorSource:
     An image becomes a latent x by the pipeline's own autoencoder and x_t = (1 - t) x + t noise, or, for a model of
     integer steps, what its own scheduler makes of x at the step nearest to 1000 t. The noise is a function of (seed,
     index of the image, draw), the same at every t. Read is the output of `blocks` at the image's own tokens; class,
-    time and context tokens are left out.
+    time and context tokens are left out. Model and autoencoder are in eval mode while they are read: no
+    dropout or noise of a training gets in.
 
     Args:
         pipeline: the generator with its autoencoder and scheduler, on its device.
@@ -119,19 +124,19 @@ class GeneratorSource:
         numbers = sorted(set(range(1, depth + 1) if blocks is None else blocks))
         times = sorted({float(t) for t in timesteps})
         if not numbers or not times or (blocks is not None and len(numbers) != len(blocks)):
-            raise UserError(f"--blocks {_listed(blocks)}: give different blocks from 1 to {depth}, or all")
+            raise UserError(f"blocks: {_listed(blocks)}: give different blocks from 1 to {depth}, or all")
         wrong = [number for number in numbers if not 1 <= number <= depth]
         if wrong:
-            raise UserError(f"--blocks {wrong[0]}: the model has blocks 1 to {depth}; give some of them, or all")
+            raise UserError(f"blocks: {wrong[0]}: the model has blocks 1 to {depth}; give some of them, or all")
         if len(times) != len(timesteps) or not 0 <= times[0] <= times[-1] <= 1:
-            raise UserError(f"--timesteps {_listed(timesteps)}: give different times in [0, 1]; 0 = data, 1 = noise")
+            raise UserError(f"timesteps: {_listed(timesteps)}: give different times in [0, 1]; 0 = data, 1 = noise")
         self.slices = [FeatureSlice(number, t) for t in times for number in numbers]
         self.label = self._label(null_label)
         self.grid = self.model.token_grid
-        require_independent_latents(pipeline.vae, "--model")
+        require_independent_latents(pipeline.vae, "pipeline")
         if class_token_dim(self.model):
             raise UserError(
-                "--model: it denoises an encoder's class token beside the latent, which would tell it what the image "
+                "pipeline: it denoises an encoder's class token beside the latent, which would tell it what the image "
                 "shows; read-outs are for generators without class_token_dim"
             )
 
@@ -141,10 +146,15 @@ class GeneratorSource:
             return "none"
         if null_label and self.model.config.class_dropout_prob == 0:
             raise UserError(
-                "--model: it has no null label (class_dropout_prob is 0), and a class would tell it what the image "
+                "pipeline: it has no null label (class_dropout_prob is 0), and a class would tell it what the image "
                 "shows; take a model trained with class_dropout_prob above 0, or null_label=False from Python"
             )
         return "null" if null_label else "own"
+
+    @property
+    def name(self) -> str:
+        """Where the pipeline was loaded from."""
+        return self.pipeline.config.get("_name_or_path") or "the generator"
 
     @property
     def last(self) -> Sequence[FeatureSlice]:
@@ -168,7 +178,7 @@ class GeneratorSource:
         """See `FeatureSource.tokens`."""
         t = slices[0].timestep
         assert t is not None
-        with self._recording(slices) as record:
+        with in_eval_mode(self.model, self.pipeline.vae), self._recording(slices) as record:
             noisy, times = self._noisy(images, indices, t)
             self.model(
                 hidden_states=noisy.to(self.model.dtype),
@@ -200,14 +210,14 @@ class GeneratorSource:
             return [generator_for(self.seed, purpose, index, self.draw) for index in indices]
 
         posterior = generators("representation posterior")
-        with naming({"image_size: ": "--data: data.image_size: "}):
+        with naming({"image_size: ": "data.image_size: "}):
             latent_shape(self.pipeline.vae, images.shape[-1])  # an encoder would resize other images in silence
         latents = images_to_latents(self.pipeline.vae, images.to(device), generator=posterior).float()
         expected = tuple(side * self.model.config.patch_size for side in self.grid)
         if tuple(latents.shape[2:]) != expected:
             raise UserError(
-                f"--data: images of {images.shape[-1]} px become latents of {tuple(latents.shape[2:])}, the model "
-                f"takes {expected}; set data.image_size to the size it was trained at"
+                f"data.image_size: images of {images.shape[-1]} px become latents of {tuple(latents.shape[2:])}, the "
+                f"model takes {expected}; set it to the size that the model was trained at"
             )
         noise = normal_per_sample(generators("representation noise"), latents.shape[1:]).to(device)
         if not is_discrete(self.model):
@@ -258,8 +268,23 @@ class EncoderSource:
     def __init__(self, encoder: VisionEncoder, layers: Sequence[int] | None = None) -> None:
         self.encoder = encoder
         count = encoder.backbone.num_layers
-        self.slices = [FeatureSlice(i) for i in (range(count) if layers is None else layer_indices(layers, count))]
+        asked = range(count) if layers is None else layers
+        wrong = [number for number in asked if not -count <= number < count]
+        if wrong:
+            raise UserError(
+                f"layers: {wrong[0]}: the encoder has layers 0 to {count - 1}, or {-count} to -1 counted from the "
+                "end; give some of them, or all"
+            )
+        numbers = sorted({number % count for number in asked})
+        if not numbers or len(numbers) != len(asked):
+            raise UserError(f"layers: {_listed(layers)}: give different layers from 0 to {count - 1}, or all")
+        self.slices = [FeatureSlice(number) for number in numbers]
         self.grid = (encoder.grid_size, encoder.grid_size)
+
+    @property
+    def name(self) -> str:
+        """Where the encoder was loaded from."""
+        return str(self.encoder.name_or_path or "the encoder")
 
     @property
     def last(self) -> Sequence[FeatureSlice]:
@@ -279,7 +304,8 @@ class EncoderSource:
         self, slices: Sequence[FeatureSlice], images: torch.Tensor, labels: torch.Tensor, indices: Sequence[int]
     ) -> list[torch.Tensor]:
         """See `FeatureSource.tokens`; slices in ascending order."""
-        return self.encoder.layer_tokens(images.to(self.encoder.device), [place.block for place in slices])
+        with in_eval_mode(self.encoder):
+            return self.encoder.layer_tokens(images.to(self.encoder.device), [place.block for place in slices])
 
     def describe(self) -> dict[str, Any]:
         """See `FeatureSource.describe`."""

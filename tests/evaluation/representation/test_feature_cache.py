@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from repagen.data import ImageDataset
+from repagen.data import DataConfig, ImageDataset, open_image_dataset
 from repagen.errors import UserError
 from repagen.evaluation.representation.harvest import Change, Harvest, harvest_encoder, harvest_generator
 from repagen.evaluation.representation.sources import GeneratorSource
@@ -144,6 +146,55 @@ def test_an_unreadable_manifest_costs_a_new_computation(
     assert manifest.read_text() == content
 
 
+@pytest.mark.parametrize("slices", [5, [5], {"block-001-t-0.2.safetensors": 5}], ids=["number", "list", "entry"])
+def test_a_manifest_of_another_shape_costs_a_new_computation(
+    slices: Any, read: Callable[..., Harvest], passes: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = read()
+    (manifest,) = tmp_path.glob("*/manifest.json")
+    content = manifest.read_text()
+    manifest.write_text(json.dumps({**json.loads(content), "slices": slices}))
+    passes.clear()
+    with caplog.at_level(logging.WARNING):
+        assert equal(first, read()) and passes == [0.2, 0.6]
+    assert "cannot be read" in caplog.text and manifest.read_text() == content
+
+
+def write_bmp(folder: Path, level: int) -> Path:
+    """Six files of the same names and sizes whatever they show."""
+    folder.mkdir(exist_ok=True)
+    for number in range(6):
+        Image.new("RGB", (16, 16), (level, number, 0)).save(folder / f"{number}.bmp")
+    return folder
+
+
+def test_features_of_other_images_are_not_taken(encoder: Any, tmp_path: Path) -> None:
+    def read(folder: Path, cache: Path | None = tmp_path / "cache") -> Harvest:
+        images = open_image_dataset(DataConfig(path=str(folder), image_size=16))
+        return harvest_encoder(encoder, images, cache=cache)
+
+    one, other = write_bmp(tmp_path / "one", 10), write_bmp(tmp_path / "other", 200)
+    first, second = read(one), read(other)
+    assert not equal(first, second) and equal(second, read(other, None))
+    assert first.pixels_sha256 != second.pixels_sha256
+    write_bmp(one, 90)  # in place
+    assert equal(read(one), read(one, None)) and not equal(read(one), first)
+    assert read(one).pixels_sha256 == read(one, None).pixels_sha256  # kept in the manifest
+
+
+def test_slices_of_other_pixels_are_refused(encoder: Any, tmp_path: Path) -> None:
+    """Files may be changed in a way that no state shows."""
+    folder = write_bmp(tmp_path / "images", 10)
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    images = open_image_dataset(DataConfig(path=str(folder), image_size=16))
+    harvest_encoder(encoder, images, layers=[0], cache=tmp_path / "cache")
+    write_bmp(folder, 90)
+    for path, time in times.items():
+        os.utime(path, ns=(time, time))
+    with pytest.raises(UserError, match="its features are of other pixels than the images have now; remove it"):
+        harvest_encoder(encoder, images, cache=tmp_path / "cache")
+
+
 def test_a_folder_that_holds_something_else_is_refused(read: Callable[..., Harvest], tmp_path: Path) -> None:
     read()
     (manifest,) = tmp_path.glob("*/manifest.json")
@@ -167,7 +218,7 @@ def test_half_precision_is_stored_and_what_it_cannot_hold_refused(
     torch.testing.assert_close(stored.pooled(stored.slices[0]), exact.pooled(exact.slices[0]), rtol=1e-2, atol=1e-2)
     loud = make_pipeline()
     loud.transformer.patch_embed.proj.weight.data *= 1e6
-    with pytest.raises(UserError, match="not finite as float16; use float32"):
+    with pytest.raises(UserError, match=r"^dtype: features of .* are too large for float16; store them as float32"):
         read(loud, dtype="float16")
 
 

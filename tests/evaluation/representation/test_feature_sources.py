@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,13 +119,13 @@ def test_no_hook_is_left(make_pipeline: Callable[..., Any], digits: ImageDataset
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        ({}, {"blocks": [0]}, "--blocks 0: the model has blocks 1 to 3"),
-        ({}, {"blocks": [2, 4]}, "--blocks 4: the model has blocks 1 to 3"),
-        ({}, {"blocks": [2, 2]}, "--blocks 2 2: give different blocks"),
-        ({}, {"timesteps": [0.5, 1.5]}, r"--timesteps 0.5 1.5: give different times in \[0, 1\]"),
-        ({}, {"timesteps": [float("nan")]}, "--timesteps nan"),
-        ({"class_dropout_prob": 0.0}, {}, "it has no null label"),
-        ({"class_token_dim": 8}, {}, "class token"),
+        ({}, {"blocks": [0]}, "^blocks: 0: the model has blocks 1 to 3"),
+        ({}, {"blocks": [2, 4]}, "^blocks: 4: the model has blocks 1 to 3"),
+        ({}, {"blocks": [2, 2]}, "^blocks: 2 2: give different blocks"),
+        ({}, {"timesteps": [0.5, 1.5]}, r"^timesteps: 0.5 1.5: give different times in \[0, 1\]"),
+        ({}, {"timesteps": [float("nan")]}, "^timesteps: nan"),
+        ({"class_dropout_prob": 0.0}, {}, "^pipeline: it has no null label"),
+        ({"class_token_dim": 8}, {}, "^pipeline: .* class token"),
     ],
 )
 def test_what_cannot_be_read_is_refused(
@@ -136,7 +138,7 @@ def test_what_cannot_be_read_is_refused(
 def test_images_of_another_size_are_refused(make_pipeline: Callable[..., Any]) -> None:
     pipeline = make_pipeline("ddt", sample_size=2)
     images = open_image_dataset(DataConfig(kind="digits", image_size=16))
-    with pytest.raises(UserError, match=r"set data\.image_size"):
+    with pytest.raises(UserError, match=r"^data\.image_size: .*; set it to"):
         harvest_generator(pipeline, images, indices=[0])
 
 
@@ -149,5 +151,38 @@ def test_an_encoder_is_read_layer_by_layer(encoder: VisionEncoder, digits: Image
         torch.testing.assert_close(harvest.tokens(place), expected)
         torch.testing.assert_close(harvest.pooled(place), expected.mean(1))
     assert harvest.labels.tolist() == [digits.load(index)["label"] for index in range(5)]
-    with pytest.raises(UserError, match="layers"):
-        harvest_encoder(encoder, digits, layers=[2])
+    for layers, message in ([2], "2: the encoder has layers 0 to 1, or -2 to -1"), ([0, -2], "0 -2: give different"):
+        with pytest.raises(UserError, match=f"^layers: {message}"):
+            harvest_encoder(encoder, digits, layers=layers)
+
+
+def test_layers_may_be_counted_from_the_end(encoder: VisionEncoder, digits: ImageDataset) -> None:
+    assert harvest_encoder(encoder, digits, layers=[-1, -2], indices=[0]).slices == (FeatureSlice(0), FeatureSlice(1))
+
+
+def test_parts_in_training_mode_are_read_in_eval_mode(
+    make_pipeline: Callable[..., Any], digits: ImageDataset, tmp_path: Path
+) -> None:
+    """RAE noises latents in training mode; the cache would keep them as if it had not."""
+    pipeline = make_pipeline()
+    pipeline.vae = copy.deepcopy(pipeline.vae)
+    pipeline.vae.register_to_config(noise_tau=0.8)
+    expected = harvest_generator(pipeline, digits, indices=range(3))
+    image = digits.load(0)["image"][None]
+    pipeline.vae.train()
+    pipeline.transformer.train()
+    assert not torch.equal(pipeline.vae.encode(image).latent, pipeline.vae.encode(image).latent)
+    modes = [module.training for module in (*pipeline.vae.modules(), *pipeline.transformer.modules())]
+    found = harvest_generator(pipeline, digits, indices=range(3), cache=tmp_path)
+    assert all(torch.equal(found.tokens(place), expected.tokens(place)) for place in found.slices)
+    assert modes == [module.training for module in (*pipeline.vae.modules(), *pipeline.transformer.modules())]
+
+
+def test_a_model_that_gives_no_numbers_is_named(make_pipeline: Callable[..., Any], digits: ImageDataset) -> None:
+    pipeline = make_pipeline()
+    pipeline.transformer.blocks[1].attn.to_q.weight.data[0] = float("nan")
+    message = (
+        r"^the generator: its features of block 2, t=0.5, computed in float32, are not finite; check its weights$"
+    )
+    with pytest.raises(UserError, match=message):
+        harvest_generator(pipeline, digits, indices=[0])

@@ -55,7 +55,7 @@ def test_a_generators_blocks_against_times(figures: list[Any], tmp_path: Path) -
     assert texts[1, 2] == "0.510\n±0.127" and len(texts) == 6
     assert axis.get_ylabel() == "block" and "1 = noise" in axis.get_xlabel()
     title = axis.get_title()
-    assert all(part in title for part in ("linear probe", "runs/one/pipeline", "40 train, 10 test", "seeds 0, 1"))
+    assert all(part in title for part in ("linear probe", "runs/one/pipeline", "train 40, test 10", "seeds 0, 1"))
 
 
 def test_an_encoders_layers_are_bars(figures: list[Any], tmp_path: Path) -> None:

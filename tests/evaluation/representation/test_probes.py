@@ -68,11 +68,25 @@ def test_the_linear_probe_is_sklearns_logistic_regression() -> None:
     assert 0.4 < ours.accuracy < 0.95  # classes overlap, so that a wrong classifier would differ
 
 
+def test_many_features_are_fitted_until_the_gradient_is_gone() -> None:
+    """As many features as an encoder has: 100 iterations are not enough, and the result says so."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features = torch.randn(700, 256) @ (torch.logspace(0, -3, 256)[:, None] * torch.randn(256, 256))
+    labels = (features[:, :4] / features[:, :4].std(0) + torch.randn(700, 4)).argmax(1)
+    split = features[:400], labels[:400], features[400:], labels[400:]
+    assert not linear_probe(*split, epochs=30).converged
+    ours = linear_probe(*split)
+    known, unseen = inputs.standardised(split[0].double(), split[2].double())
+    theirs = linear_model.LogisticRegression(C=1 / (WEIGHT_DECAY * 400), max_iter=20_000, tol=1e-9)
+    theirs.fit(known.numpy(), split[1].numpy())
+    assert ours == ProbeResult(theirs.score(unseen.numpy(), split[3].numpy()), 400, 300, converged=True)
+
+
 def test_the_full_batch_fit_reaches_the_solution_of_a_closed_form() -> None:
     """Least squares with the weights' decay and a free bias: ridge regression."""
     x, y = torch.randn(80, 5).double(), torch.randn(80, 2).double()
     layer = nn.Linear(5, 2, dtype=torch.float64)
-    fit_full_batch([layer], lambda: (layer(x) - y).square().sum(dim=1).mean(), 100)
+    assert fit_full_batch([layer], lambda: (layer(x) - y).square().sum(dim=1).mean(), 100)
     a, b = x - x.mean(0), y - y.mean(0)
     expected = torch.linalg.solve(a.T @ a * 2 / 80 + WEIGHT_DECAY * torch.eye(5), a.T @ b * 2 / 80).T
     torch.testing.assert_close(layer.weight.detach(), expected, atol=1e-6, rtol=0)

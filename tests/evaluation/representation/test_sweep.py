@@ -19,13 +19,17 @@ from sklearn.preprocessing import StandardScaler
 from repagen.data import DataConfig, ImageDataset, digits_encoder_path, open_image_dataset
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
+from repagen.evaluation.extraction import pixel_digest, pixels_sha256
+from repagen.evaluation.representation import request
 from repagen.evaluation.representation.harvest import harvest_encoder, harvest_generator
 from repagen.evaluation.representation.readouts import ReadOutSettings, known_warps, unmoved_pck
+from repagen.evaluation.representation.request import split_rows
 from repagen.evaluation.representation.result import T_95, Reading
 from repagen.evaluation.representation.similarity import cknna, unbiased_cka
 from repagen.evaluation.representation.sources import FeatureSlice
 from repagen.evaluation.representation.spatial import spatial_structure
-from repagen.evaluation.representation.sweep import evaluate_representation, split_rows
+from repagen.evaluation.representation.sweep import evaluate_representation
+from repagen.evaluation.samples import DatasetImages
 
 FEW_PAIRS = ReadOutSettings(pck_images=4, correspondence_epochs=1, linear_epochs=20)
 
@@ -132,10 +136,10 @@ def test_pck_of_unmoved_points_is_counted() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_split_takes_a_fifth_of_each_class(seed: int) -> None:
-    labels = torch.tensor([0] * 10 + [1] * 25 + [7] * 3)
+    labels = torch.tensor([0] * 10 + [1] * 25 + [7] * 3 + [8] * 2 + [9])  # at least one of two
     train, test = split_rows(labels, seed)
-    assert sorted([*train.tolist(), *test.tolist()]) == list(range(38))
-    assert labels[test].bincount().tolist() == [2, 5, 0, 0, 0, 0, 0, 1]
+    assert sorted([*train.tolist(), *test.tolist()]) == list(range(41))
+    assert labels[test].bincount().tolist() == [2, 5, 0, 0, 0, 0, 0, 1, 1]
     assert not torch.equal(test, split_rows(labels, seed + 1)[1])
     assert torch.equal(test, split_rows(labels, seed)[1])
 
@@ -205,25 +209,38 @@ def test_the_result_says_what_it_depends_on(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"readouts": ["linear", "fid"]}, "--readouts fid: give different ones of linear"),
-        ({"readouts": []}, "--readouts none"),
-        ({"readouts": ["cka"]}, "--readouts cka compares with an encoder; name one with --target"),
-        ({"seeds": []}, "--seeds: give 1 to 10"),
-        ({"seeds": range(11)}, "--seeds: give 1 to 10"),
-        ({"num_images": 400}, "--num-images 400: the dataset has 355"),
-        ({"test_data": "flat"}, "--test-data: the images have no labels, which --readouts linear needs"),
-        ({"test_data": "few"}, "--test-data: 4 images are too few"),
-        ({"test_data": "other"}, "--test-data: its classes are not those"),
+        ({"readouts": ["linear", "fid"]}, "^readouts: fid: give different ones of linear"),
+        ({"readouts": []}, "^readouts: none"),
+        ({"readouts": ["cka"]}, "^readouts: cka compares with an encoder; give it as target"),
+        ({"target": True}, "^target: cknna and cka alone compare with it"),
+        ({"seeds": []}, "^seeds: give 1 to 10"),
+        ({"seeds": range(11)}, "^seeds: give 1 to 10"),
+        ({"num_images": 400}, "^num_images: 400 given, the dataset has 355"),
+        ({"num_images": 7}, "^num_images: 7 are too few; give at least 8"),
+        ({"test_data": "flat"}, "^test_data: the images have no labels, which the read-out linear needs"),
+        ({"test_data": "few"}, "^test_data: 4 images are too few"),
+        ({"test_data": "other"}, "^test_data: its classes are not those"),
+        ({"num_images": 40, "readouts": ["knn"], "settings": ReadOutSettings(knn_neighbours=39)},
+         "^settings.knn_neighbours: must be from 1 to the 3[0-3] training images, got 39"),
+        ({"num_images": 12}, "^settings.knn_neighbours: must be from 1 to the [0-9]+ training images, got 20"),
+        ({"num_images": 40, "readouts": ["cknna"], "target": True, "settings": ReadOutSettings(cknna_neighbours=40)},
+         "^settings.cknna_neighbours: must be from 1 to 39 with 40 images, got 40"),
+        ({"readouts": ["pck"], "num_images": 9, "settings": ReadOutSettings(pck_images=10)},
+         "^settings.pck_images: must be from 1 to the 9 images, got 10"),
+        ({"readouts": ["hyperfeatures_pck"], "settings": ReadOutSettings(pck_images=1)},
+         "^settings.pck_images: must be from 2 to the 355 images, got 1; hyperfeatures_pck learns from one half"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_refused(
     options: dict[str, Any],
     message: str,
     make_pipeline: Callable[..., Any],
+    encoder: VisionEncoder,
     digits: ImageDataset,
     random_pictures: Any,
     write_pictures: Any,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kind = options.get("test_data")
     if kind:
@@ -231,10 +248,62 @@ def test_what_does_not_fit_is_refused(
             write_pictures(tmp_path / name, random_pictures({"flat": 9, "few": 2, "other": 5}[kind], seed=0))
         config = DataConfig(path=str(tmp_path), image_size=16)
         options = {**options, "test_data": open_image_dataset(config)}
+    if options.get("target"):
+        options = {**options, "target": encoder}
+    pipeline = make_pipeline()
+    monkeypatch.setattr(request.Request, "harvest", lambda *arguments: pytest.fail("features were computed"))
     with pytest.raises(UserError, match=message):
-        evaluate_representation(make_pipeline(), digits, **options)
+        evaluate_representation(pipeline, digits, **options)
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ([1] * 9, "^data: no class of the 9 images has 2, one of them to test on; give more images"),
+        ([9], "^data: the training images are all of one class"),
+    ],
+)
+def test_classes_that_no_probe_can_learn_are_refused(
+    levels: list[int], message: str, encoder: VisionEncoder, random_pictures: Any, write_pictures: Any, tmp_path: Path
+) -> None:
+    for number, count in enumerate(levels):
+        write_pictures(tmp_path / str(number), random_pictures(count, seed=number))
+    data = open_image_dataset(DataConfig(path=str(tmp_path), image_size=16))
+    with pytest.raises(UserError, match=message):
+        evaluate_representation(encoder, data, readouts=["linear"])
+
+
+def test_a_class_that_the_training_images_lack_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^data: the training images have none of the test images' class 3"):
+        ReadOutSettings().require_enough(["linear"], 4, (torch.tensor([0, 1]), torch.tensor([0, 3])))
+
+
+def test_the_mix_that_matches_says_what_it_rests_on(encoder: VisionEncoder, digits: ImageDataset) -> None:
+    settings = ReadOutSettings(pck_images=7, correspondence_epochs=1)
+    result = evaluate_representation(
+        encoder, digits, readouts=["pck", "hyperfeatures_pck"], num_images=20, settings=settings
+    )
+    assert result.as_dict()["images"] == {"pck": {"N": 7}, "hyperfeatures_pck": {"train": 3, "test": 4}}
+    lines = result.table().splitlines()
+    assert "N 7" in lines[1] and "train 3, test 4" in lines[2]
+
+
+def test_the_result_holds_a_hash_of_the_pixels(
+    encoder: VisionEncoder, digits: ImageDataset, random_pictures: Any, write_pictures: Any, tmp_path: Path
+) -> None:
+    """The one that an evaluation of generation gives for the same images, wherever they lie."""
+    for name in ("one", "copy"):
+        for number in range(2):
+            write_pictures(tmp_path / name / str(number), random_pictures(6, seed=number))
+    found = []
+    for name in ("one", "copy"):
+        data = open_image_dataset(DataConfig(path=str(tmp_path / name), image_size=16))
+        result = evaluate_representation(encoder, data, readouts=["rmsc"])
+        found.append(result.data["data"]["pixels_sha256"])
+    whole = pixels_sha256([pixel_digest(image) for image in DatasetImages(data).load(range(len(data)))])  # type: ignore[arg-type]
+    assert found == [whole, whole]
 
 
 def test_timesteps_are_not_for_encoders(encoder: VisionEncoder, digits: ImageDataset) -> None:
-    with pytest.raises(UserError, match="--timesteps is for generators"):
+    with pytest.raises(UserError, match=r"^timesteps: they are for generators"):
         evaluate_representation(encoder, digits, timesteps=[0.5])
