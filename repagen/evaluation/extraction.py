@@ -180,14 +180,16 @@ def _contents(
     sink: ImageSink | None,
 ) -> Iterator[FeatureBlock]:
     """The blocks' contents, from the store or else made and put there."""
-    stored = {block: store.read(block, numbers, source.state(numbers)) for block, numbers in blocks.items()}
+    # Taken before the images are read: where one changes meanwhile, its features are made again another time.
+    states = {block: source.state(numbers) for block, numbers in blocks.items()}
+    stored = {block: store.read(block, numbers, states[block]) for block, numbers in blocks.items()}
     missing = [number for block, numbers in blocks.items() if stored[block] is None for number in numbers]
     images = dict(zip(missing, source.load(missing), strict=True)) if missing else {}
     for block, numbers in blocks.items():
         content = stored[block]
         if content is None:
             content = _look({number: images[number] for number in numbers}, source, extractors, sink)
-            store.write(block, content, source.state(numbers))
+            store.write(block, content, states[block])
         yield content
 
 
