@@ -25,6 +25,22 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 
+def require_at_least(args: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """Check numbers of a command line; options that were not given (None) pass.
+
+    Args:
+        args: the parsed options.
+        least: name of an option, with underscores => its smallest value.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for option, smallest in least.items():
+        value = getattr(args, option)
+        if value is not None and value < smallest:
+            raise UserError(f"--{option.replace('_', '-')} must be at least {smallest}, got {value}")
+
+
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
     """Turn what a library raises over a user's file into one line: `what (the reason)`.

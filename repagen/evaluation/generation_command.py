@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from repagen.errors import UserError
+from repagen.errors import UserError, require_at_least
 from repagen.evaluation.extractor import Pooling
 from repagen.evaluation.generation import evaluate_generation, open_extractors
 from repagen.evaluation.metrics.ratios import load_normalisers
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> str | None:
     Raises:
         UserError: on options that contradict each other, and as `evaluate_generation` does.
     """
-    _require_numbers(args)
+    _require_options(args)
     name, protocol = choose_protocol(args)
     reference = open_reference(args.reference)
     normalisers = load_normalisers(args.normalisers) if args.normalisers else None
@@ -147,11 +147,8 @@ def run(args: argparse.Namespace) -> str | None:
     return result.table()
 
 
-def _require_numbers(args: argparse.Namespace) -> None:
-    for option, least in {"batch_size": 1, "num_samples": 1, "forward_batch_size": 1, "max_bad": 0}.items():
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise UserError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+def _require_options(args: argparse.Namespace) -> None:
+    require_at_least(args, {"batch_size": 1, "num_samples": 1, "forward_batch_size": 1, "max_bad": 0})
     if args.output:
         require_result_file(Path(args.output))
     if args.save_reference:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from repagen.errors import UserError
+from repagen.errors import UserError, require_at_least
 from repagen.evaluation.extractor import Pooling
 from repagen.evaluation.generation import open_extractors, require_reference
 from repagen.evaluation.generation_command import choose_protocol
@@ -79,9 +79,7 @@ def run(args: argparse.Namespace) -> str | None:
 
 
 def _make(args: argparse.Namespace) -> str | None:
-    for option, least in {"batch_size": 1, "max_bad": 0, "keep_images": 0}.items():
-        if (value := getattr(args, option)) < least:
-            raise UserError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+    require_at_least(args, {"batch_size": 1, "max_bad": 0, "keep_images": 0})
     require_new_npz(Path(args.output))
     _, protocol = choose_protocol(args)
     source = open_images(args.data)

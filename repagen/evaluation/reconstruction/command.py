@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from repagen.errors import UserError, naming
+from repagen.errors import UserError, naming, require_at_least
 from repagen.evaluation.encoder_extractors import open_extractor
 from repagen.evaluation.extractor import ExtractorRule, FeatureExtractor, Pooling
 from repagen.evaluation.inception import INCEPTION
@@ -108,9 +108,7 @@ def run(args: argparse.Namespace) -> str | None:
 
 
 def _require_options(args: argparse.Namespace) -> None:
-    for option, least in {"batch_size": 1, "max_bad": 0}.items():
-        if (value := getattr(args, option)) < least:
-            raise UserError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+    require_at_least(args, {"batch_size": 1, "max_bad": 0})
     for metric, options in _OF_METRIC.items():
         given = [option for option in options if getattr(args, option) is not None]
         if given and metric not in args.metrics:
