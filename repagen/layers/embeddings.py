@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +142,23 @@ class LabelEmbedding(nn.Module):
             return self.table(torch.zeros(like.shape[0], dtype=torch.long, device=like.device))
         self._check(class_labels, like.shape[0])
         return self.table(class_labels)
+
+    @torch.no_grad()
+    def choose(self, kept: Sequence[int], new_rows: torch.Tensor) -> None:
+        """Let the table hold the rows of the classes `kept`, in that order, then new rows (R, dim); the null row last.
+
+        Raises:
+            UserError: a kept class that is none or named twice, or rows of another width.
+        """
+        table = self.table.weight
+        wrong = [label for label in kept if not 0 <= label < self.num_classes]
+        if wrong or len(set(kept)) < len(kept):
+            raise UserError(f"classes to keep: ids from 0 to {self.num_classes - 1}, each once; got {list(kept)[:10]}")
+        if new_rows.ndim != 2 or new_rows.shape[1] != table.shape[1]:
+            raise UserError(f"rows of new classes: shape (classes, {table.shape[1]}), got {tuple(new_rows.shape)}")
+        rows = torch.cat([table[list(kept)], new_rows.to(table), table[self.num_classes :]])
+        self.table.weight = nn.Parameter(rows, requires_grad=table.requires_grad)
+        self.num_classes, self.table.num_embeddings = len(kept) + len(new_rows), len(rows)
 
     def _check(self, class_labels: torch.Tensor | None, batch_size: int) -> None:
         rows = self.table.num_embeddings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -117,6 +117,22 @@ class LatentTransformerMixin(AttentionBackendMixin):
         if size not in cls._sizes:
             raise UserError(f"{cls.__name__}: no size {size!r}; allowed are {', '.join(cls._sizes)}")
         return {**cls._sizes[size], **overrides}
+
+    def choose_classes(self, kept: Sequence[int], new_rows: torch.Tensor | None = None) -> None:
+        """Change the model's classes: ones of its own, in the given order, then new ones; the null class stays.
+
+        Args:
+            kept: ids of classes of the model, each at most once; they are numbered anew from 0.
+            new_rows: embeddings (R, hidden_size) of further classes; None: none.
+
+        Raises:
+            UserError: a class that the model has not, rows of another width, or a model without a class embedding.
+        """
+        if self.label_embedder is None:
+            raise UserError(f"this {type(self).__name__} has neither classes nor a null class, so none can be added")
+        table = self.label_embedder.table.weight
+        self.label_embedder.choose(kept, table.new_empty(0, table.shape[1]) if new_rows is None else new_rows)
+        self.register_to_config(num_classes=self.label_embedder.num_classes)  # type: ignore[attr-defined]
 
     def enable_cache(self, config: Any) -> None:
         """Cache parts of the network between sampling steps, with one of diffusers' cache configs.

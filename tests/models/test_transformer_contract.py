@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import mse_loss
 from transformer_cases import Case, all_generators, build, fill_, inputs, output, relative_error
 
+from repagen.errors import UserError
 from repagen.layers.attention import SelfAttentionProcessor
 
 pytestmark = all_generators
@@ -198,6 +199,36 @@ def test_runs_on_the_meta_device(case: Case) -> None:
         model = case.model_class(**case.config)
     batch = {key: value.to("meta") for key, value in inputs(case).items()}
     assert model(**batch).sample.shape == output(build(case), case).shape
+
+
+# Classes
+
+
+def test_chosen_classes_keep_their_predictions(case: Case, tmp_path: Path) -> None:
+    model = build(case)
+    before = output(model, case, class_labels=torch.tensor([7, 10]))  # a class, and no class
+    new_rows = torch.randn(2, model.label_embedder.table.embedding_dim)
+    model.choose_classes([3, 7], new_rows)
+    assert model.config.num_classes == 4
+    assert torch.equal(output(model, case, class_labels=torch.tensor([1, 4])), before)
+    model.save_pretrained(tmp_path)
+    loaded = case.model_class.from_pretrained(tmp_path)
+    labels = torch.tensor([2, 3])
+    assert torch.equal(output(loaded, case, class_labels=labels), output(model, case, class_labels=labels))
+    with pytest.raises(UserError, match="class_labels: 5 is no class"):
+        output(model, case, class_labels=torch.tensor([5, 0]))
+    for kept, rows in (([4], None), ([0, 0], None), ([0], torch.zeros(1, 3))):
+        with pytest.raises(UserError, match=r"ids from 0 to 3, each once|shape \(classes, 32\)"):
+            model.choose_classes(kept, rows)
+
+
+def test_an_unconditional_model_learns_of_classes_where_it_has_a_null_class(case: Case) -> None:
+    model = build(case, num_classes=0)
+    before = output(model, case)
+    model.choose_classes([], torch.randn(3, model.label_embedder.table.embedding_dim))
+    assert torch.equal(output(model, case, class_labels=torch.tensor([3, 3])), before)
+    with pytest.raises(UserError, match="neither classes nor a null class"):
+        build(case, num_classes=0, class_dropout_prob=0.0).choose_classes([], torch.zeros(1, 32))
 
 
 # Training
