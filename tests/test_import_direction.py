@@ -14,12 +14,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "repagen"
 DOORS = ("train", "eval", "examples", "pipelines", "benchmarks", "scripts")
 
-BASE = {"config", "errors", "files", "randomness"}
+BASE = {"config", "errors", "files", "hub", "randomness"}
 # Part => the parts of repagen it may import beside itself. `cli`, `quickstart` and `__init__` stand on top.
 ALLOWED = {
     "errors": set[str](),
     "config": {"errors"},
     "files": set[str](),
+    "hub": {"config", "errors", "files"},
     "randomness": set[str](),
     "flow": BASE,
     "layers": BASE,
