@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from repagen.config import load_config
 from repagen.data import SampleDataset, open_dataset
 from repagen.errors import run_as_program
 from repagen.evaluation.metrics.perceptual import PerceptualDistance
@@ -129,7 +130,7 @@ def write_reconstructions(
 
 def main(words: Sequence[str]) -> None:
     """The command line; see the module's docstring."""
-    program_main(DecoderConfig, train, "decoder", words)
+    program_main(partial(load_config, DecoderConfig), train, "decoder", words)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.grid import save_image_grid
 from repagen.randomness import generator_for
 from repagen.schedulers.presets import SAMPLER_PRESETS, sampler_preset
-from repagen.training.generator_config import GeneratorConfig, SamplerConfig
+from repagen.training.generator_config import GeneratorConfig, GeneratorRunConfig, SamplerConfig
 from repagen.training.run import Run
 
 
@@ -60,13 +60,27 @@ def build_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     with _naming_keys("sampler.preset"):
         pipeline.check_options({})
+    check_samplings(config, pipeline, "sampler.preset")
+    return pipeline
+
+
+def check_samplings(config: GeneratorRunConfig, pipeline: Any, key: str) -> None:
+    """Refuse sample grids and evaluations that the pipeline cannot draw.
+
+    Args:
+        config: says which there are.
+        pipeline: as in training.
+        key: where its sampler comes from, for messages that are about no option.
+
+    Raises:
+        UserError: that names the key.
+    """
     if config.sample.every_steps:
-        with _naming_keys("sampler.preset", "sample"):
+        with _naming_keys(key, "sample"):
             pipeline.check_options({"guidance_scale": config.sample.guidance_scale})
     if config.evaluation.every_images:
-        with _naming_keys("sampler.preset", "evaluation"):
+        with _naming_keys(key, "evaluation"):
             pipeline.check_options(config.evaluation.options)
-    return pipeline
 
 
 @contextmanager
@@ -87,20 +101,20 @@ def _naming_keys(otherwise: str, section: str = "sampler") -> Iterator[None]:
         raise UserError(f"{key}: {error}") from None
 
 
-def write_sample_grid(config: GeneratorConfig, pipeline: Any, num_classes: int, path: Path) -> None:
+def write_sample_grid(config: GeneratorRunConfig, pipeline: Any, classes: Sequence[int], path: Path) -> None:
     """Sample a grid with noise keyed by (seed, image) and write it as PNG; no running random stream is touched.
 
     Args:
         config: size of the grid, sampler and guidance.
         pipeline: holds the weights to sample from.
-        num_classes: classes take turns; 0 = unconditional.
+        classes: take turns; none = unconditional.
         path: the PNG.
     """
     count = config.sample.num_images
-    labels = [index % num_classes for index in range(count)] if num_classes else None
+    labels = [classes[index % len(classes)] for index in range(count)] if classes else None
     images = pipeline(
         class_labels=labels,
-        num_images_per_prompt=1 if num_classes else count,
+        num_images_per_prompt=1 if classes else count,
         guidance_scale=config.sample.guidance_scale,
         generator=[generator_for(config.seed, "sample grid", index) for index in range(count)],
         output_type="pt",
@@ -120,17 +134,17 @@ def training_facts(run: Run, step: int, dataset: SampleDataset) -> dict[str, Any
     }
 
 
-def write_release(pipeline: Any, folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Save the pipeline into `folder` in one rename; the encoder is referred to, not needed.
+def write_release(save: Callable[[Path], Any], folder: Path, facts: Mapping[str, Any]) -> Path:
+    """Save a pipeline, or what belongs to one, into `folder` in one rename.
 
     Args:
-        pipeline: as it stands.
+        save: writes it, as it stands, into a folder.
         folder: of the release.
         facts: of the training; see `training_facts`.
     """
 
     def fill(temporary: Path) -> None:
-        pipeline.save_pretrained(temporary)
+        save(temporary)
         (temporary / TRAINING_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     replace_folder(folder, fill)
