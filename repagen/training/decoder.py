@@ -8,9 +8,10 @@ The same command again continues an interrupted run, and writes the autoencoder 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,44 +56,86 @@ def train(config: DecoderConfig) -> Path:
     """
     with open_run(config, "decoder") as run:
         dataset = open_dataset(config.data)
-        kind = KINDS[config.autoencoder.kind].open(config, run)
+        training = AutoencoderTraining(run, config, KINDS[config.autoencoder.kind].open(config, run), dataset)
+        training.train(training.restore({}))
+        folder = run.folder / "autoencoder"
+        training.release(lambda: replace_folder(folder, training.kind.save))
+        return folder
+
+
+class AutoencoderTraining:
+    """An autoencoder with its losses and its data, ready to be trained.
+
+    Attributes:
+        kind: the autoencoder.
+        step: its losses and optimisers.
+        ema: its average.
+    """
+
+    def __init__(self, run: Run, config: DecoderConfig, kind: AutoencoderKind, dataset: SampleDataset) -> None:
+        """Load the networks of the losses and build what is trained.
+
+        Raises:
+            UserError: weights are absent; it says how to get them and how to do without.
+        """
+        self.run, self.config, self.kind, self.dataset = run, config, kind, dataset
         perceptual, discriminator = build_loss_networks(config.lpips, config.adversarial)
-        optimiser_step = DecoderStep(run, config, kind, dataset, perceptual, discriminator)
+        self.step = DecoderStep(run, config, kind, dataset, perceptual, discriminator)
         if config.gradient_checkpointing:
             kind.autoencoder.enable_gradient_checkpointing()
         if config.compile:
             kind.compile()
-        ema = Ema(kind.trained, config.ema)
+        self.ema = Ema(kind.trained, config.ema)
+        self._parts: dict[str, Any] = {**self.step.parts(), "ema": self.ema}
 
-        parts = {**optimiser_step.parts(), "ema": ema}
-        facts = {
-            "data": dataset.fingerprint(),
-            **kind.facts(),
+    def restore(self, facts: Mapping[str, Any]) -> int:
+        """Load the checkpoint that the run continues from, if any: => optimiser steps already done.
+
+        Args:
+            facts: what must not have changed, beside the data and the frozen parts.
+
+        Raises:
+            UserError: something changed that may not.
+        """
+        perceptual, discriminator = self.step.perceptual, self.step.discriminator
+        own = {
+            "data": self.dataset.fingerprint(),
+            **self.kind.facts(),
             "lpips": perceptual.files if perceptual else {},
             "discriminator backbone": discriminator.fingerprint() if discriminator else None,
         }
-        start_step = run.restore(parts, facts)
-        for notice in optimiser_step.gates.notices(config.max_steps):
+        return self.run.restore(self._parts, {**own, **facts})
+
+    def train(self, start_step: int) -> None:
+        """Do all optimiser steps from `start_step` on, with checkpoints and reconstruction grids.
+
+        Raises:
+            UserError: a step went wrong.
+            RunStopped: when a signal stopped the run after a checkpoint.
+        """
+        run, kind, ema = self.run, self.kind, self.ema
+        for notice in self.step.gates.notices(self.config.max_steps):
             run.notice("%s", notice)
 
-        for step, micro_batches in run.steps(dataset, start_step):
+        for step, micro_batches in run.steps(self.dataset, start_step):
             # Report and save first, then step: the last pass needs no copy of this code.
-            if run.due(config.sample.every_steps, step):
+            if run.due(self.config.sample.every_steps, step):
                 with ema.swapped(kind.trained):
                     path = run.folder / "samples" / f"step-{step:08d}.png"
-                    run.on_main(partial(write_reconstructions, config.sample.num_images, run, kind, dataset, path))
-            run.save_if_due(step, parts)
+                    count = self.config.sample.num_images
+                    run.on_main(partial(write_reconstructions, count, run, kind, self.dataset, path))
+            run.save_if_due(step, self._parts)
             if micro_batches is None:
                 break
-            row = optimiser_step(step, micro_batches)
+            row = self.step(step, micro_batches)
             ema.update(kind.trained)
             run.log(step + 1, row)
 
-        with ema.swapped(kind.trained):
-            kind.finish()
-            folder = run.folder / "autoencoder"
-            run.on_main(lambda: replace_folder(folder, kind.save))
-            return folder
+    def release(self, write: Callable[[], Any]) -> None:
+        """Let the main process write what the run hands out, while the autoencoder holds the averaged weights."""
+        with self.ema.swapped(self.kind.trained):
+            self.kind.finish()
+            self.run.on_main(write)
 
 
 def build_loss_networks(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from repagen.alignment import AlignmentTerm
 from repagen.data import LatentShards, SampleDataset, digits_encoder_path
@@ -71,7 +72,8 @@ class FrozenParts:
         self._config = config.alignment
         self._encoders: dict[_Place, VisionEncoder] = {}
         self.autoencoder = autoencoder.requires_grad_(False).to(run.device)
-        self.latent_shape = latent_shape(self.autoencoder, config.data.image_size)
+        with naming({"image_size": "data.image_size"}):
+            self.latent_shape = latent_shape(self.autoencoder, config.data.image_size)
         self.fingerprints: dict[str, Any] = {"autoencoder": _without_name(describe_autoencoder(self.autoencoder))}
         self.target_dims: list[int] = []
         self.class_token_dim = 0
@@ -90,6 +92,11 @@ class FrozenParts:
         )
         require_independent_latents(autoencoder, "autoencoder.path")
         return cls(config, autoencoder, partial(token_grid, config.transformer), dataset, run)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The autoencoder and the encoders."""
+        return [self.autoencoder, *self._encoders.values()]
 
     def _load_encoders(self, dataset: SampleDataset, grid: tuple[int, int]) -> None:
         """Load the alignment encoders, each place once, or find their tokens among the cached latents."""

@@ -47,7 +47,7 @@ def program_main(
         UserError: for a wrong configuration.
         SystemExit: with code 75 when a signal stopped the run after a checkpoint.
     """
-    parser = OneLineParser(prog=name, description=f"Train a {name}; the same command again continues.")
+    parser = OneLineParser(prog=name, description="The same command again continues.")
     parser.add_argument(
         "--config", required=True, metavar="NAME_OR_PATH", help="a preset (see `repagen recipes`) or a YAML"
     )
