@@ -1,4 +1,4 @@
-"""Fine-tune a pipeline: `accelerate launch train/finetune.py --config NAME_OR_PATH pipeline=FOLDER [key=value ...]`."""
+"""Fine-tune a pipeline: `accelerate launch train/finetune.py --config NAME_OR_PATH pipeline=FOLDER [...]`."""
 
 from repagen.errors import run_as_program
 from repagen.training.finetune import main

@@ -1,4 +1,4 @@
-"""A trial of a training step before the first one: the micro-batch that fits, the memory, and the time it will take."""
+"""A trial of a training step before the first one: the micro-batch that fits, the memory and the time it takes."""
 
 from __future__ import annotations
 
