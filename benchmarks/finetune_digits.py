@@ -12,8 +12,8 @@ pipeline is fine-tuned by the program that users run:
 - `labels`: the new rows alone.
 
 The judge is the quickstart's classifier, trained on the real training digits and on 150 further drawings of each new
-class: it has seen none of the 20 images, and shares nothing with encoder, autoencoder and generator. It says what share
-of 50 unguided samples of each class shows that class. The adapters are loaded into the pipeline as users load them,
+class: it has seen none of the 20 images, and shares nothing with encoder, autoencoder and generator. It says what
+share of 50 unguided samples of each class shows that class. The adapters are loaded into the pipeline as users load them,
 and drawn from unfused and fused.
 
 Writes OUTPUT/results.json and OUTPUT/samples.png, a row for each new class and digit.
@@ -38,7 +38,6 @@ import torch
 from PIL import Image, ImageDraw
 
 import repagen
-from repagen.config import load_config
 from repagen.data.digits import load_digits
 from repagen.pipelines.grid import save_image_grid
 from repagen.quickstart.judge import agreement, to_small, train_digit_classifier
@@ -57,11 +56,13 @@ IMAGES_PER_CLASS, DRAWN_FOR_JUDGE, SAMPLES_PER_CLASS, DIGITS = 20, 150, 50, 10
 _CANVAS = 256  # pixels in which strokes are drawn before they are averaged to 8 x 8
 MODES: dict[str, list[str]] = {
     "full": [
-        "max_steps=1200", "optimizer.learning_rate=1.5e-3", "optimizer.schedule.kind=linear", "prior.images_per_class=20",
+        "max_steps=1200", "optimizer.learning_rate=1.5e-3", "optimizer.schedule.kind=linear",
+        "prior.images_per_class=20",
     ],
     "full_alone": ["max_steps=400", "optimizer.learning_rate=1e-3"],
     "lora": [
-        "max_steps=1200", "optimizer.learning_rate=1e-2", "optimizer.schedule.kind=linear", "lora.rank=4", "prior.images_per_class=20",
+        "max_steps=1200", "optimizer.learning_rate=5e-3", "optimizer.schedule.kind=linear",
+        "prior.images_per_class=20", "lora.rank=4",
     ],
     "labels": ["max_steps=400", "optimizer.learning_rate=3e-2"],
 }  # fmt: skip
@@ -221,7 +222,9 @@ def main() -> None:
         print(json.dumps(results[-1]))
         for part in images.chunk(len(result.by_class)):
             shown += list(part[:10])
-        save_image_grid(torch.stack(shown[-10 * len(result.by_class) :]), args.output / f"{mode}.png", columns=10, gap_px=2)
+        save_image_grid(
+            torch.stack(shown[-10 * len(result.by_class) :]), args.output / f"{mode}.png", columns=10, gap_px=2
+        )
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": platform.machine(),

@@ -203,8 +203,8 @@ def split_tensors(state: Any) -> tuple[dict[str, torch.Tensor], Any]:
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, torch.Tensor):
             tensor = value.detach().to("cpu").contiguous()
-            shared = tensor.data_ptr() in addresses  # as tables of bitsandbytes, which no two names may share in a file
-            tensors[path] = tensor.clone() if shared else tensor
+            # Optimisers of bitsandbytes share tables between parameters, which a file must not.
+            tensors[path] = tensor.clone() if tensor.data_ptr() in addresses else tensor
             addresses.add(tensors[path].data_ptr())
             return {"tensor": path}
         if isinstance(value, Mapping):
