@@ -15,6 +15,7 @@ COMMANDS = {
     "stats": ("repagen.training.statistics_command", "compute exact latent statistics of a dataset"),
     "cache": ("repagen.training.cache_command", "write latents and alignment targets to safetensors shards"),
     "convert": ("repagen.conversion.convert_command", "turn an official checkpoint into a folder of ours, or back"),
+    "app": ("repagen.app.command", "serve a page that draws images, of one model or of two side by side"),
     "evaluate": (
         "repagen.evaluation.command",
         "generated images, reconstructions, representations: what they are worth",

@@ -30,13 +30,23 @@ _GRID_IMAGES = 64
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what decides the images: model, classes, sampler, seed, device."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what makes a pipeline: model, adapters, device, precision, attention."""
     parser.add_argument("--model", required=True, metavar="PATH", help="folder or Hub id of a saved pipeline")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the model on the Hub")
     parser.add_argument(
         "--lora", nargs="+", metavar="PATH[=WEIGHT]", default=[], help="adapters to use, with their weights; default 1"
     )
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
+    parser.add_argument(
+        "--attention-backend", metavar="NAME", help="such as xformers, or auto; default: diffusers' own choice"
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what decides the images: model, classes, sampler, seed, device."""
+    add_model_arguments(parser)
     parser.add_argument(
         "--class-labels", nargs="+", metavar="CLASS", help="class names or ids, taken in turn; default: every class"
     )
@@ -44,11 +54,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampler_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i); default 0")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once; default 8")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
-    parser.add_argument(
-        "--attention-backend", metavar="NAME", help="such as xformers, or auto; default: diffusers' own choice"
-    )
 
 
 def add_sampler_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
