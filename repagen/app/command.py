@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import logging
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repagen.errors import UserError, refusing
-from repagen.pipelines.adapters import load_adapters
-from repagen.pipelines.sample_command import add_model_arguments, load_pipeline
+from repagen.pipelines.sample_command import add_model_arguments, open_pipeline
 
 if TYPE_CHECKING:
     from repagen.app.page import Side
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `repagen app`."""
     add_model_arguments(parser)
     parser.add_argument(
-        "--beside", metavar="PATH", help="second model that draws the same; default with --beside-lora: --model"
+        "--beside", metavar="PATH", help="second model, which draws the same; with --beside-lora default: --model"
     )
     parser.add_argument(
         "--beside-lora", nargs="+", default=[], metavar="PATH[=WEIGHT]", help="adapters of the second model"
@@ -38,23 +40,33 @@ def run(args: argparse.Namespace) -> None:
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("repagen app needs gradio; install it with `pip install 'repagen[app]'`")
-    from repagen.app.page import Page, build_page
+    from repagen.app.page import STYLE, Page, build_page
 
-    sides = [_side(args, args.model, args.lora)]
-    if args.beside or args.beside_lora:
-        sides.append(_side(args, args.beside or args.model, args.beside_lora))
-    blocks: Any = build_page(Page(sides))
-    with refusing(f"--host {args.host} --port {args.port} cannot be used"):
-        blocks.queue(default_concurrency_limit=1).launch(
-            server_name=args.host, server_port=args.port, share=False, quiet=True, prevent_thread_lock=True
-        )
-    logger.warning("the page is at http://%s:%d; Ctrl-C ends it", args.host, args.port)
-    blocks.block_thread()
+    sides = _open_sides(args)
+    with tempfile.TemporaryDirectory(prefix="repagen-app-") as folder:
+        blocks: Any = build_page(Page(sides, Path(folder)))
+        with refusing(f"--host {args.host} --port {args.port} cannot be used"):
+            blocks.queue(default_concurrency_limit=1).launch(
+                server_name=args.host,
+                server_port=args.port,
+                share=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                ssr_mode=False,
+                footer_links=["api"],
+                css=STYLE,
+            )
+        logger.warning("the page is at http://%s:%d; Ctrl-C ends it", args.host, args.port)
+        blocks.block_thread()
 
 
-def _side(args: argparse.Namespace, model: str, adapters: list[str]) -> Side:
+def _open_sides(args: argparse.Namespace) -> list[Side]:
     from repagen.app.page import Side
 
-    pipe: Any = load_pipeline(model, args.device, args.dtype, args.revision if model == args.model else None)
-    load_adapters(pipe, adapters)
-    return Side(" + ".join([model, *adapters]), pipe)
+    asked = [args]
+    if args.beside or args.beside_lora:
+        beside = copy.copy(args)
+        beside.model, beside.lora = args.beside or args.model, args.beside_lora
+        beside.revision = None if args.beside else args.revision
+        asked.append(beside)
+    return [Side(" + ".join([each.model, *each.lora]), *open_pipeline(each)) for each in asked]

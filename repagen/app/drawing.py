@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from repagen.errors import UserError
-from repagen.pipelines.labels import resolve_class_labels
-from repagen.randomness import generator_for
+from repagen.pipelines.numbered_images import NumberedImages
+from repagen.pipelines.sample_command import choose_labels
 
 MAX_IMAGES = 16
 MAX_STEPS = 1000
@@ -29,7 +29,7 @@ class DrawingRequest:
         number: images.
         num_inference_steps, guidance_scale, guidance_interval: as in the pipeline's call.
         seed: whole number.
-        trajectory_images: how many of the first image's states on the way are decoded; 0: none.
+        trajectory_images: states of the first image on its way that are shown; 0: none.
     """
 
     class_label: str
@@ -68,22 +68,43 @@ class Drawing:
 
     step: int
     num_steps: int
-    trajectory: list[Image.Image] = field(default_factory=list)
-    images: list[Image.Image] | None = None
+    trajectory: tuple[Image.Image, ...] = ()
+    images: tuple[Image.Image, ...] | None = None
 
 
-def draw(pipe: Any, request: DrawingRequest, stop: threading.Event) -> Iterator[Drawing]:
-    """Draw in a thread of its own and yield every step; when the iterator is closed, the thread ends with its step.
+def numbered_images(pipe: Any, origin: Mapping[str, Any], request: DrawingRequest) -> NumberedImages:
+    """Return what `repagen sample` would draw with one batch.
 
     Args:
         pipe: a `ClassToImagePipeline`.
+        origin: facts of all its images.
         request: what to draw.
+
+    Raises:
+        UserError: a class that the pipeline has not, or options that do not fit it.
+    """
+    options = {
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "guidance_interval": request.guidance_interval,
+    }
+    pipe.check_options(options)
+    conditional = pipe.transformer.config.num_classes > 0
+    labels = choose_labels(pipe, [request.class_label.strip()] if conditional else None, request.number)
+    return NumberedImages(pipe, labels, request.seed, request.number, options, origin)
+
+
+def draw(numbered: NumberedImages, trajectory_images: int, stop: threading.Event) -> Iterator[Drawing]:
+    """Draw in a thread of its own and yield every step; when the iterator is closed, the thread ends with its step.
+
+    Args:
+        numbered: the images.
+        trajectory_images: how many of the first image's states on the way are decoded.
         stop: set it to give up after the running step.
 
     Raises:
-        UserError: the pipeline refuses the request.
+        UserError: the pipeline refuses a value.
     """
-    arguments = _call_arguments(pipe, request)
     drawings: queue.Queue[Drawing | BaseException | None] = queue.Queue()
     closed = threading.Event()
 
@@ -94,7 +115,7 @@ def draw(pipe: Any, request: DrawingRequest, stop: threading.Event) -> Iterator[
 
     def work() -> None:
         try:
-            drawings.put(_run(pipe, request, arguments, show))
+            drawings.put(_run(numbered, trajectory_images, show))
         except BaseException as error:  # raised again where somebody listens
             drawings.put(error)
 
@@ -112,43 +133,24 @@ def draw(pipe: Any, request: DrawingRequest, stop: threading.Event) -> Iterator[
         thread.join()
 
 
-def _call_arguments(pipe: Any, request: DrawingRequest) -> dict[str, Any]:
-    conditional = pipe.transformer.config.num_classes > 0
-    labels: list[int] | None = None
-    if conditional:
-        names = pipe.config["id2label"]
-        word = request.class_label.strip()
-        known = {name.strip().lower() for name in (names or {}).values()}
-        label = int(word) if word.isdecimal() and word.lower() not in known else word
-        labels = resolve_class_labels(label, pipe.transformer.config.num_classes, names) * request.number
-    return {
-        "class_labels": labels,
-        "generator": [generator_for(request.seed, "sample", index) for index in range(request.number)],
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        "guidance_interval": request.guidance_interval,
-    }
-
-
-def _run(
-    pipe: Any, request: DrawingRequest, arguments: dict[str, Any], show: Callable[[Drawing], None]
-) -> Drawing | None:
+def _run(numbered: NumberedImages, trajectory_images: int, show: Callable[[Drawing], None]) -> Drawing | None:
     """Call the pipeline, showing every step; None if it was stopped."""
+    pipe = numbered.pipe
     trajectory: list[Image.Image] = []
 
     def after_step(pipeline: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         steps = pipeline.num_timesteps
-        if index in _evenly(request.trajectory_images, steps):
+        if index in _evenly(trajectory_images, steps):
             trajectory.extend(pipeline.decode_latents(tensors["latents"][:1], "pil"))
-        show(Drawing(index + 1, steps, list(trajectory)))
+        show(Drawing(index + 1, steps, tuple(trajectory)))
         return {}
 
     try:
-        images = pipe(**arguments, callback_on_step_end=after_step).images
+        images = numbered.sample(range(len(numbered)), after_step)
     except _Stopped:
         pipe.maybe_free_model_hooks()
         return None
-    return Drawing(pipe.num_timesteps, pipe.num_timesteps, trajectory, images)
+    return Drawing(pipe.num_timesteps, pipe.num_timesteps, tuple(trajectory), tuple(images))
 
 
 class _Stopped(Exception):

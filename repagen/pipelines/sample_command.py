@@ -133,6 +133,23 @@ def open_numbered_images(args: argparse.Namespace) -> NumberedImages:
         UserError: a model that cannot be loaded, or arguments that do not fit it.
     """
     require_at_least(args, {"number": 1, "batch_size": 1})
+    pipe, origin = open_pipeline(args)
+    labels = choose_labels(pipe, args.class_labels, args.number)
+    options = sampler_options(args)
+    pipe.check_options(options)
+    command = _command(args, origin, asdict(pipe.sampling_options(options)))
+    return NumberedImages(pipe, labels, args.seed, args.batch_size, options, {**origin, "command": command})
+
+
+def open_pipeline(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Load the model with its adapters; return it, and the facts that all its images share.
+
+    Args:
+        args: of `add_model_arguments`.
+
+    Raises:
+        UserError: a model or adapter that cannot be loaded, or a device or attention backend that cannot be used.
+    """
     device = usable_device(args.device)
     _require_attention(args.attention_backend, device, args.dtype)
     pipe: Any = load_pipeline(args.model, device, args.dtype, args.revision)
@@ -141,11 +158,8 @@ def open_numbered_images(args: argparse.Namespace) -> NumberedImages:
     adapters = load_adapters(pipe, args.lora)
     if args.attention_backend:
         pipe.transformer.set_attention_backend(args.attention_backend)
-    labels = choose_labels(pipe, args.class_labels, args.number)
-    options = sampler_options(args)
-    pipe.check_options(options)
     training = training_record(args.model, commit or args.revision)
-    origin = {
+    return pipe, {
         "model": model,
         "adapters": adapters,
         "recipe": training.get("recipe"),
@@ -153,9 +167,7 @@ def open_numbered_images(args: argparse.Namespace) -> NumberedImages:
         "dtype": args.dtype,
         "attention_backend": args.attention_backend,
         **_environment(device),
-        "command": _command(args, device, commit, asdict(pipe.sampling_options(options))),
     }
-    return NumberedImages(pipe, labels, args.seed, args.batch_size, options, origin)
 
 
 def _environment(device: str) -> dict[str, str]:
@@ -165,11 +177,11 @@ def _environment(device: str) -> dict[str, str]:
     return {"device": torch.cuda.get_device_name(device) if is_gpu else device, "torch": torch.__version__}
 
 
-def _command(args: argparse.Namespace, device: str, commit: str | None, options: dict[str, Any]) -> str:
+def _command(args: argparse.Namespace, origin: dict[str, Any], options: dict[str, Any]) -> str:
     """The command that draws the same images, all of its options given."""
     names = ("model", "class_labels", "number", "seed", "batch_size", "lora", "dtype", "attention_backend")
     given = {name: getattr(args, name) for name in names}
-    resolved = {"device": device, "revision": commit or args.revision}
+    resolved = {"device": usable_device(args.device), "revision": origin["model"]["commit"] or args.revision}
     return command_line("repagen sample", {**given, **resolved, **options})
 
 
