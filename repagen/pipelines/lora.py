@@ -35,7 +35,7 @@ def default_lora_targets(transformer: nn.Module) -> list[str]:
     """Return the `target_modules` of a `LoraConfig` that reach attention and feed-forward of all blocks and heads.
 
     The layers that make modulations, `modulation` and `modulation_out`, and `proj_out` can be named too. They are left
-    out: they are as large as the rest of a block together, and a class reaches them through its label row.
+    out: they are half as large as the rest of a block, and a class reaches them through its label row.
     """
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     return [target for target in _TARGETS if any(name.endswith(f".{target}") for name in names)]
