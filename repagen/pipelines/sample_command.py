@@ -165,7 +165,7 @@ def _command(args: argparse.Namespace, device: str, commit: str | None, options:
     names = ("model", "class_labels", "number", "seed", "batch_size", "lora", "dtype", "attention_backend")
     given = {name: getattr(args, name) for name in names}
     resolved = {"device": device, "revision": commit or args.revision}
-    return command_line("repagen sample", {**given, **resolved, **options})
+    return command_line(["repagen", "sample"], {**given, **resolved, **options})
 
 
 def _refuse_foreign_folder(output: Path) -> None:
