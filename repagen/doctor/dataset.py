@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -77,7 +78,7 @@ def _classes(dataset: SampleDataset) -> list[Finding]:
     least, most = int(counts.argmin()), int(counts.argmax())
     ratio = f"{int(counts[most]) / int(counts[least]):.3g} : 1" if counts[least] else "some classes are empty"
     balance = (
-        f"{int(counts.min())} to {int(counts.max())} a class, median {int(counts.median())}; largest "
+        f"{int(counts[least])} to {int(counts[most])} a class, median {statistics.median(counts.tolist()):g}; largest "
         f"{dataset.class_names[most]!r}, smallest {dataset.class_names[least]!r}, {ratio}"
     )
     names = ", ".join(dataset.class_names[:_NAMED]) + (" ..." if count > _NAMED else "")
@@ -119,7 +120,7 @@ def _sizes(images: Sequence[_Image], image_size: int) -> Finding:
         f"short side {short.min()} to {short.max()} px (10 %: {low}, median {median}, 90 %: {high}), {square} of "
         f"{len(images)} are square"
     )
-    enlarged = f"{small} are smaller than data.image_size={image_size} and would be enlarged"
+    enlarged = f"smaller than data.image_size={image_size}, and enlarged in training: {small}"
     facts = {"shortest": int(short.min()), "median": median, "longest": int(short.max()), "too_small": small}
     return Finding("sizes", text, "note" if small else "ok", [enlarged] if small else [], facts)
 
@@ -133,8 +134,8 @@ def _duplicates(dataset: ImageDataset, images: Sequence[_Image]) -> Finding:
     if not repeated:
         return Finding("duplicates", "none")
     crossing = [indices for indices in repeated if len({int(dataset.labels[index]) for index in indices}) > 1]
-    text = f"{sum(map(len, repeated)) - len(repeated)} images are copies of others"
-    text += f", {len(crossing)} pictures are in several classes" if crossing else ", each within its class"
+    text = f"copies of other images: {sum(map(len, repeated)) - len(repeated)}"
+    text += f"; pictures in several classes: {len(crossing)}" if crossing else ", each within its class"
     lines = [" = ".join(printable(dataset.describe(index)) for index in indices) for indices in crossing or repeated]
     return _named("duplicates", text, "problem" if crossing else "note", lines)
 

@@ -15,13 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from repagen.errors import UserError, refusing
 
 
-def open_component(
-    name: str,
-    part: Literal["transformer", "vae"],
-    option: str,
-    revision: str | None = None,
-    subfolder: str | None = None,
-) -> Any:
+def open_component(name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None) -> Any:
     """Load a generator or an autoencoder, of this library or of diffusers, in eval mode.
 
     Args:
@@ -29,14 +23,11 @@ def open_component(
         part: which part of a pipeline is meant.
         option: what the user gave the name as, for messages.
         revision: branch, tag or commit on the Hub.
-        subfolder: where the model is in there; None: that of the part where it is a pipeline.
 
     Raises:
         UserError: nothing that can be loaded is there.
     """
     place = component_place(name, part, option, revision)
-    if subfolder is not None:
-        place["subfolder"] = subfolder
     with refusing(f"{option}: {name} cannot be loaded; allowed: {_allowed(part)}"):
         model = load_model(name, **place)
     return model.eval()

@@ -16,7 +16,7 @@ from repagen.errors import UserError, refusing, require_at_least
 from repagen.files import TEMPORARY_PREFIX
 from repagen.flow.guidance import GUIDANCE_METHODS
 from repagen.pipelines.adapters import load_adapters
-from repagen.pipelines.grid import save_image_grid
+from repagen.pipelines.grid import image_grid
 from repagen.pipelines.labels import resolve_class_labels
 from repagen.pipelines.numbered_images import NumberedImages, command_line
 from repagen.pipelines.png import read_png_facts, save_png
@@ -101,7 +101,8 @@ def run(args: argparse.Namespace) -> str:
     missing = _missing_images(numbered, folder, paths)
     for index, image in numbered.draw(missing):
         save_png(image, paths[index], numbered.facts(index), numbered.describe(index))
-    save_image_grid([Image.open(path).convert("RGB") for path in paths[:_GRID_IMAGES]], args.output / "grid.png")
+    grid = image_grid([Image.open(path).convert("RGB") for path in paths[:_GRID_IMAGES]])
+    save_png(grid, args.output / "grid.png", {**numbered.facts(0), "kind": "grid"}, f"from {numbered.describe(0)} on")
     kept = f" ({len(paths) - len(missing)} of them were there already)" if len(missing) < len(paths) else ""
     return f"{len(paths)} images are in {folder}{kept}, the first of them together in {args.output / 'grid.png'}"
 

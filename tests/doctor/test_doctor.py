@@ -194,7 +194,7 @@ def test_a_sound_dataset(birds: Path) -> None:
     assert not Report([section]).problems
     assert finding(section, "images").text == "8 in 2 classes"
     assert finding(section, "balance").facts == {"crane": 6, "owl": 2}
-    assert "largest 'crane', smallest 'owl', 3 : 1" in finding(section, "balance").text
+    assert finding(section, "balance").text == "2 to 6 a class, median 4; largest 'crane', smallest 'owl', 3 : 1"
     assert finding(section, "sizes").facts["shortest"] == 16 and finding(section, "sizes").level == "ok"
     assert finding(section, "duplicates").text == "none"
 
@@ -219,13 +219,13 @@ def test_small_and_uneven_and_repeated_images_are_noted(birds: Path) -> None:
         write_picture(birds / "crane" / f"more{number}.png", 200 + number)
     section = check(birds)
     assert not Report([section]).problems
-    assert finding(section, "sizes").details == ["1 are smaller than data.image_size=16 and would be enlarged"]
+    assert finding(section, "sizes").details == ["smaller than data.image_size=16, and enlarged in training: 1"]
     assert finding(section, "balance").level == "note"
-    assert finding(section, "duplicates").text == "1 images are copies of others, each within its class"
+    assert finding(section, "duplicates").text == "copies of other images: 1, each within its class"
     with Image.open(birds / "crane/0.png") as image:
         image.save(birds / "owl/other.bmp")  # equal pixels in another format and class
     repeated = finding(check(birds), "duplicates")
-    assert repeated.level == "problem" and repeated.text.endswith("1 pictures are in several classes")
+    assert repeated.level == "problem" and repeated.text.endswith("pictures in several classes: 1")
     assert f"{birds}/owl/other.bmp" in repeated.details[0]
 
 

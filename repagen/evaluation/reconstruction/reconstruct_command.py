@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from repagen.data import data_config_from_words
-from repagen.errors import UserError, naming, require_at_least
+from repagen.errors import UserError, naming, refusing, require_at_least
 from repagen.evaluation.metrics.perceptual import PerceptualDistance
 from repagen.evaluation.places import require_result_folder, write_result
 from repagen.evaluation.reconstruction.evaluate import (
@@ -31,7 +31,7 @@ from repagen.evaluation.samples import ImageSource, Unreadable, dataset_images
 from repagen.files import printable
 from repagen.models.fingerprint import autoencoder_sha256
 from repagen.models.latents import latent_shape, require_autoencoder, require_independent_latents
-from repagen.models.opening import open_component
+from repagen.models.opening import component_place, load_model
 from repagen.pipelines.grid import image_grid
 from repagen.pipelines.numbered_images import command_line
 from repagen.pipelines.png import save_png
@@ -84,14 +84,12 @@ def run(args: argparse.Namespace) -> str:
     """
     _require_arguments(args)
     device = torch.device(usable_device(args.device))
-    autoencoder: Any = open_component(args.autoencoder, "vae", "--autoencoder", args.revision, args.subfolder)
-    require_autoencoder(autoencoder, f"--autoencoder {args.autoencoder} holds no autoencoder")
-    require_independent_latents(autoencoder, "--autoencoder")
+    autoencoder, revision = _open(args)
     source, side = _source(args, autoencoder)
     autoencoder.to(device)
     comparisons, left_out = _comparisons(args.metrics, device)
     refuse_too_small(comparisons, side, device)
-    task = _Task(args, autoencoder, source, side, comparisons)
+    task = _Task(args, autoencoder, revision, source, side, comparisons)
     for start in tqdm(range(0, len(source), args.batch_size), desc="reconstructions", unit="batch"):
         task.run(range(start, min(start + args.batch_size, len(source))))
     if not task.images:
@@ -105,6 +103,7 @@ class _Task:
 
     args: argparse.Namespace
     autoencoder: Any
+    revision: str | None
     source: ImageSource
     side: int
     comparisons: Mapping[PairedMetric, Comparison]
@@ -113,14 +112,16 @@ class _Task:
     shown: list[Image.Image] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        args, training = self.args, training_record(self.args.autoencoder, self.args.revision)
-        names = ("autoencoder", "subfolder", "revision", "images", "image_size", "metrics", "batch_size")
-        options = {name: getattr(args, name) for name in names} | {"device": str(self.autoencoder.device)}
+        args, training = self.args, training_record(self.args.autoencoder, self.revision)
+        names = ("autoencoder", "subfolder", "images", "image_size", "metrics", "batch_size")
+        resolved = {"revision": self.revision, "device": str(self.autoencoder.device)}
+        options = {name: getattr(args, name) for name in names} | resolved
         self.origin = {
             "image_size": self.side,
             "crop": self.source.protocol["crop"],
             "autoencoder": {
                 "path": args.autoencoder,
+                "revision": self.revision,
                 "class": type(self.autoencoder).__name__,
                 "sha256": autoencoder_sha256(self.autoencoder),
                 "recipe": training.get("recipe"),
@@ -226,6 +227,19 @@ def _require_arguments(args: argparse.Namespace) -> None:
     require_result_folder(args.output)
     if args.output.exists() and any(args.output.iterdir()):
         raise UserError(f"--output {args.output} is not empty; name a new folder")
+
+
+def _open(args: argparse.Namespace) -> tuple[Any, str | None]:
+    """Load the autoencoder => it, and the revision it is of."""
+    name = args.autoencoder
+    place = component_place(name, "vae", "--autoencoder", args.revision)
+    place["subfolder"] = args.subfolder or place["subfolder"]
+    where = f"{name}, subfolder {place['subfolder']}" if place["subfolder"] else name
+    with refusing(f"--autoencoder: {where} cannot be loaded; allowed: a folder or Hub id of an autoencoder"):
+        autoencoder = load_model(name, **place).eval()
+    require_autoencoder(autoencoder, f"--autoencoder {where} holds no autoencoder")
+    require_independent_latents(autoencoder, "--autoencoder")
+    return autoencoder, place["revision"]
 
 
 def _source(args: argparse.Namespace, autoencoder: Any) -> tuple[ImageSource, int]:

@@ -15,7 +15,7 @@ from PIL import Image
 from repagen.data.images import center_crop
 from repagen.errors import OneLineParser, UserError
 from repagen.evaluation.reconstruction import reconstruct_command
-from repagen.models.opening import open_component
+from repagen.models.opening import load_model
 
 SIDE, GAP = 32, 4
 
@@ -76,7 +76,7 @@ def test_a_reconstruction_is_that_of_the_autoencoder(rae_folder: Path, photos: P
     reconstruct(
         "--autoencoder", str(rae_folder), "--images", str(photos / "exact.png"), "--output", str(tmp_path / "out")
     )
-    autoencoder = open_component(str(rae_folder), "vae", "--autoencoder")
+    autoencoder = load_model(str(rae_folder)).eval()
     image = torch.from_numpy(pixels(photos / "exact.png")).float().permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         expected = autoencoder.decode(autoencoder.encode(image).latent).sample.clamp(0, 1) * 255
