@@ -20,12 +20,12 @@ from repagen.files import put_file
 COMPONENT = "transformer"
 ROWS_KEY = f"{COMPONENT}.label_embedder.rows"
 CLASS_NAMES_KEY = "class_names"
-# What a file may ask of peft. The rest imports modules, reads files or changes the base weights, and has no place here.
-_CONFIG_KEYS = frozenset(
-    "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern "
-    "alpha_pattern use_rslora use_dora lora_bias inference_mode task_type peft_type base_model_name_or_path revision "
-    "peft_version".split()
-)
+# What a file may ask of peft; the rest imports modules, reads files or changes the base weights.
+_CONFIG_KEYS = frozenset({
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "inference_mode", "task_type", "peft_type",
+    "base_model_name_or_path", "revision", "peft_version",
+})  # fmt: skip
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal")
 
 

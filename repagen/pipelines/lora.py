@@ -50,7 +50,7 @@ class AdapterMixin(LoraBaseMixin):
     `enable_lora_hotswap` are diffusers', and know nothing of adapters without LoRA layers, which are always active.
     """
 
-    _lora_loadable_modules: ClassVar[list[str]] = [COMPONENT]
+    _lora_loadable_modules: ClassVar[list[str]] = [COMPONENT]  # type: ignore[misc]
     transformer_name = COMPONENT
 
     transformer: Any
@@ -65,7 +65,7 @@ class AdapterMixin(LoraBaseMixin):
         return dict(getattr(self.transformer, "_adapter_classes", {}))
 
     @classmethod
-    def lora_state_dict(
+    def lora_state_dict(  # type: ignore[override]  # diffusers declares **kwargs alone
         cls,
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor],
         weight_name: str | None = None,
@@ -94,7 +94,7 @@ class AdapterMixin(LoraBaseMixin):
             return dict(source), None, None
         return read_adapter_file(find_adapter_file(Path(source), weight_name, **hub))
 
-    def load_lora_weights(
+    def load_lora_weights(  # type: ignore[override]  # diffusers declares **kwargs alone
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor],
         adapter_name: str | None = None,
@@ -163,7 +163,7 @@ class AdapterMixin(LoraBaseMixin):
             )
 
     @classmethod
-    def save_lora_weights(
+    def save_lora_weights(  # type: ignore[override]  # diffusers declares **kwargs alone
         cls,
         save_directory: str | os.PathLike[str],
         transformer_lora_layers: nn.Module | Mapping[str, torch.Tensor] | None = None,
@@ -208,7 +208,7 @@ class AdapterMixin(LoraBaseMixin):
 
     def fuse_lora(
         self,
-        components: Sequence[str] = (COMPONENT,),
+        components: list[str] | None = None,
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: list[str] | None = None,
@@ -223,12 +223,12 @@ class AdapterMixin(LoraBaseMixin):
         named = rows_only if adapter_names is None else rows_only & set(adapter_names)
         layered = None if adapter_names is None else [name for name in adapter_names if name not in named]
         if layered is None or layered:
-            super().fuse_lora(list(components), lora_scale, safe_fusing, layered, **kwargs)
+            super().fuse_lora(components or [COMPONENT], lora_scale, safe_fusing, layered, **kwargs)
         self._merged_adapters = self._merged_adapters | named
 
-    def unfuse_lora(self, components: Sequence[str] = (COMPONENT,), **kwargs: Any) -> None:
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Take fused adapters out of the weights again; see `LoraBaseMixin.unfuse_lora`."""
-        super().unfuse_lora(list(components), **kwargs)
+        super().unfuse_lora(components or [COMPONENT], **kwargs)
 
     def unload_lora_weights(self) -> None:
         """Remove all adapters and their classes; what is fused stays in the weights, and its classes with it."""
