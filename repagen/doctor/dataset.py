@@ -25,13 +25,13 @@ _NAMED = 20  # lines of names in the text; the JSON file has all
 _ANY_NUMBER = 2**62
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class _Image:
     """What one file holds: width, height and a hash of its pixels; or why it cannot be used."""
 
     index: int
     size: tuple[int, int] = (0, 0)
-    sha256: str = ""
+    sha256: bytes = b""
     defect: str = ""
 
 
@@ -65,7 +65,7 @@ def _inspect(dataset: ImageDataset, index: int) -> _Image:
         dataset.square(image)
     except BadImageError as error:
         return _Image(index, defect=str(error))
-    return _Image(index, image.size, hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest())
+    return _Image(index, image.size, hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest())
 
 
 def _classes(dataset: SampleDataset) -> list[Finding]:
@@ -127,7 +127,7 @@ def _sizes(images: Sequence[_Image], image_size: int) -> Finding:
 
 def _duplicates(dataset: ImageDataset, images: Sequence[_Image]) -> Finding:
     """Equal pixels, whatever the format of the file; one picture in two classes says two things at once."""
-    groups: dict[str, list[int]] = {}
+    groups: dict[bytes, list[int]] = {}
     for image in images:
         groups.setdefault(image.sha256, []).append(image.index)
     repeated = [indices for indices in groups.values() if len(indices) > 1]
