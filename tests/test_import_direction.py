@@ -34,6 +34,7 @@ ALLOWED = {
     "pipelines": {*BASE, "registration", "flow", "layers", "encoders", "models", "alignment", "schedulers"},
     "app": {*BASE, "flow", "models", "schedulers", "pipelines"},
     "evaluation": {*BASE, "flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines", "data"},
+    "doctor": {*BASE, "layers", "encoders", "models", "pipelines", "data"},
     "training": {
         *BASE,
         *("flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines", "evaluation", "data"),

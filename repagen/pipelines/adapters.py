@@ -1,4 +1,4 @@
-"""LoRA adapters named on a command line."""
+"""Adapters named on a command line."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-
-from repagen.errors import UserError, refusing
+from repagen.errors import UserError, naming, refusing
 from repagen.files import file_digest
-
-_WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+from repagen.pipelines.adapter_file import COMPONENT, find_adapter_file
 
 
 def load_adapters(pipe: Any, words: Sequence[str]) -> list[dict[str, Any]]:
@@ -19,22 +16,31 @@ def load_adapters(pipe: Any, words: Sequence[str]) -> list[dict[str, Any]]:
 
     Args:
         pipe: a `ClassToImagePipeline`.
-        words: `PATH` or `PATH=WEIGHT` each: a folder, file or Hub id, and the factor of its layers, 1 by default.
+        words: `PATH` or `PATH=WEIGHT` each: a file, a folder that holds one, or a Hub id; and the factor of its LoRA
+            layers, 1 by default.
 
     Raises:
-        UserError: an adapter that cannot be loaded, naming it.
+        UserError: an adapter that cannot be loaded, naming it; a weight for one without LoRA layers.
     """
-    loaded = []
+    weights: dict[str, float] = {}
+    facts = []
     for number, word in enumerate(words):
         path, weight = _path_and_weight(word)
-        with refusing(f"--lora {path} cannot be loaded"):
-            pipe.load_lora_weights(path, adapter_name=f"lora_{number}")
-        loaded.append({"path": path, "weight": weight, "sha256": _sha256(path)})
-    if loaded:
-        names = [f"lora_{number}" for number in range(len(loaded))]
-        with refusing("--lora: the adapters cannot be used together"):
-            pipe.set_adapters(names, [adapter["weight"] for adapter in loaded])
-    return loaded
+        name = f"adapter_{number}"
+        with naming({"": f"--lora {word}: "}), refusing("cannot be loaded"):
+            file = find_adapter_file(Path(path), None)
+            pipe.load_lora_weights(file, adapter_name=name)
+        has_layers = name in pipe.get_list_adapters().get(COMPONENT, [])
+        if has_layers:
+            weights[name] = weight
+        elif weight != 1.0:
+            raise UserError(
+                f"--lora {word}: this adapter holds classes only, which take no weight; give --lora {path}"
+            )
+        facts.append({"path": path, "weight": weight, "sha256": file_digest(file)["sha256"]})
+    if weights:
+        pipe.set_adapters(list(weights), list(weights.values()))
+    return facts
 
 
 def _path_and_weight(word: str) -> tuple[str, float]:
@@ -45,13 +51,3 @@ def _path_and_weight(word: str) -> tuple[str, float]:
         return path, float(weight)
     except ValueError:
         raise UserError(f"--lora {word}: {weight!r} is no number; give PATH or PATH=WEIGHT") from None
-
-
-def _sha256(path: str) -> str | None:
-    """Hash of an adapter's file, None where it cannot be told which that is."""
-    place = Path(path)
-    if place.is_dir():
-        place = place / _WEIGHTS_FILE
-    elif not place.is_file():
-        place = Path(str(try_to_load_from_cache(path, _WEIGHTS_FILE)))
-    return file_digest(place)["sha256"] if place.is_file() else None

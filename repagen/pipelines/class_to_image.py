@@ -24,6 +24,7 @@ from repagen.models.latents import decoded_size, latents_to_images
 from repagen.pipelines.components import Autoencoder, Scheduler, Transformer
 from repagen.pipelines.guided_prediction import GuidedPrediction, class_token_dim, is_discrete, learns_variance
 from repagen.pipelines.labels import ClassLabels, resolve_class_labels
+from repagen.pipelines.lora import AdapterMixin
 from repagen.pipelines.sampling_options import SamplingOptions
 from repagen.registration import is_loadable_library
 from repagen.schedulers.presets import DISCRETE_SCHEDULERS, lay_grid
@@ -43,7 +44,7 @@ class ClassToImagePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
-class ClassToImagePipeline(DiffusionPipeline):
+class ClassToImagePipeline(AdapterMixin, DiffusionPipeline):
     """Samples latents of given classes by following a transformer's predictions, and decodes them.
 
     The autoencoder's encoder is never used. Sampler state and times are float32 whatever the models' dtype. A

@@ -117,14 +117,14 @@ class NumberedImages:
         ).images
 
 
-def command_line(program: str, options: Mapping[str, Any]) -> str:
+def command_line(program: Sequence[str], options: Mapping[str, Any]) -> str:
     """Return a command with its options, as a shell takes it: what to run for the same images.
 
     Args:
         program: the words before the options.
         options: name, with underscores => value or list of values; None and empty lists are left out.
     """
-    words = program.split()
+    words = [*program]
     for name, value in options.items():
         values = [value] if isinstance(value, str | int | float) else list(value or ())
         if values:

@@ -16,7 +16,7 @@ from repagen.errors import UserError, refusing, require_at_least
 from repagen.files import TEMPORARY_PREFIX
 from repagen.flow.guidance import GUIDANCE_METHODS
 from repagen.pipelines.adapters import load_adapters
-from repagen.pipelines.grid import save_image_grid
+from repagen.pipelines.grid import image_grid
 from repagen.pipelines.labels import resolve_class_labels
 from repagen.pipelines.numbered_images import NumberedImages, command_line
 from repagen.pipelines.png import read_png_facts, save_png
@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> str:
     missing = _missing_images(numbered, folder, paths)
     for index, image in numbered.draw(missing):
         save_png(image, paths[index], numbered.facts(index), numbered.describe(index))
-    save_image_grid([Image.open(path).convert("RGB") for path in paths[:_GRID_IMAGES]], args.output / "grid.png")
+    grid = image_grid([Image.open(path).convert("RGB") for path in paths[:_GRID_IMAGES]])
+    save_png(grid, args.output / "grid.png", {**numbered.facts(0), "kind": "grid"}, f"from {numbered.describe(0)} on")
     kept = f" ({len(paths) - len(missing)} of them were there already)" if len(missing) < len(paths) else ""
     return f"{len(paths)} images are in {folder}{kept}, the first of them together in {args.output / 'grid.png'}"
 
@@ -182,7 +183,7 @@ def _command(args: argparse.Namespace, origin: dict[str, Any], options: dict[str
     names = ("model", "class_labels", "number", "seed", "batch_size", "lora", "dtype", "attention_backend")
     given = {name: getattr(args, name) for name in names}
     resolved = {"device": usable_device(args.device), "revision": origin["model"]["commit"] or args.revision}
-    return command_line("repagen sample", {**given, **resolved, **options})
+    return command_line(["repagen", "sample"], {**given, **resolved, **options})
 
 
 def _refuse_foreign_folder(output: Path) -> None:

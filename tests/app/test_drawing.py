@@ -23,7 +23,7 @@ def drawings(pipe: Any, request: DrawingRequest = REQUEST, stop: threading.Event
 def test_every_step_is_shown_and_the_images_are_those_of_the_pipeline(pipe: Any) -> None:
     seen = drawings(pipe)
     assert [drawing.step for drawing in seen] == [1, 2, 3, 4, 5, 5]
-    assert [len(drawing.trajectory) for drawing in seen] == [0, 1, 2, 2, 3, 3]
+    assert [len(drawing.trajectory) for drawing in seen] == [0, 1, 1, 2, 3, 3]
     generators = [generator_for(3, "sample", index) for index in range(2)]
     expected = pipe([0, 0], generator=generators, num_inference_steps=5, guidance_scale=1.5).images
     assert [drawing.images is None for drawing in seen] == [True] * 5 + [False]
@@ -74,7 +74,6 @@ def test_an_error_of_the_pipeline_arrives(pipe: Any, monkeypatch: Any) -> None:
     [
         ({"class_label": "zebra"}, "'zebra', which is no class"),
         ({"class_label": "9"}, "has class 9; this model's classes are 0 to 3"),
-        ({"class_label": "crane"}, "names the classes"),
         ({"number": 0}, "number is 0; give a whole number from 1 to 16"),
         ({"num_inference_steps": 1}, "num_inference_steps is 1; give a whole number from 2 to 1000"),
         ({"seed": -1}, "seed is -1"),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import html
 import re
 from pathlib import Path
@@ -8,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from repagen.app.command import add_arguments
 from repagen.app.drawing import DrawingRequest
-from repagen.app.page import Page, Side, _request_of, build_page
+from repagen.app.page import Page, Side, _request_of
 from repagen.cli import _parse, _run
 from repagen.errors import UserError
 from repagen.pipelines.png import read_png_facts
@@ -87,15 +85,9 @@ def test_empty_fields_are_named() -> None:
         _request_of("3", 4, 50, 1.0, 0.0, 1.0, None, 8)
 
 
-def test_the_page_has_a_field_for_everything(page: Page) -> None:
-    labels = {block.label for block in build_page(page).blocks.values() if getattr(block, "label", None)}
-    assert {"class", "images", "steps", "guidance", "seed", "states on the way", "state"} <= labels
-
-
 def test_command_line() -> None:
     args = _parse(["app", "--model", "m", "--lora", "a=0.5", "--beside-lora", "b", "--port", "1"])
     assert (args.lora, args.beside, args.beside_lora, args.host, args.port) == (["a=0.5"], None, ["b"], "127.0.0.1", 1)
-    add_arguments(argparse.ArgumentParser())
 
 
 def test_a_model_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_backend_without_a_backward_pass_samples_and_does_not_train(monkeypatc
 @pytest.mark.parametrize("fault", [0.01, torch.nan], ids=["off", "nan"])
 def test_a_backend_with_other_values_is_wrong(monkeypatch: pytest.MonkeyPatch, fault: float) -> None:
     native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
-    replace_backend(monkeypatch, "_native_math", lambda query, key, value: native(query, key, value) + fault)
+    replace_backend(monkeypatch, "_native_math", lambda **kwargs: native(**kwargs) + fault)
     trial = try_attention("_native_math", CPU, torch.float32)
     assert trial.is_wrong and not trial.runs and not trial.trains
 

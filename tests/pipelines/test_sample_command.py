@@ -6,19 +6,28 @@ import shlex
 import shutil
 import string
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lora_parts import FILE, make_adapter, rows
 from PIL import Image
-from tiny_pipelines import ID2LABEL, NUM_CLASSES, PATCH, SIDE, tiny_pipeline, tiny_transformer
+from tiny_pipelines import ID2LABEL, NUM_CLASSES, PATCH, SIDE, PipelineMaker, tiny_pipeline, tiny_transformer
 
 import repagen
-from repagen import ELTTransformer2DModel, RAEv2Transformer2DModel, cli
+from repagen import (
+    ClassToImagePipeline,
+    DiTDHTransformer2DModel,
+    ELTTransformer2DModel,
+    RAEv2Transformer2DModel,
+    cli,
+)
 from repagen.errors import UserError
 from repagen.pipelines.png import read_png_facts
 from repagen.pipelines.provenance import TRAINING_FILE
 from repagen.pipelines.sample_command import load_pipeline
+from repagen.randomness import generator_for
 
 DOOR = Path(__file__).parents[2] / "pipelines" / "class_to_image"
 EDGE = SIDE * PATCH
@@ -246,6 +255,53 @@ def test_a_damaged_image_is_not_kept_in_silence(model, tmp_path, monkeypatch, ca
 def test_the_bar_shows_the_step(model, tmp_path, monkeypatch, capsys):
     sample(monkeypatch, "--model", model, "--output", str(tmp_path / "out"))
     assert "step 2/2" in capsys.readouterr().err
+
+
+def test_adapters_with_weights_and_their_classes(tmp_path, monkeypatch):
+    model, a, b = (str(tmp_path / name) for name in ("model", "a=1", "b"))
+    tiny_pipeline(id2label=ID2LABEL).save_pretrained(model)
+    make_adapter(tiny_pipeline, Path(a), label_rows=rows("heron"), seed=1)
+    make_adapter(tiny_pipeline, Path(b), seed=2)
+    words = ["--model", model, "--class-labels", "heron", "0", "--seed", "3"]
+    sample(monkeypatch, *words, "--lora", a, f"{b}=0.5", "--output", str(tmp_path / "out"))
+    facts = read_png_facts(tmp_path / "out/images/000000.png")
+    assert (facts["class_label"], facts["class_name"]) == (NUM_CLASSES, "heron")
+    assert [(one["path"], one["weight"]) for one in facts["adapters"]] == [(a, 1.0), (b, 0.5)]
+    assert facts["adapters"][0]["sha256"] == sha256((Path(a) / FILE).read_bytes()).hexdigest()
+
+    pipe = ClassToImagePipeline.from_pretrained(model)
+    pipe.load_lora_weights(a, adapter_name="first")
+    pipe.load_lora_weights(b, adapter_name="second")
+    pipe.set_adapters(["first", "second"], [1.0, 0.5])
+    generators = [generator_for(3, "sample", index) for index in range(2)]
+    expected = pipe(["heron", 0], num_inference_steps=2, generator=generators).images
+    for index, image in enumerate(pixels(tmp_path / "out").values()):
+        np.testing.assert_array_equal(image, np.asarray(expected[index]).astype(int))
+
+    monkeypatch.setattr(sys, "argv", [*shlex.split(facts["command"]), "--output", str(tmp_path / "again")])
+    cli.main()
+    first, second = (
+        {p.name: p.read_bytes() for p in (tmp_path / out / "images").iterdir()} for out in ("out", "again")
+    )
+    assert first == second
+
+
+def test_adapters_that_cannot_be_used_are_named(model, tmp_path, monkeypatch, capsys):
+    pipe = tiny_pipeline()
+    pipe.save_lora_weights(tmp_path / "rows", label_rows=rows("heron"))
+    make_adapter(PipelineMaker(DiTDHTransformer2DModel), tmp_path / "foreign")
+    for word, message in (
+        (f"{tmp_path}/none", "none: adapter"),
+        (f"{tmp_path}/rows=0.5", "holds classes only, which take no weight"),
+        (f"{tmp_path}/rows=half", "'half' is no number; give PATH or PATH=WEIGHT"),
+        (str(tmp_path), f"--lora {tmp_path}: {tmp_path}: no adapter file"),
+        (f"{tmp_path}/foreign", "foreign: adapter 'adapter_0' does not fit this SiTTransformer2DModel"),
+    ):
+        with pytest.raises(SystemExit):
+            sample(monkeypatch, "--model", model, "--lora", word, "--output", str(tmp_path / "out"))
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("repagen: error")]
+        assert message in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pipeline_of_another_kind_is_named(tmp_path, monkeypatch, capsys):
