@@ -95,8 +95,13 @@ def fetch_snapshot(
     Raises:
         UserError: naming the repository, the cause and what to do about it.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
 
+    if force_download and (local_files_only or is_offline_mode()):
+        raise UserError(
+            f"{what} {repo_id!r}: force_download asks the Hub, which local_files_only (or HF_HUB_OFFLINE) forbids; "
+            "leave one of them out"
+        )
     with naming_hub_errors(repo_id, revision, what=what, local_files_only=local_files_only), _limits():
         folder = snapshot_download(
             repo_id,
