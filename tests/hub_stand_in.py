@@ -109,7 +109,8 @@ class StandInHub:
             times: so often; then the true answer comes again.
             then: called after the answer, for example to move a branch.
             answer: any of `status` (with `code`, the Hub's X-Error-Code, and `headers`), `hang=True` (nothing comes
-                until the Hub stops), `cut=n` (the connection breaks after n bytes of the body), `resumes=False` (Range
+                until the Hub stops), `cut=n` (the connection breaks after n bytes of the body; with `stall=True` it
+                stays open and silent), `resumes=False` (Range
                 is ignored), `length=n` (the header says so many bytes in place of the true number), `body=...`. With
                 none of them the true answer comes.
         """
@@ -238,6 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body[: fault.get("cut")])
+        if fault.get("stall"):
+            self.hub.released.wait()
         if "cut" in fault or "length" in fault:
             self.close_connection = True
 
@@ -252,3 +255,11 @@ def serve_repository(repo_id: str, folder: Path) -> Iterator[str]:
 
 def digest(file: Path) -> str:
     return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+def write_model(folder: Path, text: str) -> Path:
+    """Write a folder with a small file, and one of 100 KB and more in a folder below."""
+    (folder / "part").mkdir(parents=True)
+    (folder / "config.json").write_text(f'{{"text": "{text}"}}')
+    (folder / "part" / "weights.safetensors").write_bytes(text.encode() * 20_000)
+    return folder

@@ -12,6 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from repagen.errors import UserError, refusing
 from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_commit
+from repagen.hub.inspection import inspect_folder
 from repagen.registration import is_loadable_library
 
 _INDEX = "model_index.json"
@@ -56,6 +57,7 @@ class CommitLoading(DiffusionPipeline):
         left = {key: value for key, value in kwargs.items() if key not in {*_OF_THE_HUB, *_REMOTE_CODE, "revision"}}
         index = _read_index(folder, name, cls)
         _refuse_missing(folder, name, index, cls, left)
+        inspect_folder(folder, f"pipeline {name}")
         with refusing(f"{name} cannot be loaded as a {cls.__name__}"):
             pipe = super().from_pretrained(folder, use_safetensors=True, **left)
         pipe.register_to_config(_name_or_path=name)
