@@ -10,7 +10,7 @@ from typing import Any, Literal
 from diffusers import AutoModel
 
 from repagen.errors import UserError, refusing
-from repagen.hub.fetching import asking_hub, fetch_snapshot, resolve_commit
+from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_commit
 
 
 def open_component(name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None) -> Any:
@@ -28,7 +28,7 @@ def open_component(name: str, part: Literal["transformer", "vae"], option: str, 
     place = component_place(name, part, option, revision)
     with (
         refusing(f"{option}: {name} cannot be loaded; allowed: {_allowed(part)}"),
-        asking_hub(name, place["revision"], what=f"{option}: model"),
+        naming_hub_errors(name, place["revision"], what=f"{option}: model"),
     ):
         model = load_model(name, **place)
     return model.eval()

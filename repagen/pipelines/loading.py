@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import is_offline_mode
 
 from repagen.errors import UserError, refusing
-from repagen.hub.fetching import asking_hub, fetch_snapshot, resolve_commit
+from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_commit
 from repagen.hub.inspection import inspect_folder
 from repagen.registration import is_loadable_library
 
@@ -98,7 +98,7 @@ class CommitLoading(DiffusionPipeline):
     def _download_parts(cls, name: str, kwargs: dict[str, Any]) -> Path:
         """Let diffusers choose the files; a commit does not change, so the Hub is asked only for what is not here."""
         local = bool(kwargs.get("local_files_only")) or is_offline_mode()
-        asking = asking_hub(name, kwargs["revision"], what="pipeline", local_files_only=local)
+        asking = naming_hub_errors(name, kwargs["revision"], what="pipeline", local_files_only=local)
         with refusing(f"{name} cannot be downloaded"), asking:
             try:
                 return Path(super().download(name, **{**kwargs, "local_files_only": True, "force_download": False}))
@@ -153,4 +153,6 @@ def _refuse_missing(folder: Path, name: str, index: Mapping[str, Any], kind: Any
         )
     variant = given.get("variant")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*.safetensors")):
-        raise UserError(f"{name} cannot be loaded: no weights of variant {variant!r}; leave it out, or name one that is there")
+        raise UserError(
+            f"{name} cannot be loaded: no weights of variant {variant!r}; leave it out, or name one that is there"
+        )
