@@ -24,6 +24,7 @@ from repagen.encoders.backbones import (
 )
 from repagen.encoders.families import EncoderFamily
 from repagen.errors import UserError
+from repagen.hub.inspection import inspect_encoder_folder
 
 
 def load_weights(family: EncoderFamily, description: Mapping[str, Any], weights: Path, name: str) -> Backbone:
@@ -71,8 +72,9 @@ def load_pretrained(model_class: Any, weights: Path, name: str, **options: Any) 
         options: of `from_pretrained`.
 
     Raises:
-        UserError: for weights that cannot be read, are missing or misshapen.
+        UserError: for weights that are refused, cannot be read, are missing or misshapen.
     """
+    inspect_encoder_folder(weights.parent, f"encoder {name!r}")
     try:
         with quiet_transformers():
             model, report = model_class.from_pretrained(
@@ -91,6 +93,7 @@ def load_pretrained(model_class: Any, weights: Path, name: str, **options: Any) 
 def _load_timm(description: Mapping[str, Any], weights: Path, name: str) -> TimmBackbone:
     from timm.models import load_state_dict
 
+    inspect_encoder_folder(weights.parent, f"encoder {name!r}")
     backbone = build_timm(description, f"{name}:config.json")
     try:
         state = load_state_dict(str(weights), use_ema=False, weights_only=True)

@@ -24,10 +24,9 @@ LIBRARIES = ("diffusers", "repagen", "transformers")
 """Whose classes a saved pipeline may name."""
 
 CODE_KEYS = frozenset(
-    {"_target_", "auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code",
-     "_attn_implementation_internal"}
+    {"_target_", "auto_map", "checkpoint_path", "custom_pipeline", "trust_remote_code", "_attn_implementation_internal"}
 )  # fmt: skip
-"""Keys by which a config makes some library run code that lies elsewhere."""
+"""Keys by which a config makes some library run code, or read a file, that lies elsewhere."""
 
 _ONLY_SAFETENSORS = "weights are loaded from safetensors alone, since other formats can hold code"
 _ASK_FOR_SAFETENSORS = "ask its author for safetensors, or use `repagen convert` on a checkpoint you trust"
@@ -42,7 +41,7 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*([.:][A-Za-z_]\w*)+")
 _CALL_KEYS = frozenset({"target", "class_path", "entry_point"})
 # A name with a slash is a kernel that transformers fetches from the Hub, and runs.
 _KERNEL_KEYS = frozenset({"_attn_implementation", "attn_implementation", "_experts_implementation"})
-_SHARD_TABLES = re.compile(r".+\.index(\.\w+)?\.json")
+_SHARD_TABLES = re.compile(r".+\.safetensors\.index(\.\w+)?\.json")
 _ADAPTER_STEMS = ("pytorch_lora_weights", "adapter_model")
 _PICKLED = frozenset({".bin", ".ckpt", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
 _BITS = {
@@ -70,13 +69,32 @@ def inspect_folder(folder: Path, what: str) -> None:
         _refuse_link_outside(index, folder.parent, what)
         _inspect_json(index, what)
     for parent, names in _walk(folder, what):
-        for name in names:
-            path = parent / name
-            if name.endswith("config.json") or name == "model_index.json" or _SHARD_TABLES.fullmatch(name):
-                _inspect_json(path, what)
-            elif path.suffix == ".safetensors":
-                inspect_weights_file(path, what)
+        _inspect_files(parent, names, what)
         _refuse_lone_pickles(parent, names, what)
+
+
+def inspect_encoder_folder(folder: Path, what: str) -> None:
+    """Refuse the folder of an official encoder whose files are unsafe; the keys of its config are not looked at.
+
+    Nothing reads those that could name code: an encoder's class is that of its family, and its config is built of
+    allow-listed keys. Old encoders have no weights but `pytorch_model.bin`; see `inspect_pickled_weights`.
+
+    Args:
+        folder: a local folder, or a snapshot in the Hub's cache.
+        what: what is loaded, for messages.
+
+    Raises:
+        UserError: as `inspect_folder`.
+    """
+    folder = Path(os.path.abspath(folder))
+    for parent, names in _walk(folder, what):
+        _inspect_files(parent, [name for name in names if not name.endswith("config.json")], what)
+        if parent != folder:
+            continue
+        if "adapter_config.json" in names:
+            _refuse(parent / "adapter_config.json", what, "transformers would load this adapter unasked", "delete it")
+        if "pytorch_model.bin" in names and not any(name.endswith(".safetensors") for name in names):
+            inspect_pickled_weights(parent / "pytorch_model.bin", what)
 
 
 def inspect_weights_file(path: Path, what: str) -> None:
@@ -182,6 +200,15 @@ def _refuse_link_outside(path: Path, folder: Path, what: str) -> None:
                 "put a copy of the file in its place, if you know where it is from")  # fmt: skip
 
 
+def _inspect_files(parent: Path, names: list[str], what: str) -> None:
+    for name in names:
+        path = parent / name
+        if name.endswith("config.json") or name == "model_index.json" or _SHARD_TABLES.fullmatch(name):
+            _inspect_json(path, what)
+        elif path.suffix == ".safetensors":
+            inspect_weights_file(path, what)
+
+
 def _refuse_lone_pickles(parent: Path, names: list[str], what: str) -> None:
     """Refuse a model's or an adapter's folder whose weights exist in a format that can hold code, and no other."""
     pickled = [name for name in names if Path(name).suffix in _PICKLED]
@@ -209,6 +236,8 @@ def _inspect_json(path: Path, what: str) -> None:
         _check_components(content, path, what)
     elif _SHARD_TABLES.fullmatch(path.name):
         _check_shards(content.get("weight_map"), path, what)
+    elif path.name == "adapter_config.json" and (path.parent / "config.json").is_file():
+        _refuse(path, what, "transformers would load this adapter unasked", "move it to a folder of its own")
     elif path.name == "adapter_config.json" and content.get("auto_mapping") is not None:
         _refuse(path, what, "auto_mapping names a module to import", "delete this key")
 
@@ -243,7 +272,7 @@ def _refuse_code(value: Any, key: str, path: Path, what: str, depth: int = 0) ->
         kernel = isinstance(entry, str) and not entry.replace("_", "").isalnum()
         named = name in CODE_KEYS or (name in _CALL_KEYS and dotted) or (name in _KERNEL_KEYS and kernel)
         if named:
-            _refuse(path, what, f"the key {_line(inner)!r} asks for code, which no file may do",
+            _refuse(path, what, f"the key {_line(inner)!r} asks for code from elsewhere, which no file may do",
                     "delete the key, if the model works without that code")  # fmt: skip
         _refuse_code(entry, inner, path, what, depth + 1)
 
@@ -287,7 +316,7 @@ def _check_shards(table: Any, path: Path, what: str) -> None:
         if not plain:
             reason = f"weight_map names {_line(json.dumps(file))}, which is no plain name of a file in this folder"
             _refuse(path, what, reason, "fetch it again from its author")
-        if Path(file).suffix != ".safetensors" and not file.startswith("pytorch_model"):
+        if Path(file).suffix != ".safetensors":
             _refuse(path, what, f"weight_map names {_line(file)!r}; {_ONLY_SAFETENSORS}", _ASK_FOR_SAFETENSORS)
 
 
@@ -315,7 +344,7 @@ def _check_header(header: Any, bytes_of_data: int) -> None:
             raise ValueError(f"{name}: {'overlaps another tensor' if begin < end else 'leaves a gap before it'}")
         end = following
     if end != bytes_of_data:
-        raise ValueError(f"the tensors take {end} bytes, and the file has {bytes_of_data}")
+        raise ValueError(f"the file is cut short or too long: its tensors take {end} bytes, it has {bytes_of_data}")
 
 
 def _place(name: str, entry: Any) -> tuple[int, int, str]:

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from repagen.errors import UserError, refusing
+from repagen.hub.saved_models import inspected_source
 
 
 def open_component(name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None) -> Any:
@@ -48,11 +49,16 @@ def component_place(
 
 
 def load_model(name: str, **place: Any) -> Any:
-    """Load a model of this library or of diffusers; `place` are arguments of diffusers' loading functions."""
+    """Load a model of this library or of diffusers; `place` are arguments of diffusers' loading functions.
+
+    Raises:
+        UserError: it cannot be fetched, or its folder is refused.
+    """
+    root = inspected_source(name, "model", place)
     with warnings.catch_warnings():
         # diffusers' own call, about which the user can do nothing; it would stand before the line about a wrong name.
         warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
-        return AutoModel.from_pretrained(name, **place)
+        return AutoModel.from_pretrained(root, use_safetensors=True, **place)
 
 
 def refuse_missing_folder(name: str, option: str, allowed: str) -> None:
