@@ -24,8 +24,15 @@ LIBRARIES = ("diffusers", "repagen", "transformers")
 """Whose classes a saved pipeline may name."""
 
 CODE_KEYS = frozenset(
-    {"_target_", "auto_map", "checkpoint_path", "custom_pipeline", "trust_remote_code", "_attn_implementation_internal"}
-)  # fmt: skip
+    (
+        "_attn_implementation_internal",
+        "_target_",
+        "auto_map",
+        "checkpoint_path",
+        "custom_pipeline",
+        "trust_remote_code",
+    )
+)
 """Keys by which a config makes some library run code, or read a file, that lies elsewhere."""
 
 _ONLY_SAFETENSORS = "weights are loaded from safetensors alone, since other formats can hold code"
