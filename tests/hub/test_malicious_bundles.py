@@ -230,7 +230,7 @@ def test_an_encoder_that_holds_code_is_refused(encoder: Path) -> None:
     assert "holds code, not only tensors: posix.mkdir" in refusal_of_encoder(encoder)
     torch.save(payload, encoder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert "pytorch_model.bin" in refusal_of_encoder(encoder)
-    (encoder / "pytorch_model.bin").write_bytes(pickle.dumps(payload))
+    (encoder / "pytorch_model.bin").write_bytes(pickle.dumps(payload, protocol=2))
     assert "pytorch_model.bin" in refusal_of_encoder(encoder)
 
 
