@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from repagen.errors import UserError
 from repagen.hub.fetching import fetch_snapshot
 from repagen.hub.inspection import inspect_folder
 
@@ -47,7 +46,7 @@ def inspected_source(source: str | os.PathLike[str], what: str, options: dict[st
 
 
 class SavedModelMixin:
-    """A `ModelMixin` that is loaded from safetensors alone, from a folder that has been looked at.
+    """A `ModelMixin` that is loaded from a folder that has been looked at.
 
     Saved, it says nothing of the place it was loaded from.
     """
@@ -59,11 +58,7 @@ class SavedModelMixin:
         Raises:
             UserError: a folder that cannot be fetched, or that names code or holds unsafe files.
         """
-        if kwargs.get("use_safetensors") is False:
-            raise UserError("use_safetensors: False is not allowed, since other formats can hold code; leave it out")
         root = inspected_source(pretrained_model_name_or_path, cls.__name__, kwargs)
-        if any((root / (kwargs.get("subfolder") or "")).glob("*.bin")):  # else diffusers reads them in need
-            kwargs["use_safetensors"] = True
         return super().from_pretrained(root, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:

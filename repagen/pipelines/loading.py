@@ -59,7 +59,7 @@ class CommitLoading(DiffusionPipeline):
         index = _read_index(folder, name, cls)
         _refuse_missing(folder, name, index, cls, left)
         with refusing(f"{name} cannot be loaded as a {cls.__name__}"):
-            pipe = super().from_pretrained(folder, use_safetensors=True, **left)
+            pipe = super().from_pretrained(folder, **left)
         pipe.register_to_config(_name_or_path=name)
         pipe.hub_commit = commit
         return pipe
@@ -144,12 +144,12 @@ def _refuse_missing(folder: Path, name: str, index: Mapping[str, Any], kind: Any
     """Refuse a pipeline with parts that it has no folder for, or without the variant that is asked for."""
     expected, _ = kind._get_signature_keys(kind)
     stored = {key for key in expected if isinstance(index.get(key), list) and index[key][0] is not None}
-    absent = sorted(expected - stored - set(kind._optional_components) - given.keys())
+    absent = sorted({*expected} - stored - {*kind._optional_components} - given.keys())
     absent += sorted(key for key in stored - given.keys() if not (folder / key).is_dir())
     if absent:
         raise UserError(
             f"{name}: the pipeline lacks {', '.join(absent)}; complete it, or pass the component to from_pretrained"
         )
     variant = given.get("variant")
-    if variant is not None and not any(folder.glob(f"*/*.{variant}*.safetensors")):
+    if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(f"{name}: no weights of variant {variant!r}; leave `variant` out, or name one that is there")

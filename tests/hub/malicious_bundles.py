@@ -101,10 +101,10 @@ def bundle(reason: str, **options: Any) -> Callable[[Callable[[Folder], Any]], C
 
 # --- pickles in place of weights -----------------------------------------------------------------------------------
 
-ONLY_SAFETENSORS = "weights are loaded from safetensors alone"
+OTHER_FORMAT = "its format can hold code, and no weights are loaded from it"
 
 
-@bundle(ONLY_SAFETENSORS)
+@bundle("holds code, not only tensors: posix.mkdir")
 def bin_of_torch(folder: Folder) -> None:
     folder.weights.unlink()
     torch.save({"weight": Payload(folder.marker)}, folder.component / f"{WEIGHTS}.bin")
@@ -115,26 +115,27 @@ def _pickled(suffix: str) -> None:
         folder.weights.unlink()
         (folder.component / f"{WEIGHTS}{suffix}").write_bytes(pickle.dumps({"weight": Payload(folder.marker)}))
 
-    BUNDLES.append(Bundle(f"pickle_as_{suffix[1:]}", ONLY_SAFETENSORS, spoil))
+    reason = "no archive of tensors" if suffix == ".bin" else OTHER_FORMAT
+    BUNDLES.append(Bundle(f"pickle_as_{suffix[1:]}", reason, spoil))
 
 
 for _suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
     _pickled(_suffix)
 
 
-@bundle(ONLY_SAFETENSORS)
+@bundle(OTHER_FORMAT)
 def npz_of_objects(folder: Folder) -> None:
     folder.weights.unlink()
     np.savez(folder.component / f"{WEIGHTS}.npz", weight=np.array([Payload(folder.marker)], dtype=object))
 
 
-@bundle(ONLY_SAFETENSORS)
+@bundle(OTHER_FORMAT)
 def npy_of_objects(folder: Folder) -> None:
     folder.weights.unlink()
     np.save(folder.component / f"{WEIGHTS}.npy", np.array([Payload(folder.marker)], dtype=object))
 
 
-@bundle(ONLY_SAFETENSORS)
+@bundle("holds code, not only tensors: posix.mkdir")
 def sharded_bin(folder: Folder) -> None:
     folder.weights.unlink()
     torch.save({"weight": Payload(folder.marker)}, folder.component / f"{WEIGHTS}-00001-of-00001.bin")
@@ -147,7 +148,13 @@ def pickle_named_safetensors(folder: Folder) -> None:
     folder.weights.write_bytes(pickle.dumps({"weight": Payload(folder.marker)}))
 
 
-@bundle(ONLY_SAFETENSORS)
+@bundle("holds code, not only tensors: posix.mkdir")
+def bin_beside_another_variant(folder: Folder) -> None:
+    shutil.move(folder.weights, folder.component / f"{WEIGHTS}.fp16.safetensors")
+    torch.save({"weight": Payload(folder.marker)}, folder.component / f"{WEIGHTS}.bin")
+
+
+@bundle("may be a zip bomb")
 def zip_bomb(folder: Folder) -> None:
     folder.weights.unlink()
     with zipfile.ZipFile(folder.component / f"{WEIGHTS}.bin", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -287,7 +294,7 @@ _shards("shard_by_absolute_path", "no plain name of a file", "/etc/hostname")
 _shards("shard_with_a_line_break", "no plain name of a file", "evil\nmodel.safetensors")
 _shards("shard_of_windows", "no plain name of a file", "..\\outside.safetensors")
 _shards("shard_that_is_no_name", "no plain name of a file", ["a"])
-_shards("shard_of_pickle", ONLY_SAFETENSORS, f"{WEIGHTS}-00001.bin")
+_shards("shard_of_pickle", "no .safetensors file", f"{WEIGHTS}-00001.bin")
 
 
 @bundle("must be an object")

@@ -159,7 +159,7 @@ def test_unread_files_beside_good_weights_are_left_alone(innocent: Path, tmp_pat
     folder = Folder(tmp_path / "pipeline", "vae", tmp_path / "ran")
     shutil.copytree(innocent, folder.root)
     for place in (folder.root, folder.root / "vae", folder.root / "transformer"):
-        for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.pt", "model.pkl", "model.npz"):
+        for name in ("diffusion_pytorch_model.bin", "model.pt", "model.pkl", "model.npz"):
             (place / name).write_bytes(pickle.dumps(Payload(folder.marker)))
         for name in ("pipeline.py", "modeling.py", "__init__.py", "conftest.py"):
             folder.code(place / name)
@@ -174,7 +174,7 @@ def test_another_librarys_autoencoder_is_looked_at_too(innocent: Path, tmp_path:
     assert open_autoencoder(str(tmp_path / "kl")) is not None
     (tmp_path / "kl" / "diffusion_pytorch_model.safetensors").unlink()
     (tmp_path / "kl" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(UserError, match="from safetensors alone"):
+    with pytest.raises(UserError, match="no archive of tensors"):
         open_autoencoder(str(tmp_path / "kl"))
     assert not (tmp_path / "ran").exists()
 
@@ -187,7 +187,7 @@ def test_an_adapter_of_pickle_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"pytorch_lora_weights{suffix}"
     path.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     for look in (lambda: inspect_folder(tmp_path, "adapter"), lambda: inspect_weights_file(path, "adapter")):
-        with pytest.raises(UserError, match=rf"adapter: refused .*{suffix}: weights are loaded from saf"):
+        with pytest.raises(UserError, match=rf"adapter: refused .*{suffix}: (its format can|it is no archive)"):
             look()
 
 
