@@ -13,8 +13,8 @@ pipeline is fine-tuned by the program that users run:
 
 The judge is the quickstart's classifier, trained on the real training digits and on 150 further drawings of each new
 class: it has seen none of the 20 images, and shares nothing with encoder, autoencoder and generator. It says what
-share of 50 unguided samples of each class shows that class. The adapters are loaded into the pipeline as users load them,
-and drawn from unfused and fused.
+share of 50 unguided samples of each class shows that class. The adapters are loaded into the pipeline as users load
+them, and drawn from unfused and fused.
 
 Writes OUTPUT/results.json and OUTPUT/samples.png, a row for each new class and digit.
 """
@@ -137,7 +137,7 @@ def train_judge(seed: int = 0) -> tuple[Any, float]:
 
 @torch.no_grad()
 def sample(pipeline: Any, names: Sequence[str], count: int = SAMPLES_PER_CLASS, seed: int = 0) -> torch.Tensor:
-    """Unguided samples (classes * count, 3, 32, 32) in [0, 1], class by class; noise keyed by (seed, class, number)."""
+    """Unguided samples (classes * count, 3, 32, 32) in [0, 1], by class; noise keyed by (seed, class, number)."""
     pipeline.set_progress_bar_config(disable=True)
     rows = []
     for name in names:

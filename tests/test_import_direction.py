@@ -32,7 +32,9 @@ ALLOWED = {
     "registration": set[str](),  # names classes by strings and imports none of them
     "conversion": {*BASE, "flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines"},
     "pipelines": {*BASE, "registration", "flow", "layers", "encoders", "models", "alignment", "schedulers"},
+    "app": {*BASE, "flow", "models", "schedulers", "pipelines"},
     "evaluation": {*BASE, "flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines", "data"},
+    "doctor": {*BASE, "layers", "encoders", "models", "pipelines", "data"},
     "training": {
         *BASE,
         *("flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines", "evaluation", "data"),

@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from torch import nn
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def apply_lora_scale(forward: Callable[P, R]) -> Callable[P, R]:
+def apply_lora_scale(forward: Callable[..., Any]) -> Any:
     """Let `attention_kwargs={"scale": s}` of a forward multiply what its active adapters add, in this call only.
 
     diffusers' decorator of that name divides by the scale afterwards, which after a scale of 0 resets the weights that
@@ -21,14 +18,12 @@ def apply_lora_scale(forward: Callable[P, R]) -> Callable[P, R]:
     """
 
     @functools.wraps(forward)
-    def scaled_forward(*args: P.args, **kwargs: P.kwargs) -> R:
-        attention_kwargs: Any = kwargs.get("attention_kwargs")
-        scale = (attention_kwargs or {}).get("scale", 1.0)
+    def scaled_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        scale = (kwargs.get("attention_kwargs") or {}).get("scale", 1.0)
         if scale == 1.0:
-            return forward(*args, **kwargs)
-        model: Any = args[0]
+            return forward(model, *args, **kwargs)
         with _scaled_adapters(model, scale):
-            return forward(*args, **kwargs)
+            return forward(model, *args, **kwargs)
 
     return scaled_forward
 

@@ -20,12 +20,12 @@ from repagen.files import put_file
 COMPONENT = "transformer"
 ROWS_KEY = f"{COMPONENT}.label_embedder.rows"
 CLASS_NAMES_KEY = "class_names"
-# What a file may ask of peft. The rest imports modules, reads files or changes the base weights, and has no place here.
-_CONFIG_KEYS = frozenset(
-    "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern "
-    "alpha_pattern use_rslora use_dora lora_bias inference_mode task_type peft_type base_model_name_or_path revision "
-    "peft_version".split()
-)
+# What a file may ask of peft; the rest imports modules, reads files or changes the base weights.
+_CONFIG_KEYS = frozenset({
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "inference_mode", "task_type", "peft_type",
+    "base_model_name_or_path", "revision", "peft_version",
+})  # fmt: skip
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal")
 
 
@@ -84,7 +84,7 @@ def read_adapter_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: not a mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: no readable safetensors file ({' '.join(str(error).split())[:200]})") from error
     metadata = _from_json(path, header, LORA_ADAPTER_METADATA_KEY, dict)
@@ -131,11 +131,15 @@ def split_adapter(
 
 def _check_rows(rows: torch.Tensor, class_names: Sequence[str] | None) -> None:
     if rows.ndim != 2 or not rows.is_floating_point():
-        raise UserError(f"adapter: {ROWS_KEY} must be (classes, width) floats, got {tuple(rows.shape)} of {rows.dtype}")
+        raise UserError(
+            f"adapter: {ROWS_KEY} must be (classes, width) floats, got {tuple(rows.shape)} of {rows.dtype}"
+        )
     if class_names is None:
         return
     if len(class_names) != len(rows) or not all(isinstance(name, str) and name.strip() for name in class_names):
-        raise UserError(f"adapter: {CLASS_NAMES_KEY} must be {len(rows)} names, one per label row, got {class_names!r}")
+        raise UserError(
+            f"adapter: {CLASS_NAMES_KEY} must be {len(rows)} names, one per label row, got {class_names!r}"
+        )
 
 
 def _check_metadata(metadata: Mapping[str, Any] | None) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,7 +35,7 @@ def default_lora_targets(transformer: nn.Module) -> list[str]:
     """Return the `target_modules` of a `LoraConfig` that reach attention and feed-forward of all blocks and heads.
 
     The layers that make modulations, `modulation` and `modulation_out`, and `proj_out` can be named too. They are left
-    out: they are as large as the rest of a block together, and a class reaches them through its label row.
+    out: they are half as large as the rest of a block, and a class reaches them through its label row.
     """
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     return [target for target in _TARGETS if any(name.endswith(f".{target}") for name in names)]
@@ -48,7 +50,7 @@ class AdapterMixin(LoraBaseMixin):
     `enable_lora_hotswap` are diffusers', and know nothing of adapters without LoRA layers, which are always active.
     """
 
-    _lora_loadable_modules: ClassVar[list[str]] = [COMPONENT]
+    _lora_loadable_modules: ClassVar[list[str]] = [COMPONENT]  # type: ignore[misc]
     transformer_name = COMPONENT
 
     transformer: Any
@@ -63,7 +65,7 @@ class AdapterMixin(LoraBaseMixin):
         return dict(getattr(self.transformer, "_adapter_classes", {}))
 
     @classmethod
-    def lora_state_dict(
+    def lora_state_dict(  # type: ignore[override]  # diffusers declares **kwargs alone
         cls,
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor],
         weight_name: str | None = None,
@@ -92,7 +94,7 @@ class AdapterMixin(LoraBaseMixin):
             return dict(source), None, None
         return read_adapter_file(find_adapter_file(Path(source), weight_name, **hub))
 
-    def load_lora_weights(
+    def load_lora_weights(  # type: ignore[override]  # diffusers declares **kwargs alone
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor],
         adapter_name: str | None = None,
@@ -149,18 +151,19 @@ class AdapterMixin(LoraBaseMixin):
         metadata: dict[str, Any] | None = None,
     ) -> None:
         """Load LoRA layers into a transformer; see `PeftAdapterMixin.load_lora_adapter`."""
-        transformer.load_lora_adapter(
-            dict(state_dict),
-            prefix=cls.transformer_name,
-            adapter_name=adapter_name,
-            metadata=metadata,
-            _pipeline=_pipeline,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            hotswap=hotswap,
-        )
+        with _without_needless_warnings():
+            transformer.load_lora_adapter(
+                dict(state_dict),
+                prefix=cls.transformer_name,
+                adapter_name=adapter_name,
+                metadata=metadata,
+                _pipeline=_pipeline,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                hotswap=hotswap,
+            )
 
     @classmethod
-    def save_lora_weights(
+    def save_lora_weights(  # type: ignore[override]  # diffusers declares **kwargs alone
         cls,
         save_directory: str | os.PathLike[str],
         transformer_lora_layers: nn.Module | Mapping[str, torch.Tensor] | None = None,
@@ -205,7 +208,7 @@ class AdapterMixin(LoraBaseMixin):
 
     def fuse_lora(
         self,
-        components: Sequence[str] = (COMPONENT,),
+        components: list[str] | None = None,
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: list[str] | None = None,
@@ -220,12 +223,12 @@ class AdapterMixin(LoraBaseMixin):
         named = rows_only if adapter_names is None else rows_only & set(adapter_names)
         layered = None if adapter_names is None else [name for name in adapter_names if name not in named]
         if layered is None or layered:
-            super().fuse_lora(list(components), lora_scale, safe_fusing, layered, **kwargs)
+            super().fuse_lora(components or [COMPONENT], lora_scale, safe_fusing, layered, **kwargs)
         self._merged_adapters = self._merged_adapters | named
 
-    def unfuse_lora(self, components: Sequence[str] = (COMPONENT,), **kwargs: Any) -> None:
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Take fused adapters out of the weights again; see `LoraBaseMixin.unfuse_lora`."""
-        super().unfuse_lora(list(components), **kwargs)
+        super().unfuse_lora(components or [COMPONENT], **kwargs)
 
     def unload_lora_weights(self) -> None:
         """Remove all adapters and their classes; what is fused stays in the weights, and its classes with it."""
@@ -235,6 +238,8 @@ class AdapterMixin(LoraBaseMixin):
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Remove adapters and their classes; what is fused stays in the weights, and its classes with it."""
         super().delete_adapters(adapter_names)
+        if not self.get_list_adapters():
+            self.transformer.unload_lora()  # diffusers leaves empty layers, which change the names of the weights
         self._release_classes([adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -243,7 +248,7 @@ class AdapterMixin(LoraBaseMixin):
         Raises:
             UserError: LoRA layers are loaded, under whose names nothing would find the weights again.
         """
-        if self.get_list_adapters():
+        if any(name.endswith(".base_layer") for name, _ in self.transformer.named_modules()):
             raise UserError(
                 "save_pretrained: the pipeline has LoRA layers; call fuse_lora() and unload_lora_weights() to save it "
                 "with them, unload_lora_weights() to save it without them, or save_lora_weights to save the adapter"
@@ -294,7 +299,7 @@ class AdapterMixin(LoraBaseMixin):
         if weaker is not None and weaker.config.num_classes != total:
             raise UserError(
                 f"adapter: the transformer would have {total} classes and the guidance_transformer has "
-                f"{weaker.config.num_classes}; they must agree, so set guidance_transformer=None, or one of these classes"
+                f"{weaker.config.num_classes}; they must agree, so set guidance_transformer=None or a fitting one"
             )
 
     def _check_layers(self, adapter: Adapter, name: str, hotswap: bool) -> None:
@@ -304,26 +309,24 @@ class AdapterMixin(LoraBaseMixin):
         from peft import get_peft_model_state_dict
 
         transformer = unwrap_module(self.transformer)
-        with refusing(f"adapter {name!r} does not fit this {type(transformer).__name__}"), _quiet_peft_loader():
-            with torch.device("meta"):
-                copy = type(transformer).from_config(transformer.config)
+        unfit = f"adapter {name!r} does not fit this {type(transformer).__name__}"
+        with refusing(unfit), _quiet_loader(), _without_needless_warnings():
+            copy = _without_weights(transformer)
+            load = partial(self.load_lora_into_transformer, adapter.layers, metadata=adapter.metadata)
+            load(copy, name, low_cpu_mem_usage=True)
+            expected = get_peft_model_state_dict(copy, adapter_name=name)
             if hotswap:
+                copy = _without_weights(transformer)
                 loaded = get_peft_model_state_dict(transformer, adapter_name=name)
                 config = transformer.peft_config[name].to_dict()
-                empty = {key: tensor.detach().to("cpu", copy=True) for key, tensor in loaded.items()}
-                copy.load_lora_adapter(empty, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
-            self.load_lora_into_transformer(
-                adapter.layers, copy, name, low_cpu_mem_usage=True, hotswap=hotswap, metadata=adapter.metadata
-            )
-            expected = get_peft_model_state_dict(copy, adapter_name=name)
+                same = {key: tensor.detach().to("cpu", copy=True) for key, tensor in loaded.items()}
+                copy.load_lora_adapter(same, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
+                load(copy, name, hotswap=True)
         keys = {key.removeprefix(f"{COMPONENT}.") for key in adapter.layers}
-        wrong = sorted(keys - set(expected)) or ([] if hotswap else sorted(set(expected) - keys))
+        wrong = sorted(keys ^ set(expected))
         if wrong:
-            state = "is of no layer" if wrong[0] in keys else "is missing for a layer"
-            raise UserError(
-                f"adapter {name!r} does not fit this {type(transformer).__name__}: {wrong[0]} {state} "
-                f"({len(wrong)} of {len(keys)} tensors); it is of another model"
-            )
+            state = "is of no layer" if wrong[0] in keys else "is missing"
+            raise UserError(f"{unfit}: {wrong[0]} {state} ({len(wrong)} such of {len(keys)} tensors)")
 
     def _replace_classes(self, name: str, rows: torch.Tensor | None, class_names: list[str] | None) -> None:
         """Let an adapter have these classes in place of those it had, in their place where they are as many."""
@@ -379,8 +382,14 @@ class AdapterMixin(LoraBaseMixin):
             _maybe_remove_and_reapply_group_offloading(unwrap_module(self.transformer))
 
 
+def _without_weights(transformer: Any) -> Any:
+    """Return a model of the same layers that takes no memory."""
+    with torch.device("meta"):
+        return type(transformer).from_config(transformer.config)
+
+
 @contextmanager
-def _quiet_peft_loader() -> Iterator[None]:
+def _quiet_loader() -> Iterator[None]:
     """Keep diffusers' loader from logging what is about to be refused in one line of ours."""
     logger = logging.getLogger("diffusers.loaders.peft")
     before, logger.disabled = logger.disabled, True
@@ -388,3 +397,12 @@ def _quiet_peft_loader() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextmanager
+def _without_needless_warnings() -> Iterator[None]:
+    """Leave out peft's warnings of several adapters, which are meant, and of biases, which it takes for shards."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        warnings.filterwarnings("ignore", message=r".*LoRA tensor\(s\) have invalid shape: \S+\.lora_B\.bias")
+        yield

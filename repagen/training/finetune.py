@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from repagen.training.finetune_config import (
 from repagen.training.finetune_model import (
     TrainedParameters,
     open_pipeline,
+    pinned_pipeline,
     prepare_pipeline,
     release_of,
 )
@@ -58,6 +60,7 @@ def train(config: AnyFinetuneConfig) -> Path:
     """
     config = replace(config, optimizer=resolve_optimizer(config.optimizer, config.device))
     with open_run(config, "finetune") as run:
+        config.revision = run.on_main(partial(pinned_pipeline, config.pipeline, config.revision))
         dataset = open_dataset(config.data)
         pipeline = open_pipeline(config.pipeline, config.revision)
         if isinstance(config, FinetuneDecoderConfig):

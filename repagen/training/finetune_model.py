@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from repagen.config import nearest
-from repagen.errors import UserError, refusing
+from repagen.errors import UserError
+from repagen.hub.fetching import resolve_commit
 from repagen.models.opening import refuse_missing_folder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.lora import default_lora_targets
@@ -27,24 +27,30 @@ logger = logging.getLogger(__name__)
 _ALLOWED = "a folder or Hub id of a saved ClassToImagePipeline"
 
 
-def open_pipeline(name: str, revision: str | None = None) -> Any:
+def pinned_pipeline(name: str, revision: str | None) -> str | None:
+    """Return the commit of a pipeline on the Hub; `revision` as it is for a folder.
+
+    Raises:
+        UserError: it is neither, or cannot be reached.
+    """
+    refuse_missing_folder(name, "pipeline", _ALLOWED)
+    return revision if Path(name).is_dir() else resolve_commit(name, revision, what="pipeline")
+
+
+def open_pipeline(name: str, revision: str | None) -> Any:
     """Load a saved pipeline in float32.
 
     Args:
         name: folder or Hub id, given as the key `pipeline`.
-        revision: branch, tag or commit on the Hub.
+        revision: of `pinned_pipeline`.
 
     Raises:
         UserError: nothing that can be loaded is there, or a pipeline of another kind.
     """
-    refuse_missing_folder(name, "pipeline", _ALLOWED)
-    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
-        raise UserError(f"pipeline: {name} is no pipeline (it has no model_index.json); allowed: {_ALLOWED}")
-    with refusing(f"pipeline: {name} cannot be loaded; allowed: {_ALLOWED}"):
-        kind = DiffusionPipeline.load_config(name, revision=revision).get("_class_name")
-        if kind != ClassToImagePipeline.__name__:
-            raise UserError(f"pipeline: {name} is a {kind}; allowed: {_ALLOWED}")
+    try:
         pipeline = ClassToImagePipeline.from_pretrained(name, revision=revision)
+    except UserError as error:
+        raise UserError(f"pipeline: {str(error).removeprefix('pipeline ')}; allowed: {_ALLOWED}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

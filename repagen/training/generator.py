@@ -18,7 +18,7 @@ from repagen.training.frozen import FrozenParts
 from repagen.training.generator_alignment import refuse_single_samples
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.generator_loop import GeneratorTraining, noise_process
-from repagen.training.generator_model import build_model, refuse_other_autoencoder
+from repagen.training.generator_model import build_model, pinned_pretrained, refuse_other_autoencoder
 from repagen.training.launch import program_main
 from repagen.training.release import build_pipeline, write_release
 from repagen.training.run import open_run
@@ -36,6 +36,7 @@ def train(config: GeneratorConfig) -> Path:
     """
     with open_run(config, "generator") as run:
         refuse_single_samples(config.alignment, run.plan.micro_size)
+        config.transformer.revision = run.on_main(partial(pinned_pretrained, config.transformer))
         dataset = open_dataset(config.data)
         frozen = FrozenParts.open(config, dataset, run)
         model = build_model(config, frozen.latent_shape, dataset.num_classes, frozen.class_token_dim)

@@ -11,10 +11,10 @@ from typing import Any
 
 from repagen.data import SampleDataset
 from repagen.errors import UserError
-from repagen.evaluation.pipeline_images import TRAINING_FILE
 from repagen.files import replace_folder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.grid import save_image_grid
+from repagen.pipelines.provenance import TRAINING_FILE
 from repagen.randomness import generator_for
 from repagen.schedulers.presets import SAMPLER_PRESETS, sampler_preset
 from repagen.training.generator_config import GeneratorConfig, GeneratorRunConfig, SamplerConfig
