@@ -50,7 +50,7 @@ def open_pipeline(name: str, revision: str | None) -> Any:
     try:
         pipeline = ClassToImagePipeline.from_pretrained(name, revision=revision)
     except UserError as error:
-        raise UserError(f"pipeline: {str(error).removeprefix('pipeline ')}; allowed: {_ALLOWED}") from error
+        raise UserError(f"pipeline: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
