@@ -6,17 +6,19 @@ The classes are strokes that no digit has: a cross, a plus, a corner and a cup, 
 (antialiased to 8 x 8 pixels, 16 grey levels, scaled by replication) at random places, sizes, slants and widths. The
 pipeline is fine-tuned by the program that users run:
 
-- `full`: the whole generator, with 20 of the pipeline's own images of each digit (prior preservation);
+- `full`: the whole generator, with some of the pipeline's own images of each digit (prior preservation);
 - `full_alone`: the same without them; no digit is kept;
-- `lora`: adapters and the new rows of the label table, with the same prior images;
-- `labels`: the new rows alone.
+- `lora`: adapters and the new rows of the label table, with prior images;
+- `labels`: the new rows alone;
+- `labels_familiar`: the same for four drawn classes whose forms the generator has: an oval (0), a stick (1), a zed (2)
+  and a hook (7). They are no other than digits to a judge, so they are told from one another alone.
 
 The judge is the quickstart's classifier, trained on the real training digits and on 150 further drawings of each new
 class: it has seen none of the 20 images, and shares nothing with encoder, autoencoder and generator. It says what
 share of 50 unguided samples of each class shows that class. The adapters are loaded into the pipeline as users load
 them, and drawn from unfused and fused.
 
-Writes OUTPUT/results.json and OUTPUT/samples.png, a row for each new class and digit.
+Writes OUTPUT/results.json, and OUTPUT/MODE.png with ten samples of each class in a row, below ten of the drawings.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ import argparse
 import datetime
 import json
 import logging
+import math
 import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +48,52 @@ from repagen.randomness import derived_seed, generator_for
 from repagen.training import finetune
 from repagen.training.finetune_config import load_finetune_config
 
+Stroke = list[tuple[float, float]]
+DIGITS = [str(digit) for digit in range(10)]
+IMAGES_PER_CLASS, DRAWN_FOR_JUDGE, SAMPLES_PER_CLASS, SHOWN = 20, 150, 50, 10
+_CANVAS = 256  # pixels in which strokes are drawn before they are averaged to 8 x 8
+_OVAL = [(0.7 * math.cos(k * math.pi / 12), math.sin(k * math.pi / 12)) for k in range(25)]
+
 # Strokes in a square from -1 to 1, x to the right and y down.
-SHAPES: dict[str, list[list[tuple[float, float]]]] = {
+NEW: dict[str, list[Stroke]] = {
     "cross": [[(-1, -1), (1, 1)], [(1, -1), (-1, 1)]],
     "plus": [[(0, -1), (0, 1)], [(-1, 0), (1, 0)]],
     "corner": [[(-0.8, -1), (-0.8, 1), (0.9, 1)]],
     "cup": [[(-0.9, -1), (-0.9, 1), (0.9, 1), (0.9, -1)]],
 }
-IMAGES_PER_CLASS, DRAWN_FOR_JUDGE, SAMPLES_PER_CLASS, DIGITS = 20, 150, 50, 10
-_CANVAS = 256  # pixels in which strokes are drawn before they are averaged to 8 x 8
-MODES: dict[str, list[str]] = {
-    "full": [
-        "max_steps=1200", "optimizer.learning_rate=1.5e-3", "optimizer.schedule.kind=linear",
-        "prior.images_per_class=20",
-    ],
-    "full_alone": ["max_steps=400", "optimizer.learning_rate=1e-3"],
-    "lora": [
-        "max_steps=1200", "optimizer.learning_rate=5e-3", "optimizer.schedule.kind=linear",
-        "prior.images_per_class=20", "lora.rank=4",
-    ],
-    "labels": ["max_steps=400", "optimizer.learning_rate=3e-2"],
-}  # fmt: skip
+FAMILIAR: dict[str, list[Stroke]] = {
+    "oval": [_OVAL],
+    "stick": [[(0, -1), (0, 1)]],
+    "zed": [[(-0.8, -1), (0.8, -1), (-0.8, 1), (0.8, 1)]],
+    "hook": [[(-0.8, -1), (0.8, -1), (-0.2, 1)]],
+}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One fine-tuning: its preset, the classes, whether digits are kept, and its settings."""
+
+    preset: str
+    words: list[str]
+    shapes: dict[str, list[Stroke]] = field(default_factory=lambda: NEW)
+    keeps_digits: bool = True
+
+
+_LINEAR = "optimizer.schedule.kind=linear"
+MODES = {
+    "full": Mode(
+        "finetune_full", ["max_steps=1200", "optimizer.learning_rate=1.5e-3", _LINEAR, "prior.images_per_class=10"]
+    ),
+    "full_alone": Mode(
+        "finetune_full", ["max_steps=600", "optimizer.learning_rate=1.5e-3", _LINEAR], keeps_digits=False
+    ),
+    "lora": Mode(
+        "finetune_lora",
+        ["max_steps=1200", "optimizer.learning_rate=5e-3", _LINEAR, "prior.images_per_class=10", "lora.rank=4"],
+    ),
+    "labels": Mode("finetune_labels", ["max_steps=300", "optimizer.learning_rate=0.1", _LINEAR]),
+    "labels_familiar": Mode("finetune_labels", ["max_steps=300", "optimizer.learning_rate=0.1", _LINEAR], FAMILIAR),
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +105,6 @@ class ModeResult:
         new_agreement, old_agreement: share of the samples of the new classes, and of the digits, that the judge gives
             to the class asked for; None where no digit is kept.
         by_class: the same of each class.
-        trained_parameters: number of parameters that were trained.
         size_share: size of the released adapter file by that of the generator's weights; None for a pipeline.
         fused_difference: largest difference between pixels of unfused and fused samples; None for a pipeline.
         seconds: of training, prior images included.
@@ -87,13 +114,12 @@ class ModeResult:
     new_agreement: float
     old_agreement: float | None
     by_class: dict[str, float]
-    trained_parameters: int
     size_share: float | None
     fused_difference: float | None
     seconds: float
 
 
-def draw(name: str, seed: int, index: int) -> np.ndarray:
+def draw(name: str, strokes: list[Stroke], seed: int, index: int) -> np.ndarray:
     """Drawing number `index` of a class: (8, 8) uint8, bright on black."""
     random = np.random.default_rng(derived_seed(seed, f"drawing of {name}", index))
     half = random.uniform(0.62, 0.92) * _CANVAS / 2 * np.array([random.uniform(0.75, 1.0), 1.0])
@@ -101,8 +127,9 @@ def draw(name: str, seed: int, index: int) -> np.ndarray:
     slant, width = random.uniform(-0.2, 0.2), random.uniform(1.1, 1.6) * _CANVAS / 8
     image = Image.new("L", (_CANVAS, _CANVAS))
     pen = ImageDraw.Draw(image)
-    for stroke in SHAPES[name]:
-        wobbled = [np.array(point) + random.uniform(-0.08, 0.08, 2) for point in stroke]
+    for stroke in strokes:
+        wobble = 0.0 if len(stroke) > 4 else 0.08  # a curve stays smooth
+        wobbled = [np.array(point) + random.uniform(-wobble, wobble, 2) for point in stroke]
         points = [middle + half * (x - slant * y, y) for x, y in wobbled]
         pen.line([tuple(point) for point in points], fill=255, width=round(width), joint="curve")
         for x, y in points:
@@ -112,27 +139,57 @@ def draw(name: str, seed: int, index: int) -> np.ndarray:
     return np.rint(levels * 255 / 16).astype(np.uint8)
 
 
-def write_drawings(folder: Path, seed: int = 0) -> Path:
+def write_drawings(shapes: dict[str, list[Stroke]], folder: Path, seed: int = 0) -> Path:
     """Write the class folders, 20 PNG files of 32 px in each."""
-    for name in SHAPES:
+    for name, strokes in shapes.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(IMAGES_PER_CLASS):
-            picture = draw(name, seed, index).repeat(4, 0).repeat(4, 1)
+            picture = draw(name, strokes, seed, index).repeat(4, 0).repeat(4, 1)
             Image.fromarray(picture).convert("RGB").save(folder / name / f"{index:02d}.png")
     return folder
 
 
-def train_judge(seed: int = 0) -> tuple[Any, float]:
-    """The classifier of 14 classes, digits first, and its accuracy on held-out digits and further drawings."""
-    sets = []
-    for subset, first in (("train", 1000), ("validation", 2000)):
-        digits, labels = load_digits(subset)
-        drawn = np.stack([draw(name, seed, first + k) for name in SHAPES for k in range(DRAWN_FOR_JUDGE)])
-        drawn_labels = DIGITS + np.arange(len(SHAPES)).repeat(DRAWN_FOR_JUDGE)
-        pictures = torch.from_numpy(np.concatenate([digits, drawn])).float().div(255)[:, None]
-        sets.append((pictures, torch.from_numpy(np.concatenate([labels, drawn_labels]))))
-    judge = train_digit_classifier(*sets[0], seed=seed, num_steps=600, num_classes=DIGITS + len(SHAPES))
-    return judge, agreement(judge, *sets[1])
+@dataclass(frozen=True)
+class Judge:
+    """A classifier of drawn classes, and of digits where these are told from them.
+
+    Attributes:
+        classifier: (B, 1, 8, 8) => logits.
+        names: of its classes.
+        accuracy: on held-out digits and further drawings.
+    """
+
+    classifier: Any
+    names: list[str]
+    accuracy: float
+
+    @classmethod
+    def train(cls, shapes: dict[str, list[Stroke]], with_digits: bool, seed: int = 0) -> Judge:
+        """Train on real digits and on drawings that nothing else is trained on."""
+        names = [*(DIGITS if with_digits else []), *shapes]
+        sets = []
+        for subset, first in (("train", 1000), ("validation", 2000)):
+            drawn = [
+                draw(name, strokes, seed, first + k)
+                for name, strokes in shapes.items()
+                for k in range(DRAWN_FOR_JUDGE)
+            ]
+            pictures = np.stack(drawn)
+            labels = len(names) - len(shapes) + np.arange(len(shapes)).repeat(DRAWN_FOR_JUDGE)
+            if with_digits:
+                digits, digit_labels = load_digits(subset)
+                pictures, labels = np.concatenate([digits, pictures]), np.concatenate([digit_labels, labels])
+            sets.append((torch.from_numpy(pictures).float().div(255)[:, None], torch.from_numpy(labels)))
+        classifier = train_digit_classifier(*sets[0], seed=seed, num_steps=600, num_classes=len(names))
+        return cls(classifier, names, agreement(classifier, *sets[1]))
+
+    def shares(self, images: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
+        """Class => share of its samples (N / classes, 3, 32, 32) that are given to it."""
+        parts = to_small(images).chunk(len(names))
+        return {
+            name: agreement(self.classifier, part, torch.full((len(part),), self.names.index(name)))
+            for name, part in zip(names, parts, strict=True)
+        }
 
 
 @torch.no_grad()
@@ -146,59 +203,53 @@ def sample(pipeline: Any, names: Sequence[str], count: int = SAMPLES_PER_CLASS, 
     return torch.cat(rows)
 
 
-def shares(judge: Any, images: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Class => share of its samples that the judge gives to it."""
-    ids = {str(digit): digit for digit in range(DIGITS)} | {name: DIGITS + k for k, name in enumerate(SHAPES)}
-    parts = to_small(images).chunk(len(names))
-    return {
-        name: agreement(judge, part, torch.full((len(part),), ids[name]))
-        for name, part in zip(names, parts, strict=True)
-    }
-
-
 def run_mode(
-    mode: str, pipeline: Path, drawings: Path, output: Path, judge: Any, more: Sequence[str] = ()
+    name: str, pipeline: Path, drawings: Path, output: Path, judge: Judge, more: Sequence[str] = ()
 ) -> tuple[ModeResult, torch.Tensor]:
-    """Fine-tune, load what was released, sample and judge; => the result, and the samples of all its classes."""
-    preset = "finetune_full" if mode == "full_alone" else f"finetune_{mode}"
+    """Fine-tune, load what was released, sample and judge; => the result, and samples class by class."""
+    mode = MODES[name]
     words = [
-        f"pipeline={pipeline}", f"data.path={drawings}", "data.image_size=32", f"output_dir={output / mode}",
+        f"pipeline={pipeline}", f"data.path={drawings}", "data.image_size=32", f"output_dir={output / name}",
         "device=cpu", "precision=fp32", "gradient_checkpointing=false", "num_workers=0", "sample.every_steps=0",
-        "micro_batch_size=null", *MODES[mode], *more,
+        "micro_batch_size=null", *mode.words, *more,
     ]  # fmt: skip
     started = time.perf_counter()
-    released = finetune.train(load_finetune_config(preset, words))
+    released = finetune.train(load_finetune_config(mode.preset, words))
     seconds = time.perf_counter() - started
-    tuned: Any = repagen.ClassToImagePipeline.from_pretrained(released if mode.startswith("full") else pipeline)
-    size_share = None
-    if not mode.startswith("full"):
+    adapter = released / "pytorch_lora_weights.safetensors"
+    tuned: Any = repagen.ClassToImagePipeline.from_pretrained(pipeline if adapter.is_file() else released)
+    if adapter.is_file():
         tuned.load_lora_weights(released)
+    old = [digit for digit in DIGITS if mode.keeps_digits and digit in judge.names]
+    names = [*mode.shapes, *old]
+    images = sample(tuned, names)
+    by_class = judge.shares(images, names)
+    size_share = fused_difference = None
+    if adapter.is_file():
         weights = pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
-        size_share = (released / "pytorch_lora_weights.safetensors").stat().st_size / weights.stat().st_size
-    new, old = list(SHAPES), [] if mode == "full_alone" else [str(digit) for digit in range(DIGITS)]
-    images = sample(tuned, [*new, *old])
-    by_class = shares(judge, images, [*new, *old])
-    fused_difference = None
-    if size_share is not None:
+        size_share = adapter.stat().st_size / weights.stat().st_size
         tuned.fuse_lora()
-        count = 8
-        tuned_images = sample(tuned, new, count)
-        unfused = torch.cat([images[k * SAMPLES_PER_CLASS :][:count] for k in range(len(new))])
-        fused_difference = (tuned_images - unfused).abs().max().item()
-    checkpoint = max((output / mode / "checkpoints").iterdir()) / "model.safetensors"
-    return (
-        ModeResult(
-            mode=mode,
-            new_agreement=float(np.mean([by_class[name] for name in new])),
-            old_agreement=float(np.mean([by_class[name] for name in old])) if old else None,
-            by_class=by_class,
-            trained_parameters=checkpoint.stat().st_size // 4,
-            size_share=size_share,
-            fused_difference=fused_difference,
-            seconds=round(seconds, 1),
-        ),
-        images,
+        fused = sample(tuned, list(mode.shapes), SHOWN)
+        unfused = torch.cat([part[:SHOWN] for part in images.chunk(len(names))[: len(mode.shapes)]])
+        fused_difference = (fused - unfused).abs().max().item()
+    result = ModeResult(
+        mode=name,
+        new_agreement=float(np.mean([by_class[shape] for shape in mode.shapes])),
+        old_agreement=float(np.mean([by_class[digit] for digit in old])) if old else None,
+        by_class=by_class,
+        size_share=size_share,
+        fused_difference=fused_difference,
+        seconds=round(seconds, 1),
     )
+    return result, images
+
+
+def show(mode: Mode, drawings: Path, images: torch.Tensor, path: Path) -> None:
+    """Write ten drawings of each new class, and below ten samples of each class, in rows."""
+    drawn = [np.asarray(Image.open(drawings / name / f"{k:02d}.png")) for name in mode.shapes for k in range(SHOWN)]
+    rows = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
+    samples = [part[:SHOWN] for part in images.split(SAMPLES_PER_CLASS)]
+    save_image_grid(torch.cat([rows, *samples]), path, columns=SHOWN, gap_px=2)
 
 
 def main() -> None:
@@ -210,27 +261,24 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of every mode")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    drawings = write_drawings(args.output / "drawings")
-    judge, accuracy = train_judge()
+    judges = {"new": Judge.train(NEW, with_digits=True), "familiar": Judge.train(FAMILIAR, with_digits=False)}
     base: Any = repagen.ClassToImagePipeline.from_pretrained(args.pipeline)
-    digits = [str(digit) for digit in range(DIGITS)]
-    before = shares(judge, sample(base, digits), digits)
-    results, shown = [], []
-    for mode in args.modes:
-        result, images = run_mode(mode, args.pipeline, drawings, args.output, judge, args.set)
+    before = judges["new"].shares(sample(base, DIGITS), DIGITS)
+    results = []
+    for name in args.modes:
+        mode = MODES[name]
+        kind = "new" if mode.shapes is NEW else "familiar"
+        drawings = write_drawings(mode.shapes, args.output / f"drawings_{kind}")
+        result, images = run_mode(name, args.pipeline, drawings, args.output, judges[kind], args.set)
         results.append(asdict(result))
-        print(json.dumps(results[-1]))
-        for part in images.chunk(len(result.by_class)):
-            shown += list(part[:10])
-        save_image_grid(
-            torch.stack(shown[-10 * len(result.by_class) :]), args.output / f"{mode}.png", columns=10, gap_px=2
-        )
+        print(json.dumps(results[-1]), flush=True)
+        show(mode, drawings, images, args.output / f"{name}.png")
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "repagen": repagen.__version__},
-        "judge_accuracy": accuracy,
+        "judge_accuracy": {kind: judge.accuracy for kind, judge in judges.items()},
         "old_agreement_before": float(np.mean(list(before.values()))),
         "samples_per_class": SAMPLES_PER_CLASS,
         "modes": results,
