@@ -73,7 +73,9 @@ def load_model(name: str, **place: Any) -> Any:
     with warnings.catch_warnings():
         # diffusers' own call, about which the user can do nothing; it would stand before the line about a wrong name.
         warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
-        return AutoModel.from_pretrained(str(root), **place)
+        model = AutoModel.from_pretrained(str(root), **place)
+    model.register_to_config(_name_or_path=name)
+    return model
 
 
 def refuse_missing_folder(name: str, option: str, allowed: str) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import is_offline_mode
 
 from repagen.errors import UserError, refusing
-from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_commit
+from repagen.hub.fetching import asking_hub, fetch_snapshot, resolve_commit
 from repagen.hub.inspection import inspect_folder
+from repagen.hub.saved_models import tidy_saved
 from repagen.registration import is_loadable_library
 
 _INDEX = "model_index.json"
@@ -64,6 +66,11 @@ class CommitLoading(DiffusionPipeline):
         pipe.hub_commit = commit
         return pipe
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save into a folder, alike wherever its parts came from; see `DiffusionPipeline.save_pretrained`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        tidy_saved(Path(save_directory))
+
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> Path:
         """Download what `from_pretrained` would load at one commit; see `DiffusionPipeline.download`.
@@ -97,9 +104,9 @@ class CommitLoading(DiffusionPipeline):
     @classmethod
     def _download_parts(cls, name: str, kwargs: dict[str, Any]) -> Path:
         """Let diffusers choose the files; a commit does not change, so the Hub is asked only for what is not here."""
-        local = bool(kwargs.get("local_files_only"))
-        hub_errors = naming_hub_errors(name, kwargs["revision"], what="pipeline", local_files_only=local)
-        with refusing(f"{name} cannot be downloaded"), hub_errors:
+        local = bool(kwargs.get("local_files_only")) or is_offline_mode()
+        asking = asking_hub(name, kwargs["revision"], what="pipeline", local_files_only=local)
+        with refusing(f"{name} cannot be downloaded"), asking:
             try:
                 return Path(super().download(name, **{**kwargs, "local_files_only": True, "force_download": False}))
             except FileNotFoundError:
@@ -142,14 +149,17 @@ def _read_index(folder: Path, name: str, kind: type) -> dict[str, Any]:
 
 def _refuse_missing(folder: Path, name: str, index: Mapping[str, Any], kind: Any, given: Mapping[str, Any]) -> None:
     """Refuse a pipeline with parts that it has no folder for, or without the variant that is asked for."""
-    expected, _ = kind._get_signature_keys(kind)
+    expected = set(kind._get_signature_keys(kind)[0])
     stored = {key for key in expected if isinstance(index.get(key), list) and index[key][0] is not None}
     absent = sorted({*expected} - stored - {*kind._optional_components} - given.keys())
     absent += sorted(key for key in stored - given.keys() if not (folder / key).is_dir())
     if absent:
         raise UserError(
-            f"{name}: the pipeline lacks {', '.join(absent)}; complete it, or pass the component to from_pretrained"
+            f"{name} cannot be loaded: the pipeline lacks {', '.join(absent)}; complete it, or pass what is missing "
+            "to from_pretrained"
         )
     variant = given.get("variant")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
-        raise UserError(f"{name}: no weights of variant {variant!r}; leave `variant` out, or name one that is there")
+        raise UserError(
+            f"{name} cannot be loaded: no weights of variant {variant!r}; leave it out, or name one that is there"
+        )

@@ -67,7 +67,7 @@ def put_into_cache(folder: Path, cache: Path) -> None:
             os.mkfifo(path)
         elif not original.is_symlink():
             blob = repository / "blobs" / str(number)
-            shutil.copy(original, blob)
+            blob.hardlink_to(original)
             path.unlink()
             path.symlink_to(Path(*[".."] * len(path.relative_to(repository).parts[:-1]), "blobs", str(number)))
 
