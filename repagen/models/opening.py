@@ -28,7 +28,7 @@ def open_component(name: str, part: Literal["transformer", "vae"], option: str, 
     """
     place = component_place(name, part, option, revision)
     with refusing(f"{option}: {name} cannot be loaded; allowed: {_allowed(part)}"):
-        model = load_model(name, **place)
+        model = load_model(name, f"{option}: model", **place)
     return model.eval()
 
 
@@ -63,13 +63,18 @@ def pinned_revision(
     return None if Path(name).is_dir() else resolve_commit(name, revision, what=f"{option}: model")
 
 
-def load_model(name: str, **place: Any) -> Any:
-    """Load a model of this library or of diffusers; `place` are arguments of diffusers' loading functions.
+def load_model(name: str, what: str, **place: Any) -> Any:
+    """Load a model of this library or of diffusers.
+
+    Args:
+        name: folder or Hub id.
+        what: what is loaded, for messages.
+        place: arguments of diffusers' loading functions.
 
     Raises:
         UserError: it cannot be fetched, or its folder is refused.
     """
-    root = inspected_source(name, "model", place)
+    root = inspected_source(name, what, place)
     with warnings.catch_warnings():
         # diffusers' own call, about which the user can do nothing; it would stand before the line about a wrong name.
         warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")

@@ -90,7 +90,8 @@ class CommitLoading(DiffusionPipeline):
         commit = _commit(name, kwargs)
         asking = {key: kwargs[key] for key in _OF_THE_HUB if key in kwargs}
         index_folder = fetch_snapshot(name, revision=commit, patterns=[_INDEX], what="pipeline", **asking)
-        inspect_folder(index_folder, f"pipeline {name}")  # before diffusers reads the index
+        if not asking.get("force_download"):  # what is here, before diffusers reads of it
+            inspect_folder(index_folder, f"pipeline {name}")
         _read_index(index_folder, name, cls)
         if not is_loadable_library():
             # diffusers would refuse components of a library it does not list, so fetch the whole repository.
@@ -160,6 +161,4 @@ def _refuse_missing(folder: Path, name: str, index: Mapping[str, Any], kind: Any
         )
     variant = given.get("variant")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
-        raise UserError(
-            f"{name} cannot be loaded: no weights of variant {variant!r}; leave it out, or name one that is there"
-        )
+        raise UserError(f"{name} cannot be loaded: it has no weights of `variant={variant}`; name one that is there")

@@ -215,7 +215,7 @@ def huge_json(folder: Folder) -> None:
     folder.config(padding=" " * (17 << 20))
 
 
-@bundle("not valid JSON")
+@bundle("cannot be read as JSON")
 def json_of_other_bytes(folder: Folder) -> None:
     (folder.component / "config.json").write_bytes(b'{"_class_name": "\xff\xfe"}')
 

@@ -90,7 +90,7 @@ def test_autoencoders_alone(kind: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_models_opened_by_any_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_round_trips(tiny_transformer(), lambda folder: load_model(str(folder)), tmp_path, monkeypatch)
+    assert_round_trips(tiny_transformer(), lambda folder: load_model(str(folder), "model"), tmp_path, monkeypatch)
 
 
 def test_an_official_encoder_that_is_stored(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
