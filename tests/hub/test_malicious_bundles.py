@@ -127,6 +127,7 @@ def test_nothing_runs_and_the_reason_is_said(spoilt: Any, bundle: Bundle, door: 
     assert not folder.marker.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("bundle", [b for b in BUNDLES if not b.hangs_others], ids=lambda bundle: bundle.name)
 def test_nothing_runs_at_the_doors_of_diffusers(spoilt: Any, bundle: Bundle) -> None:
