@@ -46,7 +46,8 @@ def component_place(
     if commit is None:
         folder = Path(name)
     else:
-        folder = fetch_snapshot(name, revision=commit, patterns=["model_index.json"], what=f"{option}: model")
+        indices = ["model_index.json", "config.json"]
+        folder = fetch_snapshot(name, revision=commit, patterns=indices, what=f"{option}: model")
     subfolder = part if (folder / "model_index.json").is_file() else None
     return {"subfolder": subfolder, "revision": commit}
 
@@ -68,7 +69,7 @@ def load_model(name: str, what: str, **place: Any) -> Any:
 
     Args:
         name: folder or Hub id.
-        what: what is loaded, for messages.
+        what: what it is to the user, for messages.
         place: arguments of diffusers' loading functions.
 
     Raises:
