@@ -6,14 +6,17 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from repagen.encoders import EncoderSpec, VisionEncoder
+from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
 from repagen.models import encoder_storage
+
+if TYPE_CHECKING:
+    from repagen.encoders import VisionEncoder
 
 VARIANCE_EPSILON = 1e-5
 """Added to the variance before the square root of a standard deviation, as RAE does."""

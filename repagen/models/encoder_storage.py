@@ -6,14 +6,15 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from repagen.encoders import FAMILIES, EncoderSpec, VisionEncoder
-from repagen.encoders.backbones import FROZEN_VARIANT
-from repagen.encoders.files import fetch
+from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
+
+if TYPE_CHECKING:
+    from repagen.encoders import VisionEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ def load_encoder(config: Any, folder: Path | None) -> VisionEncoder:
     Raises:
         UserError: if its files are missing, closed or out of reach.
     """
+    from repagen.encoders import VisionEncoder
+
     spec = EncoderSpec.from_mapping(config.encoder)
     if config.encoder_stored and folder is not None:
         return VisionEncoder.from_spec(spec, _stored_folder(folder))
@@ -82,6 +85,8 @@ def shall_store(config: Any, encoder: VisionEncoder | None, include_encoder: boo
         return True
     if encoder is None:
         return config.encoder_stored
+    from repagen.encoders import FAMILIES
+
     return FAMILIES[config.encoder["family"]].redistributable
 
 
@@ -106,6 +111,8 @@ def saved_facts(config: Any, encoder: VisionEncoder | None, stored: bool) -> dic
 
 def save_encoder(encoder: VisionEncoder, folder: Path) -> None:
     """Write an encoder's weights below an autoencoder's folder."""
+    from repagen.encoders.backbones import FROZEN_VARIANT
+
     encoder.save_pretrained(folder / SUBFOLDER, variant=FROZEN_VARIANT)
 
 
@@ -129,6 +136,9 @@ def folder_of(source: str | os.PathLike[str], **kwargs: Any) -> Path | None:
 
 def _stored_folder(folder: Path) -> Path:
     """Return the sub-folder with the encoder, downloading it if the autoencoder lies in the Hub's cache without it."""
+    from repagen.encoders.backbones import FROZEN_VARIANT
+    from repagen.encoders.files import fetch
+
     stored = folder / SUBFOLDER
     if any(stored.glob(f"model*.{FROZEN_VARIANT}*")) or any(stored.glob("*.safetensors")):
         return stored
