@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 
@@ -30,7 +31,8 @@ def run(args: argparse.Namespace) -> str:
     folder = export_remote_code(args.model, args.output, args.revision)
     files = sorted(folder.glob("*.py"))
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    push = f"repagen push {shlex.quote(str(folder))} --to ORG/NAME --revision {BRANCH}"
     return (
         f"{folder} holds the pipeline with {len(files)} Python files ({lines} lines) and loads without repagen; "
-        f"put it on a branch of its repository: repagen push {folder} --to ORG/NAME --revision {BRANCH}"
+        f"put it on a branch of its repository: {push}"
     )
