@@ -16,10 +16,10 @@ PROGRAM = Path(__file__).with_name("sample_places.py")
 NEEDED = ("torch", "diffusers", "accelerate", "huggingface_hub", "numpy", "Pillow")
 
 
-def link_distributions(site: Path, names: tuple[str, ...] = NEEDED) -> None:
-    """Fill a folder with links to distributions that are installed here and to all that they require."""
+def link_distributions(site: Path, *more: str) -> None:
+    """Fill a folder with links to the distributions of `NEEDED` and `more`, and to all that they require."""
     site.mkdir()
-    waiting, seen = list(names), set[str]()
+    waiting, seen = [*NEEDED, *more], set[str]()
     while waiting:
         found = distribution(waiting.pop())
         name = found.metadata["Name"].lower()
