@@ -4,7 +4,9 @@ import argparse
 import ast
 import json
 import logging
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from bare_environment import link_distributions, sample_without_repagen
 from diffusers import DiffusionPipeline
 from export_cases import CASES
+from hub_stand_in import StandInHub
 from safetensors.torch import load_file
 from sample_places import draw
 
@@ -55,6 +58,10 @@ def load(folder: Path, **options):
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(left[name], right[name]) for name in ("latents", "pictures"))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def code_files(folder: Path) -> list[Path]:
@@ -186,9 +193,7 @@ def test_only_the_parts_that_sample_are_in_the_copy(exported):
 def test_exports_are_equal_and_repositories_share_no_names(exported, tmp_path):
     for name in ("sit-rae", "ditdh-rae"):
         again = export_remote_code(exported[name] / "saved", tmp_path / name)
-        files = {path.relative_to(again): path.read_bytes() for path in again.rglob("*") if path.is_file()}
-        before = exported[name] / "code"
-        assert files == {p.relative_to(before): p.read_bytes() for p in before.rglob("*") if p.is_file()}
+        assert contents(again) == contents(exported[name] / "code")
     names = [{path.name for path in code_files(folder / "code")} for folder in exported.values()]
     assert len(set.union(*names)) == sum(len(some) for some in names)
 
@@ -281,3 +286,49 @@ def test_copies_sample_the_same_where_repagen_is_absent(exported, tmp_path, name
         assert same(load_file(tmp_path / f"{name}.safetensors"), draw(CASES[name]())), name
     noise = [line for line in process.stderr.splitlines() if line.strip() and "components..." not in line]
     assert not noise, noise
+
+
+# What a user with the library does with the same repository: its branch main needs no trust.
+INSTALLED = """
+import sys
+from pathlib import Path
+import repagen
+from diffusers import DiffusionPipeline
+from repagen.export.remote_code import export_remote_code
+from safetensors.torch import save_file
+from sample_places import draw
+
+save_file(draw(DiffusionPipeline.from_pretrained("org/tiny")), sys.argv[1])
+export_remote_code("org/tiny", Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_repository_with_the_branch_serves_both_users(exported, tmp_path):
+    site, output = tmp_path / "site", tmp_path / "drawn"
+    link_distributions(site)
+    output.mkdir()
+    with StandInHub() as hub:
+        for repo_id, name in (("org/tiny", "ddt-pixels"), ("org/other", "sit-rae")):
+            hub.add(repo_id, exported[name] / "saved").commit(exported[name] / "code", branch="remote-code")
+        online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*", "HF_HUB_DISABLE_XET": "1"}
+        jobs = [
+            {"place": place, "options": {"revision": "remote-code"}, "output": str(output / f"{index}.safetensors")}
+            for index, place in enumerate(("org/tiny", "org/other", "org/tiny"))
+        ]
+        absent = sample_without_repagen(jobs, site, tmp_path / "home", **online)
+        assert absent.returncode == 0, absent.stderr[-3000:]
+        environment = {
+            **os.environ, **online, "HF_HOME": str(tmp_path / "installed"),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        }  # fmt: skip
+        installed = subprocess.run(
+            [sys.executable, "-c", INSTALLED, str(output / "main.safetensors"), str(tmp_path / "again")],
+            env=environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert installed.returncode == 0, installed.stderr[-3000:]
+    tiny, other = (draw(CASES[name]()) for name in ("ddt-pixels", "sit-rae"))
+    for file, expected in {"0": tiny, "1": other, "2": tiny, "main": tiny}.items():
+        assert same(load_file(output / f"{file}.safetensors"), expected), file
+    assert contents(tmp_path / "again") == contents(exported["ddt-pixels"] / "code")
+    assert "from_pretrained" not in absent.stderr and "warn" not in absent.stderr.lower()
