@@ -32,6 +32,7 @@ ALLOWED = {
     "registration": set[str](),  # names classes by strings and imports none of them
     "conversion": {*BASE, "flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines"},
     "pipelines": {*BASE, "registration", "flow", "layers", "encoders", "models", "alignment", "schedulers"},
+    "export": {*BASE, "models", "pipelines"},
     "evaluation": {*BASE, "flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines", "data"},
     "training": {
         *BASE,

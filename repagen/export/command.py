@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> str:
     from repagen.export.remote_code import BRANCH, export_remote_code
 
     folder = export_remote_code(args.model, args.output, args.revision)
-    files = sorted(folder.glob("*.py"))
+    files = sorted(folder.rglob("*.py"))
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
     push = f"repagen push {shlex.quote(str(folder))} --to ORG/NAME --revision {BRANCH}"
     return (

@@ -8,7 +8,7 @@ for a module of `LEFT_OUT`.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,6 @@ COMPONENTS = "repagen.pipelines.components"
 """The module that names every class a component may have; a copy's names those that are in it."""
 
 _ROOT = Path(__file__).parents[1]
-_LINE_LENGTH = 119
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,17 @@ def modules_needed(start: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def rewritten(source: str, name_of: Callable[[str], str]) -> str:
+def name_in_copy(module: str) -> str:
+    """Return a module's name in a copy, where all lie in one folder: `layers_norms` for `repagen.layers.norms`."""
+    return module.removeprefix(f"{LIBRARY}.").replace(".", "_")
+
+
+def rewritten(source: str) -> str:
     """Return a module's source with its imports of the library made relative, and nothing else changed.
 
-    An import for type checkers becomes `pass`, one of a module that is left out raises `ImportError`.
-
-    Args:
-        source: the text.
-        name_of: full name of a module => its name in the copy.
+    `from repagen.a.b import c` becomes `from . import a_b` and `c = a_b.c`: a form that diffusers does not follow. It
+    would ask the Hub again for every path that leads from file to file, hundreds of times. An import for type checkers
+    becomes `pass`, one of a module that is left out raises `ImportError`.
     """
     lines = source.splitlines()
     grouped: dict[ast.ImportFrom, list[_Import]] = {}
@@ -98,7 +100,10 @@ def rewritten(source: str, name_of: Callable[[str], str]) -> str:
         grouped.setdefault(item.statement, []).append(item)
     for statement, items in sorted(grouped.items(), key=lambda pair: -pair[0].lineno):
         assert statement.end_lineno is not None
-        lines[statement.lineno - 1 : statement.end_lineno] = _replacement(statement, items, name_of)
+        indent = " " * statement.col_offset
+        lines[statement.lineno - 1 : statement.end_lineno] = [
+            indent + line for line in _replacement(ast.unparse(statement), items)
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -171,36 +176,27 @@ def _own_imports(source: str) -> Iterator[_Import]:
             yield _Import(node, module, name, alias.asname, node in for_typing)
 
 
-def _replacement(statement: ast.ImportFrom, items: list[_Import], name_of: Callable[[str], str]) -> list[str]:
+def _replacement(statement: str, items: list[_Import]) -> list[str]:
     """Lines in place of an import statement."""
-    indent = " " * statement.col_offset
-    written = ast.unparse(statement)
     if items[0].for_typing:
-        return [f"{indent}pass  # {written}"]
+        return [f"pass  # {statement}"]
     if any(item.module in LEFT_OUT for item in items):
         return [
-            f"{indent}raise ImportError(",
-            f'{indent}    "{written}: not in this self-contained copy, which only samples; "',
-            f'{indent}    "install repagen and load the revision main"',
-            f"{indent})",
+            "raise ImportError(",
+            f'    "{statement}: not in this self-contained copy, which only samples; "',
+            '    "install repagen and load the revision main"',
+            ")",
         ]
-    lines = [f"{indent}from . import {name_of(item.module)} as {_bound(item)}" for item in items if item.name is None]
-    if names := [item for item in items if item.name is not None]:
-        lines += _from_line(indent, name_of(names[0].module), [_named(item) for item in names])
+    lines = []
+    for module in dict.fromkeys(item.module for item in items):
+        names = [item for item in items if item.module == module]
+        copy = name_in_copy(module)
+        lines.append(f"from . import {copy}")
+        lines += [
+            f"{_bound(item)} = {copy}.{item.name}" if item.name else f"{_bound(item)} = {copy}" for item in names
+        ]
     return lines
 
 
 def _bound(item: _Import) -> str:
-    return item.alias or item.module.rpartition(".")[2]
-
-
-def _named(item: _Import) -> str:
-    return f"{item.name} as {item.alias}" if item.alias else str(item.name)
-
-
-def _from_line(indent: str, module: str, names: list[str]) -> list[str]:
-    start = f"{indent}from .{module} import "
-    line = start + ", ".join(names)
-    if len(line) <= _LINE_LENGTH:
-        return [line]
-    return [f"{start}(", *(f"{indent}    {name}," for name in names), f"{indent})"]
+    return item.alias or item.name or item.module.rpartition(".")[2]

@@ -2,10 +2,10 @@
 
 diffusers copies a folder's Python files into one flat package, `diffusers_modules.local`, and executes them there:
 
-- of the files beside the entry file it copies those that the entry file itself imports, so that file names them all;
+- of the other files it copies those that the entry file itself imports, so that file names them all;
 - a component's class comes from a file in the component's sub-folder, copied into the same package. Here that file is
-  a door to the module beside the entry file, so that each class exists once and `isinstance` holds;
-- repositories overwrite each other's files of the same name, so each name ends in a digest of all the code.
+  a door to a module that the entry file has imported, so that each class exists once and `isinstance` holds;
+- repositories overwrite each other's files of the same name, so names end in a digest of all the code.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from repagen.export.modules import (
     file_of,
     first_name,
     modules_needed,
+    name_in_copy,
     narrowed_components,
     rewritten,
     source_of,
@@ -41,7 +42,6 @@ BRANCH = "remote-code"
 """Branch of a Hub repository for such a folder; `main` stays as it was saved, for users with the library."""
 
 _INDEX = "model_index.json"
-_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def export_remote_code(model: str | os.PathLike[str], output: Path, revision: st
         for component in pipeline.classes:
             _copy_component(folder / component, target / component)
         for name, text in files.items():
+            (target / name).parent.mkdir(exist_ok=True)
             (target / name).write_text(text, encoding="utf-8")
 
     replace_folder(output, fill)
@@ -133,39 +134,34 @@ def _component_modules() -> dict[str, str]:
 
 def _code(pipeline: _Pipeline) -> dict[str, str]:
     """Path within the folder => text, of all that is not copied."""
-    digest = hashlib.sha256(json.dumps(_written_code(pipeline, "0" * _DIGITS), sort_keys=True).encode()).hexdigest()
-    tag = digest[:_DIGITS]
-    index = dict(pipeline.index)
-    index["_class_name"] = [f"pipeline_{tag}", pipeline.index["_class_name"]]
-    for component in pipeline.own:
-        index[component] = [f"{component}_{tag}", pipeline.classes[component]]
-    files = _written_code(pipeline, tag)
-    return {
-        **files,
-        _INDEX: json.dumps(index, indent=2, sort_keys=True) + "\n",
-        "README.md": _readme(f"pipeline_{tag}.py", [name for name in files if "/" not in name]),
-    }
-
-
-def _written_code(pipeline: _Pipeline, tag: str) -> dict[str, str]:
     kind = pipeline.index["_class_name"]
     modules = modules_needed([PIPELINES[kind], *pipeline.own.values()])
-
-    def name_of(module: str) -> str:
-        return f"{module.replace('.', '_')}_{tag}"
-
     sources = {module: source_of(module) for module in modules}
     sources[COMPONENTS] = narrowed_components(modules)
-    files = {
-        f"{name_of(module)}.py": _header(f"{file_of(module)} of repagen {repagen.__version__}, {_change(module)}")
-        + rewritten(source, name_of)
+    texts = {
+        name_in_copy(module): _header(f"{file_of(module)} of repagen {repagen.__version__}, {_change(module)}")
+        + rewritten(source)
         for module, source in sources.items()
     }
-    names = {name_of(module): first_name(source) for module, source in sources.items()}
-    files[f"pipeline_{tag}.py"] = _entry({**names, name_of(PIPELINES[kind]): kind})
-    for component, module in pipeline.own.items():
-        files[f"{component}/{component}_{tag}.py"] = _door(component, pipeline.classes[component], name_of(module))
-    return files
+    tag = hashlib.sha256(json.dumps([texts, pipeline.classes], sort_keys=True).encode()).hexdigest()[:8]
+    package = f"{LIBRARY}_{tag}"
+    names = {name_in_copy(module): first_name(source) for module, source in sources.items()}
+    doors = {
+        component: _door(component, pipeline.classes[component], f"{package}.{name_in_copy(module)}")
+        for component, module in pipeline.own.items()
+    }
+    index = {
+        **pipeline.index,
+        "_class_name": [f"pipeline_{tag}", kind],
+        **{component: [f"{component}_{tag}", pipeline.classes[component]] for component in doors},
+    }
+    return {
+        _INDEX: json.dumps(index, indent=2, sort_keys=True) + "\n",
+        "README.md": _readme(package, len(texts)),
+        f"pipeline_{tag}.py": _entry(package, {**names, name_in_copy(PIPELINES[kind]): kind}),
+        **{f"{package}/{name}.py": text for name, text in texts.items()},
+        **{f"{component}/{component}_{tag}.py": text for component, text in doors.items()},
+    }
 
 
 def _change(module: str) -> str:
@@ -174,18 +170,19 @@ def _change(module: str) -> str:
     return "with only its imports rewritten"
 
 
-def _entry(names: Mapping[str, str]) -> str:
+def _entry(package: str, names: Mapping[str, str]) -> str:
     """The file that `_class_name` names; diffusers copies what it imports beside it, and nothing else."""
-    imports = "".join(f"from .{module} import {name}\n" for module, name in sorted(names.items()))
+    imports = "".join(f"from .{package}.{module} import {name}\n" for module, name in sorted(names.items()))
     about = "The pipeline. diffusers copies the files that this one imports, so it imports from each."
     return _header("The entry file of this folder") + f'"""{about}"""\n\n{imports}'
 
 
 def _door(component: str, class_name: str, module: str) -> str:
-    about = f"The class of the {component}, from a module that the entry file has brought along."
+    about = f"The class of the {component}, from a module that the pipeline's entry file has imported."
+    package = module.split(".")[0]
     return (
         _header(f"The entry file of the {component}")
-        + f'"""{about}"""\n\nfrom . import {module}\n\n{class_name} = {module}.{class_name}\n'
+        + f'"""{about}"""\n\nfrom . import {package}\n\n{class_name} = {module}.{class_name}\n'
     )
 
 
@@ -197,7 +194,7 @@ def _header(origin: str) -> str:
     )
 
 
-def _readme(entry: str, files: list[str]) -> str:
+def _readme(package: str, count: int) -> str:
     return f"""---
 library_name: diffusers
 ---
@@ -214,9 +211,9 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("ORG/NAME", revision="{BRANCH}", trust_remote_code=True)
 ```
 
-That executes the {len(files)} Python files beside this one, the first of which is `{entry}`.
-Read them before you do. Each is the library's source with only its imports rewritten, under Apache-2.0; the weights
-are under the licence of the branch `main`. With repagen installed, use `main`, which needs no trust.
+That executes the {count} Python files in `{package}`, which short entry files import: read them before you do.
+Each is the library's source with only its imports rewritten, under Apache-2.0; the weights are under the licence of
+the branch `main`. With repagen installed, use `main`, which needs no trust.
 """
 
 

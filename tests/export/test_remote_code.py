@@ -69,18 +69,22 @@ def code_files(folder: Path) -> list[Path]:
 
 
 def original_of(text: str) -> Path | None:
-    """The file of the library that a copy's header names."""
+    """The file of the library that a copy's header names; None for an entry file."""
     first = text.splitlines()[0].removeprefix("# ").split()[0]
     return ROOT / first if first.startswith("repagen/") else None
 
 
 def without_imports(source: str, *, copied: bool) -> str:
     """A file's syntax tree without its imports from the library, in the form that they have there."""
+    modules = {name for node in ast.walk(ast.parse(source)) for name in copies_imported(node)}
 
     class Remover(ast.NodeTransformer):
         def visit_ImportFrom(self, node):
             ours = node.level == 1 if copied else (node.module or "").split(".")[0] == "repagen"
             return None if ours else node
+
+        def visit_Assign(self, node):  # name = module_of_the_copy.name
+            return None if copied and ast.unparse(node.value).split(".")[0] in modules else node
 
         def visit_Raise(self, node):
             instead_of_import = copied and "not in this self-contained copy" in ast.unparse(node)
@@ -92,13 +96,19 @@ def without_imports(source: str, *, copied: bool) -> str:
     return ast.dump(Remover().visit(ast.parse(source)))
 
 
+def copies_imported(node: ast.AST) -> list[str]:
+    """Names of the copy's modules that a statement of one of them imports."""
+    relative = isinstance(node, ast.ImportFrom) and node.level == 1
+    return [alias.name for alias in node.names] if relative and node.module is None else []
+
+
 def test_two_copies_in_one_process_sample_as_the_library(exported, own_module_cache, caplog):
     caplog.set_level(logging.WARNING)
     logging.getLogger("diffusers").addHandler(caplog.handler)
     try:
         for name in ("sit-rae", "ddt-pixels", "sit-rae"):
             pipe = load(exported[name] / "code")
-            assert type(pipe.transformer).__module__.startswith("diffusers_modules.local.repagen_models_")
+            assert type(pipe.transformer).__module__.startswith("diffusers_modules.local.repagen_")
             assert same(draw(pipe), draw(CASES[name]()))
     finally:
         logging.getLogger("diffusers").removeHandler(caplog.handler)
@@ -160,15 +170,17 @@ def test_every_file_is_the_librarys_source_with_other_imports(exported, name):
 @pytest.mark.parametrize("name", CASES)
 def test_the_code_is_complete_and_needs_little(exported, name):
     folder = exported[name] / "code"
-    modules = {path.stem: ast.parse(path.read_text()) for path in folder.glob("*.py")}
     entry = json.loads((folder / "model_index.json").read_text())["_class_name"][0]
-    named_by_entry = {node.module for node in modules[entry].body if isinstance(node, ast.ImportFrom)}
-    assert named_by_entry == modules.keys() - {entry}, "diffusers copies only what the entry file imports"
+    (package,) = folder.glob("repagen_*")
+    modules = {path.stem: ast.parse(path.read_text()) for path in package.iterdir()}
+    imported = {node.module for node in ast.parse((folder / f"{entry}.py").read_text()).body[1:]}
+    assert imported == {f"{package.name}.{stem}" for stem in modules}, "diffusers copies what the entry file imports"
     for stem, tree in modules.items():
+        defined = {node.name for node in tree.body if hasattr(node, "name")}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:
-                for wanted in [node.module] if node.module else [alias.name for alias in node.names]:
-                    assert wanted in modules, f"{stem} imports {wanted}"
+                assert set(copies_imported(node)) <= modules.keys(), stem
+                assert not set(copies_imported(node)) & defined, stem
                 continue
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
@@ -194,14 +206,14 @@ def test_exports_are_equal_and_repositories_share_no_names(exported, tmp_path):
     for name in ("sit-rae", "ditdh-rae"):
         again = export_remote_code(exported[name] / "saved", tmp_path / name)
         assert contents(again) == contents(exported[name] / "code")
-    names = [{path.name for path in code_files(folder / "code")} for folder in exported.values()]
+    names = [{path for path in contents(folder / "code") if path.suffix == ".py"} for folder in exported.values()]
     assert len(set.union(*names)) == sum(len(some) for some in names)
 
 
 def test_weights_and_configs_are_as_they_were(exported):
     for folder in exported.values():
         for path in (folder / "code").glob("*/*"):
-            if path.suffix != ".py":
+            if path.suffix in (".json", ".safetensors"):
                 assert path.read_bytes() == (folder / "saved" / path.relative_to(folder / "code")).read_bytes()
         assert (folder / "code/transformer/diffusion_pytorch_model.safetensors").is_file()
         old, new = (json.loads((folder / kind / "model_index.json").read_text()) for kind in ("saved", "code"))
@@ -262,7 +274,7 @@ def test_the_command_says_how_the_folder_gets_to_the_hub(exported, tmp_path):
     saved = str(exported["sit-rae"] / "saved")
     text = run(parser.parse_args(["--remote-code", saved, "--output", str(output)]))
     assert f"repagen push '{output}' --to ORG/NAME --revision remote-code" in text
-    assert f"{len(list(output.glob('*.py')))} Python files" in text
+    assert f"{len(code_files(output))} Python files" in text
 
 
 SVG = ("lightningdit-svg",)  # its residual encoder is a network of torchvision
