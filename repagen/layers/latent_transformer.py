@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers.hooks import FasterCacheConfig
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from repagen.errors import UserError
 from repagen.layers.attention import AttentionBackendMixin
 from repagen.layers.embeddings import LabelEmbedding, PatchEmbedding, unpatchify
+from repagen.layers.lora import apply_lora_scale
 from repagen.layers.modulated import modulate, modulation_parameters
 
 TimeDirection = Literal["data_at_zero", "data_at_one"]
@@ -144,7 +144,7 @@ class LatentTransformerMixin(AttentionBackendMixin):
             config._unconditional_conditional_input_kwargs_identifiers = list(dict.fromkeys([*names, "class_labels"]))
         super().enable_cache(config)  # type: ignore[misc]
 
-    @apply_lora_scale("attention_kwargs")
+    @apply_lora_scale
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -22,6 +22,7 @@ from repagen.pipelines.components import Autoencoder, Scheduler, Transformer
 from repagen.pipelines.guided_prediction import GuidedPrediction, class_token_dim, is_discrete, learns_variance
 from repagen.pipelines.labels import ClassLabels, resolve_class_labels
 from repagen.pipelines.loading import CommitLoading
+from repagen.pipelines.lora import AdapterMixin
 from repagen.pipelines.sampling_options import SamplingOptions
 from repagen.schedulers.presets import DISCRETE_SCHEDULERS, lay_grid
 
@@ -40,7 +41,7 @@ class ClassToImagePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
-class ClassToImagePipeline(CommitLoading):
+class ClassToImagePipeline(AdapterMixin, CommitLoading):
     """Samples latents of given classes by following a transformer's predictions, and decodes them.
 
     The autoencoder's encoder is never used. Sampler state and times are float32 whatever the models' dtype. A
