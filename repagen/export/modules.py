@@ -26,6 +26,9 @@ LEFT_OUT = frozenset(
 )
 """Modules that no copy holds: sampling never needs the encoder."""
 
+REPLACED = {"repagen.pipelines.loading.CommitLoading": "diffusers.pipelines.pipeline_utils.DiffusionPipeline"}
+"""Names that a copy takes from elsewhere: it is loaded by diffusers alone, not with the checks of our own loading."""
+
 COMPONENTS = "repagen.pipelines.components"
 """The module that names every class a component may have; a copy's names those that are in it."""
 
@@ -49,6 +52,11 @@ class _Import:
     name: str | None
     alias: str | None
     for_typing: bool
+
+    @property
+    def path(self) -> str:
+        """Full name of what is taken."""
+        return f"{self.module}.{self.name}" if self.name else self.module
 
 
 def source_of(module: str) -> str:
@@ -149,7 +157,7 @@ def _path_of(module: str) -> Path | None:
 
 def _needed_imports(module: str) -> Iterator[_Import]:
     for item in _own_imports(source_of(module)):
-        if item.for_typing:
+        if item.for_typing or item.path in REPLACED:
             continue
         if item.module in LEFT_OUT:
             within = item.statement.col_offset > 0
@@ -187,14 +195,16 @@ def _replacement(statement: str, items: list[_Import]) -> list[str]:
             '    "install repagen and load the revision main"',
             ")",
         ]
-    lines = []
-    for module in dict.fromkeys(item.module for item in items):
-        names = [item for item in items if item.module == module]
-        copy = name_in_copy(module)
-        lines.append(f"from . import {copy}")
-        lines += [
-            f"{_bound(item)} = {copy}.{item.name}" if item.name else f"{_bound(item)} = {copy}" for item in names
-        ]
+    lines: list[str] = []
+    for item in items:
+        if item.path in REPLACED:
+            module, _, name = REPLACED[item.path].rpartition(".")
+            lines.append(f"from {module} import {name} as {_bound(item)}")
+            continue
+        copy = name_in_copy(item.module)
+        if f"from . import {copy}" not in lines:
+            lines.append(f"from . import {copy}")
+        lines.append(f"{_bound(item)} = {copy}" + (f".{item.name}" if item.name else ""))
     return lines
 
 
