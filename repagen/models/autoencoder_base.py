@@ -13,6 +13,8 @@ from torch import nn
 
 from repagen.encoders import EncoderSpec, VisionEncoder
 from repagen.errors import UserError
+from repagen.hub.card import LicenceFact
+from repagen.hub.published import PublishedModelMixin
 from repagen.models import encoder_storage
 
 VARIANCE_EPSILON = 1e-5
@@ -43,7 +45,7 @@ class LatentStandardisation(nn.Module):
         return latents.float() * std + mean if undo else (latents.float() - mean) / std
 
 
-class StandardisedLatents:
+class StandardisedLatents(PublishedModelMixin):
     """An autoencoder whose latents are standardised by buffers, which are saved with it."""
 
     latent_statistics: LatentStandardisation
@@ -255,6 +257,10 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
             push_to_hub=push_to_hub,
             **kwargs,
         )
+
+    def part_licences(self) -> tuple[LicenceFact, ...]:
+        """See `PublishedMixin.part_licences`: the encoder's."""
+        return encoder_storage.encoder_licences(self.config)
 
     def _without_encoder(self) -> None:
         # Outside the module tree on purpose; see the class docstring.

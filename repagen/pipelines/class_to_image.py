@@ -20,6 +20,8 @@ from PIL import Image
 
 from repagen.errors import UserError
 from repagen.flow.guidance import GuidanceInterval, GuidanceMethod
+from repagen.hub.card import LicenceFact
+from repagen.hub.published import PublishedMixin
 from repagen.models.latents import decoded_size, latents_to_images
 from repagen.pipelines.components import Autoencoder, Scheduler, Transformer
 from repagen.pipelines.guided_prediction import GuidedPrediction, class_token_dim, is_discrete, learns_variance
@@ -43,7 +45,7 @@ class ClassToImagePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
-class ClassToImagePipeline(DiffusionPipeline):
+class ClassToImagePipeline(PublishedMixin, DiffusionPipeline):
     """Samples latents of given classes by following a transformer's predictions, and decodes them.
 
     The autoencoder's encoder is never used. Sampler state and times are float32 whatever the models' dtype. A
@@ -107,6 +109,10 @@ class ClassToImagePipeline(DiffusionPipeline):
         # diffusers would refuse components of a library it does not list, so fetch the whole repository.
         passed_on = ("cache_dir", "force_download", "local_files_only", "revision", "token")
         return snapshot_download(pretrained_model_name, **{key: kwargs[key] for key in passed_on if key in kwargs})
+
+    def part_licences(self) -> Sequence[LicenceFact]:
+        """See `PublishedMixin.part_licences`: those of the autoencoder's parts."""
+        return self.vae.part_licences() if isinstance(self.vae, PublishedMixin) else ()
 
     @property
     def components(self) -> dict[str, Any]:
