@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +13,7 @@ from diffusers import ModelMixin
 from repagen.hub.card import LicenceFact
 from repagen.hub.publishing import publish_folder
 
-_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision")
+_HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision")
 
 
 class PublishedMixin:
@@ -64,30 +63,29 @@ class PublishedMixin:
                 create_pr=create_pr,
             )
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Save into a folder; see the same method of diffusers' `ModelMixin` and `DiffusionPipeline`.
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save into a folder, as diffusers does; with `push_to_hub=True` upload it afterwards.
 
         Args:
-            save_directory: the folder.
-            args, kwargs: as diffusers has them.
-            push_to_hub: upload the folder afterwards, to the repository `repo_id` or, where that is not given, one of
-                the folder's name; takes `private`, `token`, `commit_message`, `create_pr` and `revision` too.
+            args, kwargs: see the same method of diffusers' `ModelMixin` and `DiffusionPipeline`. The repository is
+                `repo_id` or, where that is not given, one of the folder's name; `private`, `token`, `commit_message`,
+                `create_pr` and `revision` are those of `publish_folder`.
 
         Raises:
             UserError: the Hub refuses or cannot be reached; the folder is whole then.
         """
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if push_to_hub and kwargs.get("is_main_process", True):
-            repo_id = options.pop("repo_id", Path(save_directory).name)
-            publish_folder(Path(save_directory), repo_id, licences=self.part_licences(), **options)
+        push = kwargs.pop("push_to_hub", False)
+        options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        if push and kwargs.get("is_main_process", True):
+            folder = Path(args[0] if args else kwargs["save_directory"])
+            repo_id = options.pop("repo_id", folder.name)
+            publish_folder(folder, repo_id, licences=self.part_licences(), **options)
 
 
 class PublishedModelMixin(PublishedMixin):
-    """The same for a `ModelMixin`; pipelines read the names of its parameters from the signature."""
+    """The same for a `ModelMixin`: pipelines read the names of the method's parameters from its signature."""
 
-    @functools.wraps(ModelMixin.save_pretrained)
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
-        super().save_pretrained(*args, **kwargs)
+    save_pretrained: Any = functools.wraps(ModelMixin.save_pretrained)(
+        lambda self, *args, **kwargs: PublishedMixin.save_pretrained(self, *args, **kwargs)
+    )

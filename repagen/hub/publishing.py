@@ -50,8 +50,8 @@ def publish_folder(
 ) -> str:
     """Upload a saved pipeline, autoencoder, transformer or adapter in one commit; return the commit's address.
 
-    Where neither the folder nor the repository has a `README.md`, a card is made from the configs. Weights of an earlier
-    push that the folder no longer has are removed by the same commit; other files of the repository stay.
+    Where neither the folder nor the repository has a `README.md`, a card is made from the configs. Weights of an
+    earlier push that the folder no longer has are removed by the same commit; other files of the repository stay.
 
     Args:
         folder: as `save_pretrained` or a training program wrote it.

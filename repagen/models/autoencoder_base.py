@@ -247,7 +247,7 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
             self.register_to_config(**facts)
         if stored and is_main_process:  # first, since the rest may upload the folder
             encoder_storage.save_encoder(self.encoder, Path(save_directory))
-        super().save_pretrained(  # type: ignore[misc]
+        super().save_pretrained(
             save_directory,
             is_main_process=is_main_process,
             save_function=save_function,
