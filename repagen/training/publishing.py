@@ -18,6 +18,9 @@ from repagen.hub.folder_facts import facts_of_folder
 from repagen.hub.publishing import CARD_FILE, publish_folder
 from repagen.training.run import Run
 
+# Where a run and its result lie: nothing of it belongs to the recipe.
+_PRIVATE_KEYS = ("output_dir", "push_to_hub", "hub_private", "hub_revision")
+
 
 def release_and_publish(
     run: Run,
@@ -97,7 +100,7 @@ def _with_run(facts: CardFacts, run: Run, step: int, dataset: SampleDataset) -> 
     return replace(
         facts,
         recipe={name: text for name, text in recipe.items() if text},
-        config=to_plain(config),
+        config={key: value for key, value in to_plain(config).items() if key not in _PRIVATE_KEYS},
         data=_data_facts(data, dataset),
         datasets=(hub_data,) if hub_data else (),
         training=_training_facts(run, step),
