@@ -189,19 +189,21 @@ def _front_matter(facts: CardFacts) -> Any:
             task_type="unconditional-image-generation",
             task_name="class-conditional image generation" if facts.num_classes else "image generation",
             dataset_type=facts.datasets[0] if facts.datasets else "other",
-            dataset_name=facts.data.get("path") or facts.data.get("kind") or "not stated",
+            dataset_name=without_local_paths(facts.data.get("path") or facts.data.get("kind") or "not stated"),
             metric_type=figure.metric,
             metric_name=f"{figure.metric}, protocol {figure.protocol}",
             metric_value=figure.value,
-            metric_args={
-                "protocol": figure.protocol,
-                "num_samples": figure.num_samples,
-                "num_reference": figure.num_reference,
-                "extractor": figure.extractor,
-                "reference_sha256": figure.reference,
-                "step": figure.step,
-                "comparable": figure.comparable,
-            },
+            metric_args=without_local_paths(
+                {
+                    "protocol": figure.protocol,
+                    "num_samples": figure.num_samples,
+                    "num_reference": figure.num_reference,
+                    "extractor": figure.extractor,
+                    "reference_sha256": figure.reference,
+                    "step": figure.step,
+                    "comparable": figure.comparable,
+                }
+            ),
         )
         for figure in facts.figures
     ]

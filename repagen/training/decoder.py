@@ -31,8 +31,8 @@ from repagen.training.ema import Ema
 from repagen.training.launch import program_main
 from repagen.training.patch_discriminator import PatchDiscriminator
 from repagen.training.perceptual import LpipsConfig
-from repagen.training.publishing import release_and_publish
 from repagen.training.run import Run, open_run
+from repagen.training.run_release import release_and_publish
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from repagen.pipelines.grid import save_image_grid
 from repagen.randomness import generator_for
 from repagen.schedulers.presets import SAMPLER_PRESETS, sampler_preset
 from repagen.training.generator_config import GeneratorConfig, SamplerConfig
-from repagen.training.publishing import release_and_publish
 from repagen.training.run import Run
+from repagen.training.run_release import release_and_publish
 
 
 def build_pipeline(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from hub_uploads import UPLOAD_WARNING, UploadHub, reach, serve_uploads
 from huggingface_hub import ModelCard
 from pipelines.tiny_pipelines import ID2LABEL, inputs, tiny_pipeline, tiny_transformer
@@ -166,6 +171,30 @@ def test_the_command_pushes_a_folder(uploads: UploadHub, saved: Path) -> None:
     assert uploads.private["org/model"] and uploads.commits == [("org/model", "v2", "Second")]
     with pytest.raises(UserError, match="no such folder"):
         push_command.run(parser.parse_args([str(saved / "absent"), "--to", "org/model"]))
+
+
+@pytest.mark.slow
+def test_the_lines_of_every_card_run_as_they_are_copied(uploads: UploadHub, saved: Path, tmp_path: Path) -> None:
+    kl = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, sample_size=32)
+    kl.save_pretrained(tmp_path / "kl")
+    publish_folder(saved, "org/pipeline", revision="v1")
+    publish_folder(tmp_path / "kl", "org/kl")
+    autoencoder_with_encoder().push_to_hub("org/rae")
+    tiny_transformer().push_to_hub("org/sit")
+    code = ""
+    for repo_id, branch in {"org/pipeline": "v1", "org/kl": "main", "org/rae": "main", "org/sit": "main"}.items():
+        code += "".join(re.findall(r"```python\n(.*?)```", card(uploads, repo_id, branch).text, re.DOTALL))
+    code += "print(image.size, images.shape, type(transformer).__name__)\n"
+    environment = {
+        **os.environ, "HF_ENDPOINT": uploads.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n")[-2] == "(16, 16) torch.Size([1, 3, 32, 32]) SiTTransformer2DModel"
+    assert (tmp_path / "image.png").is_file()
 
 
 # --- what fails ----------------------------------------------------------------------------------------------------
