@@ -14,6 +14,8 @@ from torch import nn
 from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
 from repagen.hub.fetching import resolve_commit
+from repagen.hub.card import LicenceFact
+from repagen.hub.published import PublishedModelMixin
 from repagen.models import encoder_storage
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class LatentStandardisation(nn.Module):
         return latents.float() * std + mean if undo else (latents.float() - mean) / std
 
 
-class StandardisedLatents:
+class StandardisedLatents(PublishedModelMixin):
     """An autoencoder whose latents are standardised by buffers, which are saved with it."""
 
     latent_statistics: LatentStandardisation
@@ -254,7 +256,7 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
             self.register_to_config(**facts)
         if stored and is_main_process:  # first, since the rest may upload the folder
             encoder_storage.save_encoder(self.encoder, Path(save_directory))
-        super().save_pretrained(  # type: ignore[misc]
+        super().save_pretrained(
             save_directory,
             is_main_process=is_main_process,
             save_function=save_function,
@@ -264,6 +266,10 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
             push_to_hub=push_to_hub,
             **kwargs,
         )
+
+    def part_licences(self) -> tuple[LicenceFact, ...]:
+        """See `PublishedMixin.part_licences`: the encoder's."""
+        return encoder_storage.encoder_licences(self.config)
 
     def _without_encoder(self) -> None:
         # Outside the module tree on purpose; see the class docstring.

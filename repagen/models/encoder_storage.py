@@ -15,6 +15,7 @@ from repagen.hub.fetching import fetch_snapshot
 
 if TYPE_CHECKING:
     from repagen.encoders import VisionEncoder
+from repagen.hub.card import LicenceFact, without_local_paths
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,28 @@ def saved_facts(config: Any, encoder: VisionEncoder | None, stored: bool) -> dic
         )
     fingerprint = encoder.fingerprint() if encoder is not None else config.encoder_fingerprint
     return {"encoder": description, "encoder_fingerprint": fingerprint, "encoder_stored": stored}
+
+
+def encoder_licences(config: Any) -> tuple[LicenceFact, ...]:
+    """Return the licence of the encoder that an autoencoder's config describes, and what follows from it."""
+    if config.encoder is None:
+        return ()
+    family = FAMILIES[config.encoder["family"]]
+    name = config.encoder["name_or_path"] or f"{family.name}, its weights inside"
+    licence, consequences = family.licence, []
+    if config.encoder["revision"] is None:  # from a folder, or not from anywhere: anybody's weights
+        licence = f"unknown ({licence} for the published weights of {family.name})"
+    if "commercial" in licence.lower():
+        consequences.append("the model is made of its features: no commercial use without leave of its authors")
+    if family.gated:
+        consequences.append("its weights are handed out by its authors alone, who ask for an agreement")
+    if config.encoder_stored and not family.redistributable:
+        consequences.append("its weights are inside, though this licence may not let them be passed on")
+    return (
+        LicenceFact(
+            part="encoder", name=without_local_paths(name), licence=licence, consequence="; ".join(consequences)
+        ),
+    )
 
 
 def save_encoder(encoder: VisionEncoder, folder: Path) -> None:

@@ -17,6 +17,8 @@ from PIL import Image
 
 from repagen.errors import UserError
 from repagen.flow.guidance import GuidanceInterval, GuidanceMethod
+from repagen.hub.card import LicenceFact
+from repagen.hub.published import PublishedMixin
 from repagen.models.latents import decoded_size, latents_to_images
 from repagen.pipelines.components import Autoencoder, Scheduler, Transformer
 from repagen.pipelines.guided_prediction import GuidedPrediction, class_token_dim, is_discrete, learns_variance
@@ -41,7 +43,7 @@ class ClassToImagePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
-class ClassToImagePipeline(AdapterMixin, CommitLoading):
+class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
     """Samples latents of given classes by following a transformer's predictions, and decodes them.
 
     The autoencoder's encoder is never used. Sampler state and times are float32 whatever the models' dtype. A
@@ -96,6 +98,10 @@ class ClassToImagePipeline(AdapterMixin, CommitLoading):
         SamplingOptions.resolve(sampling_defaults, {})
         self.register_to_config(id2label=names, sampling_defaults=sampling_defaults)
         self.image_processor = VaeImageProcessor(do_normalize=False)
+
+    def part_licences(self) -> Sequence[LicenceFact]:
+        """See `PublishedMixin.part_licences`: those of the autoencoder's parts."""
+        return self.vae.part_licences() if isinstance(self.vae, PublishedMixin) else ()
 
     @property
     def components(self) -> dict[str, Any]:
