@@ -13,21 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LIBRARY = "repagen"
-LEFT_OUT = frozenset(
-    {
-        "repagen.encoders",
-        "repagen.encoders.backbones",
-        "repagen.encoders.families",
-        "repagen.encoders.files",
-        "repagen.encoders.vision",
-        "repagen.encoders.weights",
-        "repagen.models.diffusers_rae",
-    }
+LEFT_OUT = (
+    "repagen.encoders",
+    "repagen.encoders.backbones",
+    "repagen.encoders.families",
+    "repagen.encoders.files",
+    "repagen.encoders.vision",
+    "repagen.encoders.weights",
+    "repagen.hub",
+    "repagen.models.diffusers_rae",
 )
-"""Modules that no copy holds: sampling never needs the encoder."""
+"""Modules that no copy holds: sampling never needs the encoder, and a copy leaves the Hub to diffusers."""
 
-REPLACED = {"repagen.pipelines.loading.CommitLoading": "diffusers.pipelines.pipeline_utils.DiffusionPipeline"}
-"""Names that a copy takes from elsewhere: it is loaded by diffusers alone, not with the checks of our own loading."""
+REPLACED = {
+    "repagen.hub.published.PublishedMixin": "repagen.export.stand_ins.PublishedMixin",
+    "repagen.hub.published.PublishedModelMixin": "repagen.export.stand_ins.PublishedModelMixin",
+    "repagen.pipelines.loading.CommitLoading": "diffusers.pipelines.pipeline_utils.DiffusionPipeline",
+}
+"""Base classes for dealing with the Hub => what a copy's classes have in their place."""
 
 COMPONENTS = "repagen.pipelines.components"
 """The module that names every class a component may have; a copy's names those that are in it."""
@@ -41,22 +44,17 @@ class _Import:
 
     Attributes:
         statement: it is part of.
-        module: it is taken from, or which it is.
-        name: in that module; None where it is the module itself.
-        alias: the name it gets, if another.
+        module: a copy takes it from, or which it is.
+        name: in that module; empty where it is the module itself.
+        bound: the name that it gets.
         for_typing: whether only type checkers see it.
     """
 
     statement: ast.ImportFrom
     module: str
-    name: str | None
-    alias: str | None
+    name: str
+    bound: str
     for_typing: bool
-
-    @property
-    def path(self) -> str:
-        """Full name of what is taken."""
-        return f"{self.module}.{self.name}" if self.name else self.module
 
 
 def source_of(module: str) -> str:
@@ -119,7 +117,7 @@ def narrowed_components(held: Iterable[str]) -> str:
     """Return the source of `COMPONENTS` without the classes of modules that are not `held`."""
     kept = set(held)
     tree = ast.parse(source_of(COMPONENTS))
-    absent = {item.name for item in _own_imports(source_of(COMPONENTS)) if item.module not in kept}
+    absent = {item.bound for item in _own_imports(source_of(COMPONENTS)) if item.module not in kept}
     return ast.unparse(_Narrowing(absent).visit(tree)) + "\n"
 
 
@@ -134,7 +132,7 @@ def first_name(source: str) -> str:
 class _Narrowing(ast.NodeTransformer):
     """Drops names from imports and from unions."""
 
-    def __init__(self, absent: set[str | None]) -> None:
+    def __init__(self, absent: set[str]) -> None:
         self.absent = absent
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
@@ -157,9 +155,9 @@ def _path_of(module: str) -> Path | None:
 
 def _needed_imports(module: str) -> Iterator[_Import]:
     for item in _own_imports(source_of(module)):
-        if item.for_typing or item.path in REPLACED:
+        if item.for_typing or not _is_ours(item.module):
             continue
-        if item.module in LEFT_OUT:
+        if _is_left_out(item.module):
             within = item.statement.col_offset > 0
             assert within, f"{module}:{item.statement.lineno} needs {item.module} to be imported, which no copy holds"
             continue
@@ -175,20 +173,21 @@ def _own_imports(source: str) -> Iterator[_Import]:
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         assert not any(name.split(".")[0] == LIBRARY for name in names), "write `from repagen.module import name`"
-        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != LIBRARY:
+        if not isinstance(node, ast.ImportFrom) or not _is_ours(node.module or ""):
             continue
         for alias in node.names:
-            whole = f"{node.module}.{alias.name}"
-            is_module = _path_of(whole) is not None
-            module, name = (whole, None) if is_module else (str(node.module), alias.name)
-            yield _Import(node, module, name, alias.asname, node in for_typing)
+            path = f"{node.module}.{alias.name}"
+            module, _, name = REPLACED.get(path, path).rpartition(".")
+            if _path_of(path) is not None:
+                module, name = path, ""
+            yield _Import(node, module, name, alias.asname or alias.name, node in for_typing)
 
 
 def _replacement(statement: str, items: list[_Import]) -> list[str]:
     """Lines in place of an import statement."""
     if items[0].for_typing:
         return [f"pass  # {statement}"]
-    if any(item.module in LEFT_OUT for item in items):
+    if any(_is_left_out(item.module) for item in items):
         return [
             "raise ImportError(",
             f'    "{statement}: not in this self-contained copy, which only samples; "',
@@ -197,16 +196,19 @@ def _replacement(statement: str, items: list[_Import]) -> list[str]:
         ]
     lines: list[str] = []
     for item in items:
-        if item.path in REPLACED:
-            module, _, name = REPLACED[item.path].rpartition(".")
-            lines.append(f"from {module} import {name} as {_bound(item)}")
+        if not _is_ours(item.module):
+            lines.append(f"from {item.module} import {item.name} as {item.bound}")
             continue
         copy = name_in_copy(item.module)
         if f"from . import {copy}" not in lines:
             lines.append(f"from . import {copy}")
-        lines.append(f"{_bound(item)} = {copy}" + (f".{item.name}" if item.name else ""))
+        lines.append(f"{item.bound} = {copy}" + (f".{item.name}" if item.name else ""))
     return lines
 
 
-def _bound(item: _Import) -> str:
-    return item.alias or item.name or item.module.rpartition(".")[2]
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] == LIBRARY
+
+
+def _is_left_out(module: str) -> bool:
+    return module in LEFT_OUT or module.rpartition(".")[0] == "repagen.hub"

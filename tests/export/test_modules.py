@@ -20,6 +20,10 @@ REWRITTEN = [
         "from repagen.pipelines.loading import CommitLoading",
         "from diffusers.pipelines.pipeline_utils import DiffusionPipeline as CommitLoading",
     ),
+    (
+        "from repagen.hub.published import PublishedMixin",
+        "from . import export_stand_ins\nPublishedMixin = export_stand_ins.PublishedMixin",
+    ),
     ("from diffusers import ModelMixin", "from diffusers import ModelMixin"),
     (
         "if TYPE_CHECKING:\n    from repagen.encoders import VisionEncoder",
