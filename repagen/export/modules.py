@@ -2,35 +2,39 @@
 
 Nothing is imported or executed here. A statement `from repagen.a.b import c` needs the module `repagen.a.b`, wherever
 in a file it stands. Two kinds of them need nothing: those for type checkers alone, and those within functions that ask
-for a module of `LEFT_OUT`.
+for a module of `LEFT_OUT`; elsewhere such a module is an error of ours, but for names that have a stand-in.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 LIBRARY = "repagen"
-LEFT_OUT = (
-    "repagen.encoders",
-    "repagen.encoders.backbones",
-    "repagen.encoders.families",
-    "repagen.encoders.files",
-    "repagen.encoders.vision",
-    "repagen.encoders.weights",
-    "repagen.hub",
-    "repagen.models.diffusers_rae",
+LEFT_OUT = frozenset(
+    {
+        "repagen.encoders",
+        "repagen.encoders.backbones",
+        "repagen.encoders.families",
+        "repagen.encoders.files",
+        "repagen.encoders.vision",
+        "repagen.encoders.weights",
+        "repagen.hub.card",
+        "repagen.hub.folder_facts",
+        "repagen.hub.published",
+        "repagen.hub.publishing",
+        "repagen.hub.saved_models",
+        "repagen.models.diffusers_rae",
+        "repagen.pipelines.loading",
+    }
 )
-"""Modules that no copy holds: sampling never needs the encoder, and a copy leaves the Hub to diffusers."""
+"""Modules that no copy holds: sampling needs no encoder, and a copy leaves it to diffusers to load it from the Hub."""
 
-REPLACED = {
-    "repagen.hub.published.PublishedMixin": "repagen.export.stand_ins.PublishedMixin",
-    "repagen.hub.published.PublishedModelMixin": "repagen.export.stand_ins.PublishedModelMixin",
-    "repagen.pipelines.loading.CommitLoading": "diffusers.pipelines.pipeline_utils.DiffusionPipeline",
-}
-"""Base classes for dealing with the Hub => what a copy's classes have in their place."""
+STAND_INS = "repagen.export.stand_ins"
+"""What this module defines is taken from it by a copy, in place of what has the same name in `LEFT_OUT`."""
 
 COMPONENTS = "repagen.pipelines.components"
 """The module that names every class a component may have; a copy's names those that are in it."""
@@ -155,9 +159,9 @@ def _path_of(module: str) -> Path | None:
 
 def _needed_imports(module: str) -> Iterator[_Import]:
     for item in _own_imports(source_of(module)):
-        if item.for_typing or not _is_ours(item.module):
+        if item.for_typing:
             continue
-        if _is_left_out(item.module):
+        if item.module in LEFT_OUT:
             within = item.statement.col_offset > 0
             assert within, f"{module}:{item.statement.lineno} needs {item.module} to be imported, which no copy holds"
             continue
@@ -173,13 +177,14 @@ def _own_imports(source: str) -> Iterator[_Import]:
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         assert not any(name.split(".")[0] == LIBRARY for name in names), "write `from repagen.module import name`"
-        if not isinstance(node, ast.ImportFrom) or not _is_ours(node.module or ""):
+        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != LIBRARY:
             continue
         for alias in node.names:
-            path = f"{node.module}.{alias.name}"
-            module, _, name = REPLACED.get(path, path).rpartition(".")
-            if _path_of(path) is not None:
-                module, name = path, ""
+            module, name = str(node.module), alias.name
+            if _path_of(f"{module}.{name}") is not None:
+                module, name = f"{module}.{name}", ""
+            elif module in LEFT_OUT and name in _stand_ins():
+                module = STAND_INS
             yield _Import(node, module, name, alias.asname or alias.name, node in for_typing)
 
 
@@ -187,7 +192,7 @@ def _replacement(statement: str, items: list[_Import]) -> list[str]:
     """Lines in place of an import statement."""
     if items[0].for_typing:
         return [f"pass  # {statement}"]
-    if any(_is_left_out(item.module) for item in items):
+    if any(item.module in LEFT_OUT for item in items):
         return [
             "raise ImportError(",
             f'    "{statement}: not in this self-contained copy, which only samples; "',
@@ -196,9 +201,6 @@ def _replacement(statement: str, items: list[_Import]) -> list[str]:
         ]
     lines: list[str] = []
     for item in items:
-        if not _is_ours(item.module):
-            lines.append(f"from {item.module} import {item.name} as {item.bound}")
-            continue
         copy = name_in_copy(item.module)
         if f"from . import {copy}" not in lines:
             lines.append(f"from . import {copy}")
@@ -206,9 +208,7 @@ def _replacement(statement: str, items: list[_Import]) -> list[str]:
     return lines
 
 
-def _is_ours(module: str) -> bool:
-    return module.split(".")[0] == LIBRARY
-
-
-def _is_left_out(module: str) -> bool:
-    return module in LEFT_OUT or module.rpartition(".")[0] == "repagen.hub"
+@functools.cache
+def _stand_ins() -> frozenset[str]:
+    body = ast.parse(source_of(STAND_INS)).body
+    return frozenset(node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef))

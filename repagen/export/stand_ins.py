@@ -1,11 +1,30 @@
-"""What stands in a copy for base classes of the library that deal with the Hub, which a copy leaves to diffusers."""
+"""What a copy has in place of the library's dealings with the Hub, which it leaves to diffusers; see `modules.py`."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
+class CommitLoading(DiffusionPipeline):
+    """Base of pipelines: loaded by diffusers alone, which asks for trust before it runs this code."""
+
 
 class PublishedMixin:
-    """Base of pipelines: without the library's own `push_to_hub`."""
+    """Base of pipelines and models: without the library's model card."""
 
 
 class PublishedModelMixin(PublishedMixin):
-    """Base of models."""
+    """The same for models."""
+
+
+class SavedModelMixin:
+    """Base of models: loaded from the folder that diffusers has fetched."""
+
+
+def inspected_source(source: str | os.PathLike[str], what: str, options: dict[str, Any]) -> Path:
+    """Return that folder."""
+    return Path(source)
