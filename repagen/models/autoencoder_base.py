@@ -14,12 +14,12 @@ from torch import nn
 from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
 from repagen.hub.fetching import resolve_commit
-from repagen.hub.card import LicenceFact
 from repagen.hub.published import PublishedModelMixin
 from repagen.models import encoder_storage
 
 if TYPE_CHECKING:
     from repagen.encoders import VisionEncoder
+    from repagen.hub.card import LicenceFact
 
 VARIANCE_EPSILON = 1e-5
 """Added to the variance before the square root of a standard deviation, as RAE does."""

@@ -15,7 +15,7 @@ from repagen.hub.fetching import fetch_snapshot
 
 if TYPE_CHECKING:
     from repagen.encoders import VisionEncoder
-from repagen.hub.card import LicenceFact, without_local_paths
+    from repagen.hub.card import LicenceFact
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,9 @@ def saved_facts(config: Any, encoder: VisionEncoder | None, stored: bool) -> dic
 
 def encoder_licences(config: Any) -> tuple[LicenceFact, ...]:
     """Return the licence of the encoder that an autoencoder's config describes, and what follows from it."""
+    from repagen.encoders import FAMILIES
+    from repagen.hub.card import LicenceFact, without_local_paths
+
     if config.encoder is None:
         return ()
     family = FAMILIES[config.encoder["family"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from PIL import Image
 
 from repagen.errors import UserError
 from repagen.flow.guidance import GuidanceInterval, GuidanceMethod
-from repagen.hub.card import LicenceFact
 from repagen.hub.published import PublishedMixin
 from repagen.models.latents import decoded_size, latents_to_images
 from repagen.pipelines.components import Autoencoder, Scheduler, Transformer
@@ -27,6 +26,9 @@ from repagen.pipelines.loading import CommitLoading
 from repagen.pipelines.lora import AdapterMixin
 from repagen.pipelines.sampling_options import SamplingOptions
 from repagen.schedulers.presets import DISCRETE_SCHEDULERS, lay_grid
+
+if TYPE_CHECKING:
+    from repagen.hub.card import LicenceFact
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
