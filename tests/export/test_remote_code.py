@@ -28,7 +28,7 @@ from repagen.export.remote_code import export_remote_code
 
 ROOT = Path(__file__).parents[2]
 # What the files of a copy may import when they are loaded, beside Python's own modules and each other.
-NEEDED = {"torch", "diffusers", "huggingface_hub", "numpy", "PIL"}
+NEEDED = {"torch", "diffusers", "huggingface_hub", "safetensors", "numpy", "PIL"}
 
 
 @pytest.fixture(scope="module")
