@@ -202,8 +202,8 @@ library_name: diffusers
 # A pipeline with its own code
 
 This branch holds a pipeline and the part of repagen {repagen.__version__} that samples it, for users who have not
-installed the library. It needs torch, diffusers, accelerate, huggingface_hub, safetensors, numpy and Pillow; torchvision where the
-autoencoder is SVG's, and peft for LoRA:
+installed the library. It needs torch, diffusers, accelerate, huggingface_hub, safetensors, numpy and Pillow;
+torchvision where the autoencoder is SVG's, and peft for LoRA:
 
 ```python
 from diffusers import DiffusionPipeline
