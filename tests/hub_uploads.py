@@ -219,14 +219,15 @@ _ROUTES = (
 
 
 @contextmanager
-def serve_uploads(folder: Path) -> Iterator[UploadHub]:
-    """Run the server; what is pushed lands below `folder`."""
+def serve_uploads(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
+    """Run the server, as the Hub of this process; what is pushed lands below `folder`."""
     hub = UploadHub(folder)
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
+    reach(hub, patch)
     try:
         yield hub
     finally:

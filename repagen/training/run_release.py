@@ -36,7 +36,7 @@ def release_and_publish(
 ) -> Path:
     """Write what a run made, with its card and sample grid, in one rename; push it where `push_to_hub` is set.
 
-    Every process calls it; the main one writes.
+    Every process calls it; the main one writes and pushes.
 
     Args:
         run: of a training program.
@@ -65,8 +65,9 @@ def release_and_publish(
         (temporary / CARD_FILE).write_text(render_card(facts), encoding="utf-8")
 
     run.on_main(lambda: replace_folder(folder, fill))
-    if run.config.push_to_hub is not None:
-        run.notice("published: %s", run.on_main(lambda: _push(run, folder)))
+    # An upload may take longer than the processes would wait for one another, so the others do not.
+    if run.config.push_to_hub is not None and run.is_main:
+        run.notice("published: %s", _push(run, folder))
     return folder
 
 

@@ -28,8 +28,7 @@ pytestmark = UPLOAD_WARNING
 
 @pytest.fixture
 def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
-    with serve_uploads(tmp_path / "hub") as server:
-        reach(server, monkeypatch)
+    with serve_uploads(tmp_path / "hub", monkeypatch) as server:
         yield server
 
 

@@ -14,7 +14,7 @@ from decoder_parts import settings as decoder_settings
 from decoder_parts import words
 from decoder_parts import write_parts as write_decoder_parts
 from generator_parts import settings, train_settings, write_parts
-from hub_uploads import UPLOAD_WARNING, UploadHub, reach, serve_uploads
+from hub_uploads import UPLOAD_WARNING, UploadHub, serve_uploads
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -30,8 +30,7 @@ pytestmark = UPLOAD_WARNING
 
 @pytest.fixture
 def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
-    with serve_uploads(tmp_path / "hub") as server:
-        reach(server, monkeypatch)
+    with serve_uploads(tmp_path / "hub", monkeypatch) as server:
         yield server
 
 
