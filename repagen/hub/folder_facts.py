@@ -36,9 +36,17 @@ def facts_of_folder(folder: Path, licences: Sequence[LicenceFact] = ()) -> CardF
     )
 
 
+def carries_code(folder: Path) -> bool:
+    """Whether a folder holds a pipeline with its own code, as `repagen export --remote-code` writes it."""
+    if not (folder / _PIPELINE_FILE).is_file():
+        return False
+    kind = _read(folder / _PIPELINE_FILE).get("_class_name")
+    return isinstance(kind, list) and kind[-1:] == ["ClassToImagePipeline"]
+
+
 def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
     index = _read(folder / _PIPELINE_FILE)
-    if index.get("_class_name") != "ClassToImagePipeline":
+    if index.get("_class_name") != "ClassToImagePipeline" and not carries_code(folder):
         raise _unknown_class(index, folder / _PIPELINE_FILE)
     transformer = _config(folder / "transformer")
     autoencoder = _config(folder / "vae")

@@ -22,7 +22,7 @@ from repagen.hub.card import (
     render_card,
     without_local_paths,
 )
-from repagen.hub.folder_facts import facts_of_folder
+from repagen.hub.folder_facts import carries_code, facts_of_folder
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +81,16 @@ def publish_folder(
         if subfolder is not None:
             files = {f"{subfolder.strip('/')}/{name}": content for name, content in files.items()}
         else:
-            files = {**_carried_files(facts.kind), **files}
+            own_code = carries_code(folder)
+            files = files if own_code else {**_carried_files(facts.kind), **files}
             if CARD_FILE not in files and CARD_FILE not in present:
                 files[CARD_FILE] = render_card(facts).encode()
             if CARD_FILE in files:
                 files[CARD_FILE] = addressed(_text(files[CARD_FILE]), repo_id, revision).encode()
-            stale = {name for name in present - files.keys() if _WEIGHTS in name}
+            # Code of an earlier push would be read by nobody but who must decide whether to trust it.
+            stale = {
+                name for name in present - files.keys() if _WEIGHTS in name or (own_code and name.endswith(".py"))
+            }
         additions = [CommitOperationAdd(name, content) for name, content in files.items()]
         commit = api.create_commit(
             repo_id,

@@ -13,13 +13,13 @@ from typing import Any
 CALL = {"class_labels": ["golden retriever", 2], "num_inference_steps": 3, "guidance_scale": 2.0}
 
 
-def draw(pipe: Any) -> dict[str, Any]:
+def draw(pipe: Any, **changes: Any) -> dict[str, Any]:
     """Latents (2, C, h, w) and the pictures' values in 0..255, of one seed."""
     import numpy as np
     import torch
 
     def call(output_type: str) -> Any:
-        return pipe(**CALL, generator=torch.Generator().manual_seed(7), output_type=output_type).images
+        return pipe(**{**CALL, **changes}, generator=torch.Generator().manual_seed(7), output_type=output_type).images
 
     pipe.set_progress_bar_config(disable=True)
     pictures = np.stack([np.asarray(picture) for picture in call("pil")])

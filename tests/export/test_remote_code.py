@@ -18,6 +18,7 @@ from bare_environment import link_distributions, sample_without_repagen
 from diffusers import DiffusionPipeline
 from export_cases import CASES
 from hub_stand_in import StandInHub
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from sample_places import draw
 
@@ -130,6 +131,23 @@ def test_the_copy_keeps_what_a_pipeline_is_saved_with(exported, own_module_cache
         assert pipe.config[key] == saved.config[key]
     with pytest.raises(ValueError, match="near names"):
         pipe(class_labels="golden retriver")
+
+
+def test_adapters_work_in_the_copy(exported, own_module_cache, tmp_path):
+    trained = CASES["ddt-pixels"]()
+    trained.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    state = get_peft_model_state_dict(trained.transformer)
+    adapter = tmp_path / "adapter"
+    trained.save_lora_weights(adapter, state, label_rows={"quokka": torch.randn(16)})
+    drawn = []
+    for pipe in (load(exported["ddt-pixels"] / "code"), CASES["ddt-pixels"]()):
+        pipe.load_lora_weights(adapter)
+        assert pipe.config["id2label"]["4"] == "quokka"
+        drawn.append(draw(pipe, class_labels=["quokka", 2]))
+        pipe.unload_lora_weights()
+        drawn.append(draw(pipe))
+    assert same(drawn[0], drawn[2]) and same(drawn[1], drawn[3])
+    assert not same(drawn[0], drawn[1])
 
 
 def test_nothing_is_executed_without_trust(exported, own_module_cache):

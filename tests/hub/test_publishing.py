@@ -20,6 +20,7 @@ from pipelines.tiny_pipelines import ID2LABEL, inputs, tiny_pipeline, tiny_trans
 from safetensors.torch import save_file
 
 from repagen import ClassToImagePipeline, RepresentationAutoencoder, SiTTransformer2DModel, UserError, VisionEncoder
+from repagen.export.remote_code import export_remote_code
 from repagen.hub import push_command
 from repagen.hub.publishing import open_repository, publish_folder
 
@@ -70,7 +71,7 @@ def test_a_pushed_pipeline_is_there_whole_in_one_commit_and_draws_the_same(uploa
     loaded = ClassToImagePipeline.from_pretrained(uploads.branch("org/model"))
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(loaded(**inputs()).images, pipe(**inputs()).images)
-    assert {"pipeline.py", "sample.py", "README.md"} <= uploads.files("org/model").keys()
+    assert {"sample.py", "README.md"} <= uploads.files("org/model").keys()
 
 
 def test_the_card_of_a_pipeline_is_ours(uploads: UploadHub, saved: Path) -> None:
@@ -114,6 +115,21 @@ def test_a_revision_is_a_branch_and_the_card_names_it(uploads: UploadHub, saved:
     assert 'from_pretrained("org/model", revision="v1")' in card(uploads, branch="v1").text
     publish_folder(saved, "org/model", revision="v1")
     assert [branch for _, branch, _ in uploads.commits] == ["v1"] * 2
+
+
+def test_a_folder_with_its_own_code_replaces_that_of_an_earlier_push(
+    uploads: UploadHub, saved: Path, tmp_path: Path
+) -> None:
+    folder = export_remote_code(saved, tmp_path / "code")
+    publish_folder(saved, "org/model")
+    main = set(uploads.files("org/model"))
+    publish_folder(folder, "org/model", revision="remote-code")
+    uploads.write("org/model", "remote-code", "repagen_00000000/errors.py", b"old")
+    publish_folder(folder, "org/model", revision="remote-code")
+    there = set(uploads.files("org/model", "remote-code"))
+    assert {name for name in there if name.endswith(".py")} - main == {n for n in contents(folder) if n[-3:] == ".py"}
+    assert set(uploads.files("org/model")) == main
+    assert "trust_remote_code=True" in card(uploads, branch="remote-code").text
 
 
 def test_weights_of_an_earlier_push_go_and_other_files_stay(uploads: UploadHub, tmp_path: Path) -> None:
