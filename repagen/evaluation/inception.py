@@ -19,7 +19,7 @@ INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 TENSORFLOW_KERNEL: ResizeKernel = "tensorflow1-bilinear"  # of the graph itself, and of nearly all published figures
-_INCEPTION_SHA256_START = "6726825d"  # the published file carries the first digits of its hash in its name
+INCEPTION_SHA256_START = "6726825d"  # the published file carries the first digits of its hash in its name
 _SIDE = 299
 
 
@@ -85,7 +85,7 @@ class InceptionExtractor:
 
 def is_published_inception(identity: ExtractorIdentity) -> bool:
     """Whether figures of this extractor can stand beside published FIDs."""
-    return identity.name == INCEPTION and identity.weights_sha256.startswith(_INCEPTION_SHA256_START)
+    return identity.name == INCEPTION and identity.weights_sha256.startswith(INCEPTION_SHA256_START)
 
 
 def _misfit(error: Exception) -> str:
@@ -113,9 +113,9 @@ def _read_inception_file(path: Path, must_be_published: bool) -> tuple[io.BytesI
         )
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    if must_be_published and not digest.startswith(_INCEPTION_SHA256_START):
+    if must_be_published and not digest.startswith(INCEPTION_SHA256_START):
         raise UserError(
-            f"{path}: sha256 is {digest[:12]}..., the published weights begin with {_INCEPTION_SHA256_START}; "
+            f"{path}: sha256 is {digest[:12]}..., the published weights begin with {INCEPTION_SHA256_START}; "
             "the file is damaged, download it again"
         )
     try:
