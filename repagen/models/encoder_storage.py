@@ -12,8 +12,8 @@ import torch
 
 from repagen.encoders import FAMILIES, EncoderSpec, VisionEncoder
 from repagen.encoders.backbones import FROZEN_VARIANT
-from repagen.encoders.files import fetch
 from repagen.errors import UserError
+from repagen.hub.fetching import fetch_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,8 @@ def _stored_folder(folder: Path) -> Path:
         if parent.parent.name == "snapshots" and parent.parents[1].name.startswith("models--"):
             repo_id = parent.parents[1].name.removeprefix("models--").replace("--", "/")
             pattern = (stored.relative_to(parent) / "*").as_posix()
-            fetch(repo_id, parent.name, [pattern], local_files_only=False, cache_dir=parent.parents[2])
+            fetch_snapshot(
+                repo_id, revision=parent.name, patterns=[pattern], what="encoder of", cache_dir=parent.parents[2]
+            )
             return stored
     return stored
