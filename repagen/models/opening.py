@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from diffusers import AutoModel
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from repagen.errors import UserError, refusing
+from repagen.hub.places import repository_command
 
 
 def open_component(name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None) -> Any:
@@ -28,7 +31,10 @@ def open_component(name: str, part: Literal["transformer", "vae"], option: str, 
         UserError: nothing that can be loaded is there.
     """
     place = component_place(name, part, option, revision)
-    with refusing(f"{option}: {name} cannot be loaded; allowed: {_allowed(part)}"):
+    with (
+        refusing(f"{option}: {name} cannot be loaded; allowed: {_allowed(part)}"),
+        naming_absence(name, option, revision),
+    ):
         model = load_model(name, **place)
     return model.eval()
 
@@ -53,6 +59,27 @@ def load_model(name: str, **place: Any) -> Any:
         # diffusers' own call, about which the user can do nothing; it would stand before the line about a wrong name.
         warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
         return AutoModel.from_pretrained(name, **place)
+
+
+@contextmanager
+def naming_absence(name: str, option: str, revision: str | None = None) -> Iterator[None]:
+    """Where loading fails since files of a Hub id are not here and the Hub is not asked, name the command for them.
+
+    Raises:
+        UserError: in place of the library's error; others pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        link: BaseException | None = error
+        while link is not None and not isinstance(link, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            link = link.__cause__ or link.__context__
+        if link is None or Path(name).is_dir():
+            raise
+        raise UserError(
+            f"{option}: {name} is not, or not whole, in the local cache and the Hub is out of reach; fetch it once "
+            f"with {repository_command(name, revision)} on a machine that is online, or give a local folder"
+        ) from error
 
 
 def refuse_missing_folder(name: str, option: str, allowed: str) -> None:

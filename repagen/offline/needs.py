@@ -11,7 +11,7 @@ from typing import Any, Literal
 from repagen.data import DataConfig
 from repagen.encoders.files import hub_id
 from repagen.evaluation.extractor import ExtractorRule
-from repagen.evaluation.protocol import EvaluationProtocol, protocol_names
+from repagen.evaluation.protocol import EvaluationProtocol
 from repagen.training.decoder_config import TrainedAutoencoderConfig
 from repagen.training.discriminator import AdversarialConfig
 from repagen.training.evaluation_config import EvaluationConfig
@@ -28,7 +28,7 @@ from repagen.training.perceptual import LpipsConfig
 BLANK = "./to-be-given"
 """Stands in a configuration where a recipe leaves a required path to the user."""
 
-NeedKind = Literal["encoder", "model", "dataset", "file", "folder", "statistics"]
+NeedKind = Literal["encoder", "model", "dataset", "file", "path", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Need:
 
     Attributes:
         kind: `encoder` (the weights of a vision encoder on the Hub), `model` (a pipeline, autoencoder, generator or
-            adapter on the Hub), `dataset` (on the Hub), `file` (of `PUBLISHED_FILES`), `folder` (on this machine, or
+            adapter on the Hub), `dataset` (on the Hub), `file` (of `PUBLISHED_FILES`), `path` (on this machine, or
             left to the user: nothing to fetch, but it may refer to an encoder), `statistics` (a file that only the
             user can get).
         name: Hub id, name of a published file, path, or the file's name.
@@ -138,9 +138,9 @@ def _of_trained_autoencoder(section: TrainedAutoencoderConfig) -> Iterator[Need]
 
 def _of_lpips(section: LpipsConfig) -> Iterator[Need]:
     if section.weight > 0:
-        yield Need("file", "lpips-vgg", "") if section.trunk is None else Need("folder", section.trunk, "trunk")
+        yield Need("file", "lpips-vgg", "") if section.trunk is None else Need("path", section.trunk, "trunk")
         if section.heads is not None:
-            yield Need("folder", section.heads, "heads")
+            yield Need("path", section.heads, "heads")
 
 
 def _of_adversarial(section: AdversarialConfig) -> Iterator[Need]:
@@ -151,12 +151,12 @@ def _of_adversarial(section: AdversarialConfig) -> Iterator[Need]:
 def _of_evaluation(section: EvaluationConfig) -> Iterator[Need]:
     for space in section.named_protocol()[1].spaces:
         if space.extractor.kind == "inception" and section.extractor_weights is not None:
-            yield Need("folder", section.extractor_weights, "extractor_weights")
+            yield Need("path", section.extractor_weights, "extractor_weights")
         else:
             yield from _of_rule(space.extractor, "extractor" if section.extractor else "protocol")
     words = section.reference_words
     if words and "=" not in words[0]:
-        yield Need("folder", words[0], "reference")
+        yield Need("path", words[0], "reference")
 
 
 def _of_rule(rule: ExtractorRule, why: str) -> Iterator[Need]:
@@ -174,7 +174,7 @@ def _of_data(section: DataConfig) -> Iterator[Need]:
     if section.kind == "datasets" and not _is_path(section.path):
         yield Need("dataset", section.path, "data.path", section.revision)
     else:
-        yield Need("folder", section.path, "data.path")
+        yield Need("path", section.path, "data.path")
 
 
 _READERS: dict[type, Callable[[Any], Iterator[Need]]] = {
@@ -195,14 +195,14 @@ def _encoder(name: str, why: str, revision: str | None = None) -> Iterator[Need]
     if name in BUNDLED_ENCODERS:
         return
     if _is_path(name):
-        yield Need("folder", name, why)
+        yield Need("path", name, why)
     else:
         yield Need("encoder", hub_id(name), why, revision)
 
 
 def _model(name: str, why: str, revision: str | None = None, subfolder: str | None = None) -> Need:
     if _is_path(name):
-        return Need("folder", name, why, subfolder=subfolder)
+        return Need("path", name, why, subfolder=subfolder)
     return Need("model", name, why, revision, subfolder)
 
 
@@ -211,8 +211,3 @@ def _is_path(name: str) -> bool:
     if Path(name).expanduser().exists():
         return True
     return not name.startswith("timm:") and (name.startswith((".", "/", "~")) or name.count("/") != 1)
-
-
-def is_protocol(name: str) -> bool:
-    """Whether a name is that of a protocol that comes with repagen."""
-    return name in protocol_names()

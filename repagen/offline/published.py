@@ -75,8 +75,8 @@ def fetch_published(published: PublishedFile, path: Path) -> None:
         digest = file_digest(temporary)["sha256"]
         if not digest.startswith(published.sha256):
             raise UserError(
-                f"{url}: came with sha256 {digest[:12]}..., the published file has {published.sha256[:12]}; try again, "
-                f"or fetch it by hand to {path}"
+                f"{url}: came with sha256 {digest[:12]}..., the published file has {published.sha256[:12]}; try "
+                f"again, or fetch it by hand to {path}"
             )
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -75,8 +75,8 @@ class Request:
         if "/" not in self.name and not self.name.startswith("timm:"):
             known = [*preset_names(), *protocol_names(), *PUBLISHED_FILES]
             raise UserError(
-                f"{self.name!r}: nothing of that name{nearest(self.name, known)}; give a recipe (`repagen recipes`), a "
-                f"YAML file, a protocol ({', '.join(protocol_names())}), a file ({', '.join(PUBLISHED_FILES)}) or a "
+                f"{self.name!r}: nothing of that name{nearest(self.name, known)}; give a recipe (`repagen recipes`), "
+                f"a YAML file, a protocol ({', '.join(protocol_names())}), a file ({', '.join(PUBLISHED_FILES)}) or a "
                 "Hub id such as org/name"
             )
         if Path(self.name).is_dir():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from repagen.errors import UserError
+from repagen.hub.places import published_file_command, torch_checkpoint
 
 Backbone = Literal["vgg", "alex"]
 
@@ -177,15 +178,13 @@ def _head_weights(state: Mapping[str, Tensor], widths: list[int]) -> list[Tensor
 
 
 def _cached_trunk(backbone: Backbone) -> Path:
-    """Return where torch keeps torchvision's network (TORCH_HOME, else XDG_CACHE_HOME/torch, else ~/.cache/torch)."""
+    """Return torchvision's network in torch's cache."""
     network, name = TRUNKS[backbone]
-    cache = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch")
-    path = Path(cache).expanduser() / "hub" / "checkpoints" / name
+    path = torch_checkpoint(name)
     if not path.is_file():
-        command = f"python -c \"import torchvision; torchvision.models.{network}(weights='IMAGENET1K_V1')\""
         raise UserError(
-            f"LPIPS trunk: no {network} weights at {path}; `{command}` downloads them there; or give a local file, "
-            f"{_OR_WITHOUT}"
+            f"LPIPS trunk: no {network} weights at {path}; get them with "
+            f"{published_file_command(f'lpips-{backbone}')}, or give a local file, {_OR_WITHOUT}"
         )
     return path
 
