@@ -96,8 +96,14 @@ def fetch_snapshot(
     Raises:
         UserError: naming the repository, the cause and what to do about it.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
 
+    local_files_only = local_files_only or is_offline_mode()
+    if force_download and local_files_only:
+        raise UserError(
+            f"{what} {repo_id!r}: force_download asks the Hub, which local_files_only (or HF_HUB_OFFLINE) forbids; "
+            "leave one of them out"
+        )
     with naming_hub_errors(repo_id, revision, what=what, local_files_only=local_files_only), _limits():
         folder = snapshot_download(
             repo_id,
@@ -133,10 +139,10 @@ def naming_hub_errors(
         raise UserError(f"{what} {repo_id!r}{at}: {reason}") from error
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _chain(error: BaseException | None, *, with_contexts: bool = False) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__
+        error = error.__cause__ or (error.__context__ if with_contexts else None)
 
 
 def _reason(error: BaseException, repo_id: str) -> str | None:
@@ -198,7 +204,7 @@ def _not_cached(error: BaseException, repo_id: str, revision: str | None, local_
     """The line for files that are not here while the Hub cannot be asked, or None where that is not the matter."""
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError, RevisionResolutionError
 
-    links = list(_chain(error))
+    links = list(_chain(error, with_contexts=True))  # diffusers names no cause for a file that is not here
     unreached = any(
         isinstance(link, ConnectionError) or "TransportError" in {kind.__name__ for kind in type(link).__mro__}
         for link in links
@@ -235,17 +241,19 @@ class _CutOffError(OSError):
 def _limits() -> Iterator[None]:
     """Bound, while it lasts, what huggingface_hub would wait for without end.
 
-    It lists a repository's files without a limit of time, waits as long as an answer 429 says, and begins a file anew
-    for ever where a server breaks it off and cannot go on from the middle.
+    It lists a repository's files without a limit of time and asks six times for a file's facts with a minute for each,
+    waits as long as an answer 429 says, and begins a file anew for ever where a server breaks it off and cannot go on
+    from the middle.
     """
     from huggingface_hub import get_session
 
     starts: Counter[str] = Counter()
 
     def limit_time(request: Any) -> None:
-        limits = request.extensions.get("timeout", {})
-        if all(seconds is None for seconds in limits.values()):
-            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), _time_limit())
+        longest = _time_limit()
+        given = request.extensions.get("timeout", {})
+        kinds = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = {kind: min(given.get(kind) or longest, longest) for kind in kinds}
 
     def limit_tries(response: Any) -> None:
         wait = response.headers.get("Retry-After", "")

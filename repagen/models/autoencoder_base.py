@@ -13,6 +13,7 @@ from torch import nn
 
 from repagen.encoders import EncoderSpec, VisionEncoder
 from repagen.errors import UserError
+from repagen.hub.fetching import resolve_commit
 from repagen.models import encoder_storage
 
 VARIANCE_EPSILON = 1e-5
@@ -204,8 +205,13 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
         """Load weights and statistics; see `ModelMixin.from_pretrained`. The encoder waits for the first `encode`.
 
         Raises:
-            UserError: for a file that lacks tensors, naming them.
+            UserError: for a file that lacks tensors, naming them, or a Hub repository that cannot be reached.
         """
+        if not os.path.isdir(pretrained_model_name_or_path):
+            # The folder of the stored encoder is looked up below, and must be of the same commit.
+            asking = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
+            revision = kwargs.get("revision")
+            kwargs["revision"] = resolve_commit(pretrained_model_name_or_path, revision, what="autoencoder", **asking)
         result = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         if model.config.encoder_stored:

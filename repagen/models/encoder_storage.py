@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,22 +108,22 @@ def save_encoder(encoder: VisionEncoder, folder: Path) -> None:
     encoder.save_pretrained(folder / SUBFOLDER, variant=FROZEN_VARIANT)
 
 
-def folder_of(source: str | os.PathLike[str], **kwargs: Any) -> Path | None:
+def folder_of(source: str | os.PathLike[str], **kwargs: Any) -> Path:
     """Return the folder an autoencoder was loaded from: local, or its snapshot in the Hub's cache.
 
     Args:
         source: what `from_pretrained` was given.
         kwargs: what else it was given: subfolder, revision, cache_dir, token, local_files_only.
+
+    Raises:
+        UserError: a snapshot that cannot be reached.
     """
     subfolder = kwargs.get("subfolder") or ""
     if os.path.isdir(source):
         return Path(source) / subfolder
-    from huggingface_hub import snapshot_download
-
-    names = ("revision", "cache_dir", "token", "local_files_only")
-    options: Mapping[str, Any] = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     pattern = f"{subfolder}/config.json" if subfolder else "config.json"
-    return Path(snapshot_download(os.fspath(source), allow_patterns=[pattern], **options)) / subfolder
+    asking = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
+    return fetch_snapshot(os.fspath(source), patterns=[pattern], what="autoencoder", **asking) / subfolder
 
 
 def _stored_folder(folder: Path) -> Path:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from diffusers import AutoModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from repagen.errors import UserError, refusing
-from repagen.hub.places import repository_command
+from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_commit
 
 
 def open_component(name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None) -> Any:
@@ -33,7 +28,7 @@ def open_component(name: str, part: Literal["transformer", "vae"], option: str, 
     place = component_place(name, part, option, revision)
     with (
         refusing(f"{option}: {name} cannot be loaded; allowed: {_allowed(part)}"),
-        naming_absence(name, option, revision),
+        naming_hub_errors(name, place["revision"], what=f"{option}: model"),
     ):
         model = load_model(name, **place)
     return model.eval()
@@ -44,13 +39,30 @@ def component_place(
 ) -> dict[str, Any]:
     """Where a model is within `name`, as arguments of diffusers' loading functions; arguments as in `open_component`.
 
+    The revision among them is a commit, so that what is loaded is what was looked at.
+
+    Raises:
+        UserError: a folder that is not there, or an id that cannot be reached.
+    """
+    commit = pinned_revision(name, part, option, revision)
+    if commit is None:
+        folder = Path(name)
+    else:
+        folder = fetch_snapshot(name, revision=commit, patterns=["model_index.json"], what=f"{option}: model")
+    subfolder = part if (folder / "model_index.json").is_file() else None
+    return {"subfolder": subfolder, "revision": commit}
+
+
+def pinned_revision(
+    name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None
+) -> str | None:
+    """Return the commit that a revision of a Hub id means now, None for a folder; arguments as in `open_component`.
+
     Raises:
         UserError: a folder that is not there, or an id that cannot be reached.
     """
     refuse_missing_folder(name, option, _allowed(part))
-    with refusing(f"{option}: {name} cannot be read; allowed: {_allowed(part)}"):
-        subfolder = part if _is_pipeline(name, revision) else None
-    return {"subfolder": subfolder, "revision": revision}
+    return None if Path(name).is_dir() else resolve_commit(name, revision, what=f"{option}: model")
 
 
 def load_model(name: str, **place: Any) -> Any:
@@ -59,27 +71,6 @@ def load_model(name: str, **place: Any) -> Any:
         # diffusers' own call, about which the user can do nothing; it would stand before the line about a wrong name.
         warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
         return AutoModel.from_pretrained(name, **place)
-
-
-@contextmanager
-def naming_absence(name: str, option: str, revision: str | None = None) -> Iterator[None]:
-    """Where loading fails since files of a Hub id are not here and the Hub is not asked, name the command for them.
-
-    Raises:
-        UserError: in place of the library's error; others pass.
-    """
-    try:
-        yield
-    except OSError as error:
-        link: BaseException | None = error
-        while link is not None and not isinstance(link, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-            link = link.__cause__ or link.__context__
-        if link is None or Path(name).is_dir():
-            raise
-        raise UserError(
-            f"{option}: {name} is not, or not whole, in the local cache and the Hub is out of reach; fetch it once "
-            f"with {repository_command(name, revision)} on a machine that is online, or give a local folder"
-        ) from error
 
 
 def refuse_missing_folder(name: str, option: str, allowed: str) -> None:
@@ -94,12 +85,3 @@ def refuse_missing_folder(name: str, option: str, allowed: str) -> None:
 
 def _allowed(part: str) -> str:
     return f"a folder or Hub id of a pipeline, or of its {part} alone"
-
-
-def _is_pipeline(name: str, revision: str | None) -> bool:
-    if Path(name).is_dir():
-        return (Path(name) / "model_index.json").is_file()
-    try:
-        return bool(json.loads(Path(hf_hub_download(name, "model_index.json", revision=revision)).read_bytes()))
-    except EntryNotFoundError:
-        return False

@@ -8,7 +8,8 @@ import torch
 
 from repagen.data import ImageDataset
 from repagen.errors import UserError, refusing
-from repagen.models.opening import load_model, naming_absence, refuse_missing_folder
+from repagen.hub.fetching import naming_hub_errors
+from repagen.models.opening import load_model, refuse_missing_folder
 
 
 def open_autoencoder(
@@ -27,7 +28,10 @@ def open_autoencoder(
     where = f"{name}, subfolder {subfolder}" if subfolder else name
     allowed = "a folder or Hub id of an autoencoder"
     refuse_missing_folder(name, option, allowed)
-    with refusing(f"{option}: {where} cannot be loaded; allowed: {allowed}"), naming_absence(name, option, revision):
+    with (
+        refusing(f"{option}: {where} cannot be loaded; allowed: {allowed}"),
+        naming_hub_errors(name, revision, what=f"{option}: autoencoder"),
+    ):
         autoencoder = load_model(name, subfolder=subfolder, revision=revision)
     if not hasattr(autoencoder, "encode"):
         raise UserError(f"{option}: {where} is a {type(autoencoder).__name__}; allowed: an autoencoder")
