@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 BUNDLE_FILE = "bundle.json"
@@ -26,14 +27,14 @@ def repository_command(repo_id: str, revision: str | None = None, *, dataset: bo
     bundle = _bundle_around(Path(constants.HF_HUB_CACHE))
     if bundle is None:
         return f"`hf download {repo_id}{' --repo-type dataset' if dataset else ''}{at}`"
-    return f"`repagen download {repo_id}{at}{' --with-data' if dataset else ''} --to {bundle}`"
+    return f"`repagen download {repo_id}{at}{' --with-data' if dataset else ''} --to {shlex.quote(str(bundle))}`"
 
 
 def published_file_command(name: str) -> str:
     """Return the command that gets a file that is no Hub repository: `inception`, `lpips-vgg` or `lpips-alex`."""
     bundle = _bundle_around(_torch_home())
     if bundle is not None:
-        return f"`repagen download {name} --to {bundle}`"
+        return f"`repagen download {name} --to {shlex.quote(str(bundle))}`"
     return f"`repagen download {name} --to DIR` and set TORCH_HOME=DIR/torch"
 
 

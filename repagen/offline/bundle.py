@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -74,7 +75,8 @@ class Bundle:
     @property
     def environment(self) -> str:
         """The line that makes every program look here and nowhere else."""
-        return f"export HF_HUB_CACHE={self.folder}/hub TORCH_HOME={self.folder}/torch HF_HUB_OFFLINE=1"
+        hub, torch = (shlex.quote(str(self.folder / name)) for name in ("hub", "torch"))
+        return f"export HF_HUB_CACHE={hub} TORCH_HOME={torch} HF_HUB_OFFLINE=1"
 
     # --- filling -----------------------------------------------------------------------------------------------------
 
@@ -154,6 +156,8 @@ class Bundle:
 
     def _referred(self, entry: Entry) -> list[Need]:
         need = entry.need
+        if entry.problem:
+            return []
         if need.kind == "path" and Path(need.name).expanduser().is_dir() and need.why != "data.path":
             return list(referred_needs(Path(need.name).expanduser(), need.why))
         if need.kind == "model":
@@ -213,7 +217,7 @@ class Bundle:
             yield f"{thing}: {self.folder / path} {problem}; {self._advice(entry.command)}"
 
     def _advice(self, command: str) -> str:
-        return f"get it with `{command} --to {self.folder}`"
+        return f"get it with `{command} --to {shlex.quote(str(self.folder))}`"
 
 
 def _require_path(need: Need) -> None:

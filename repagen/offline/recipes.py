@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,9 @@ class Request:
     @property
     def command(self) -> str:
         """The command that asks for it, without `--to DIR`."""
-        revision = f" --revision {self.revision}" if self.revision else ""
-        quoted = "".join(f" '{word}'" if not word.replace("=", "").isalnum() else f" {word}" for word in self.words)
-        return f"repagen download {self.name}{quoted}{revision}{' --with-data' if self.with_data else ''}"
+        revision = ["--revision", self.revision] if self.revision else []
+        data = ["--with-data"] if self.with_data else []
+        return shlex.join(["repagen", "download", self.name, *self.words, *revision, *data])
 
     def needs(self) -> list[Need]:
         """List what is needed, each thing once for every key that asks for it.

@@ -197,8 +197,8 @@ def _settle(storage: Path) -> None:
             replace_file(other, partial(shutil.copyfile, blob))
         os.replace(blob, first)
     # With a list of all files of the repository, huggingface_hub would take a choice of them for half a download.
-    for leftover in ("blobs", "trees"):
-        shutil.rmtree(storage / leftover, ignore_errors=True)
+    for leftover in (storage / "blobs", storage / "trees", storage.parent / ".locks" / storage.name):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def referred_needs(folder: Path, why: str) -> Iterator[Need]:
