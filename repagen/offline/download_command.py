@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 from repagen.errors import UserError
 
@@ -18,8 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a recipe or YAML file with its overrides, a protocol, inception, lpips-vgg, lpips-alex, or a Hub id",
     )  # fmt: skip
     place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--to", type=Path, metavar="DIR", help="folder to fill; run again, it fetches what is missing")
-    place.add_argument("--check", type=Path, metavar="DIR", help="verify completeness and hashes, without a network")
+    # argparse takes positional words from one place only; those behind DIR come with it.
+    folder: dict[str, Any] = {"nargs": "+", "metavar": ("DIR", "key=value")}
+    place.add_argument("--to", **folder, help="folder to fill; run again, it fetches what is missing")
+    place.add_argument("--check", **folder, help="verify completeness and hashes, without a network")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
     parser.add_argument(
         "--with-data", action="store_true", help="the recipe's Hub dataset too; with a Hub id: it is a dataset's"
@@ -38,13 +41,15 @@ def run(args: argparse.Namespace) -> str:
     from repagen.offline.bundle import Bundle
     from repagen.offline.recipes import Request
 
+    folder, *behind = args.check or args.to
+    words = [*args.words, *behind]
     request = None
-    if args.words:
-        request = Request(args.words[0], tuple(args.words[1:]), args.revision, args.with_data)
-    elif args.to is not None or args.revision or args.with_data:
+    if words:
+        request = Request(words[0], tuple(words[1:]), args.revision, args.with_data)
+    elif args.to or args.revision or args.with_data:
         raise UserError("NAME: nothing given; give a recipe (`repagen recipes`), a protocol or a Hub id")
-    bundle = Bundle(args.check or args.to)
-    if args.check is not None:
+    bundle = Bundle(Path(folder))
+    if args.check:
         needs = request.needs() if request else None
         problems = list(bundle.problems(needs, request.command if request else ""))
         done = f"{bundle.folder}: everything is there and whole"

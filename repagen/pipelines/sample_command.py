@@ -10,12 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, is_offline_mode
 from tqdm import tqdm
 
 from repagen.errors import UserError, refusing
 from repagen.flow.guidance import GUIDANCE_METHODS
-from repagen.hub.fetching import naming_hub_errors
+from repagen.hub.places import repository_command
 from repagen.pipelines.grid import save_image_grid
 from repagen.pipelines.sampling_options import SamplingOptions
 from repagen.randomness import generator_for
@@ -160,10 +160,8 @@ def _class_name(model: str) -> str:
     index = Path(model) / "model_index.json"
     if not Path(model).is_dir() and (Path(model).exists() or Path(model).is_absolute()):
         raise UserError(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id")
-    with (
-        refusing(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id"),
-        naming_hub_errors(model, what="--model"),
-    ):
+    fetching = f", which {repository_command(model)} fetches" if is_offline_mode() and model.count("/") == 1 else ""
+    with refusing(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id{fetching}"):
         if not Path(model).is_dir():
             index = Path(hf_hub_download(model, index.name))
         return json.loads(index.read_text())["_class_name"]

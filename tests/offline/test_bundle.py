@@ -176,6 +176,13 @@ def test_what_a_recipe_leaves_open_is_named(hub: StandInHub, tmp_path: Path, cap
     )
 
 
+def test_words_may_stand_behind_the_folder(filled: Path, bundle: Path) -> None:
+    words = [str(filled / "recipe.yaml"), "--check", str(bundle), f"alignment.targets.0.encoder={ENCODER}"]
+    assert "everything is there" in run_command(*words)
+    with pytest.raises(UserError, match="NAME: nothing given"):
+        run_command("--to", str(bundle))
+
+
 def test_a_local_autoencoder_brings_its_encoder(
     hub: StandInHub, repositories: dict[str, Path], tmp_path: Path
 ) -> None:
