@@ -10,7 +10,7 @@ from typing import Any, Literal
 from diffusers import AutoModel
 
 from repagen.errors import UserError, refusing
-from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_commit
+from repagen.hub.fetching import asking_hub, fetch_snapshot, resolve_commit
 
 
 def open_component(name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None) -> Any:
@@ -28,7 +28,7 @@ def open_component(name: str, part: Literal["transformer", "vae"], option: str, 
     place = component_place(name, part, option, revision)
     with (
         refusing(f"{option}: {name} cannot be loaded; allowed: {_allowed(part)}"),
-        naming_hub_errors(name, place["revision"], what=f"{option}: model"),
+        asking_hub(name, place["revision"], what=f"{option}: model"),
     ):
         model = load_model(name, **place)
     return model.eval()
@@ -66,11 +66,11 @@ def pinned_revision(
 
 
 def load_model(name: str, **place: Any) -> Any:
-    """Load a model of this library or of diffusers; `place` are arguments of diffusers' loading functions."""
+    """Load a model of this library or of diffusers from safetensors; `place` are arguments of diffusers' loading."""
     with warnings.catch_warnings():
         # diffusers' own call, about which the user can do nothing; it would stand before the line about a wrong name.
         warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
-        return AutoModel.from_pretrained(name, **place)
+        return AutoModel.from_pretrained(name, use_safetensors=True, **place)
 
 
 def refuse_missing_folder(name: str, option: str, allowed: str) -> None:

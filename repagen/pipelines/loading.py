@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import is_offline_mode
 
 from repagen.errors import UserError, refusing
-from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_commit
+from repagen.hub.fetching import asking_hub, fetch_snapshot, resolve_commit
 from repagen.hub.inspection import inspect_folder
 from repagen.hub.places import repository_command
 from repagen.registration import is_loadable_library
@@ -101,9 +101,9 @@ class CommitLoading(DiffusionPipeline):
     @classmethod
     def _download_parts(cls, name: str, kwargs: dict[str, Any]) -> Path:
         """Let diffusers choose the files; a commit does not change, so the Hub is asked only for what is not here."""
-        local = bool(kwargs.get("local_files_only"))
-        hub_errors = naming_hub_errors(name, kwargs["revision"], what="pipeline", local_files_only=local)
-        with refusing(f"{name} cannot be downloaded"), hub_errors:
+        local = bool(kwargs.get("local_files_only")) or is_offline_mode()
+        asking = asking_hub(name, kwargs["revision"], what="pipeline", local_files_only=local)
+        with refusing(f"{name} cannot be downloaded"), asking:
             try:
                 return Path(super().download(name, **{**kwargs, "local_files_only": True, "force_download": False}))
             except FileNotFoundError:
@@ -146,14 +146,15 @@ def _read_index(folder: Path, name: str, kind: type) -> dict[str, Any]:
 
 def _refuse_missing(folder: Path, name: str, index: Mapping[str, Any], kind: Any, given: Mapping[str, Any]) -> None:
     """Refuse a pipeline with parts that it has no folder for, or without the variant that is asked for."""
-    expected, _ = kind._get_signature_keys(kind)
+    expected = set(kind._get_signature_keys(kind)[0])
     stored = {key for key in expected if isinstance(index.get(key), list) and index[key][0] is not None}
     absent = sorted(expected - stored - set(kind._optional_components) - given.keys())
     absent += sorted(key for key in stored - given.keys() if not (folder / key).is_dir())
     if absent:
         raise UserError(
-            f"{name}: the pipeline lacks {', '.join(absent)}; complete it, or pass the component to from_pretrained"
+            f"{name} cannot be loaded: the pipeline lacks {', '.join(absent)}; complete it, or pass what is missing to "
+            "from_pretrained"
         )
     variant = given.get("variant")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*.safetensors")):
-        raise UserError(f"{name}: no weights of variant {variant!r}; leave `variant` out, or name one that is there")
+        raise UserError(f"{name} cannot be loaded: no weights of variant {variant!r}; leave it out, or name one that is there")
