@@ -19,7 +19,7 @@ from repagen.encoders.families import FAMILIES, EncoderFamily, family_of
 from repagen.encoders.files import CONFIG_FILES, WEIGHT_FILES, read_json
 from repagen.errors import UserError
 from repagen.files import file_digest, put_file, replace_file
-from repagen.hub.fetching import fetch_snapshot, naming_hub_errors
+from repagen.hub.fetching import asking_hub, fetch_snapshot
 from repagen.offline.needs import Need
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _ADAPTER = "pytorch_lora_weights.safetensors"
 _INDEX = "model_index.json"
 _CARD = "README.md"
+_VARIANT_INDEX = "*.safetensors.index.*.json"
 _DESCRIPTIONS = ("*.json", "*.txt", "*.model", _CARD)
 
 
@@ -59,7 +60,7 @@ def look_up(need: Need, cache: Path) -> Listing:
 
     if is_offline_mode():
         raise UserError(f"{need.kind} {need.name!r}: not here, and HF_HUB_OFFLINE is set; unset it to download")
-    with naming_hub_errors(need.name, need.revision, what=need.kind):
+    with asking_hub(need.name, need.revision, what=need.kind):
         about = HfApi().dataset_info if need.kind == "dataset" else HfApi().model_info
         info = about(need.name, revision=need.revision, files_metadata=True)
     assert info.sha is not None, "the Hub gives the commit of every revision"
@@ -102,8 +103,8 @@ def _chosen(names: Sequence[str], need: Need, is_encoder: bool) -> list[str]:
     if not any(name.endswith((".safetensors", ".bin")) for name in chosen):
         where = f", subfolder {need.subfolder}" if need.subfolder else ""
         raise UserError(
-            f"{need.kind} {need.name!r}{where}: no weights that are loaded here (safetensors, or .bin) in it; "
-            f"see https://huggingface.co/{need.name}/tree/main"
+            f"{need.kind} {need.name!r}{where}: it has no weights that are loaded here (as safetensors); see "
+            f"https://huggingface.co/{need.name}/tree/main"
         )
     return chosen
 
@@ -118,24 +119,20 @@ def _of_encoder(names: Sequence[str]) -> list[str]:
 
 
 def _of_model(names: Sequence[str], subfolder: str | None) -> list[str]:
-    """The files that diffusers reads: descriptions, and of each folder the weights in one format and no variant."""
+    """The files that diffusers reads for us: descriptions, and weights as safetensors, without variants."""
     inside = [name for name in names if subfolder is None or name.startswith(f"{subfolder}/") or name == _INDEX]
-    weights: dict[str, list[str]] = defaultdict(list)
-    for name in inside:
-        path = PurePosixPath(name)
-        variant = PurePosixPath(path.stem).suffix.split("-")[0]
-        at_root_of_pipeline = _INDEX in names and "/" not in name and name != _ADAPTER
-        if (
-            path.suffix in (".safetensors", ".bin")
-            and variant in ("", f".{FROZEN_VARIANT}")
-            and not at_root_of_pipeline
-        ):
-            weights[str(path.parent)].append(name)
-    chosen = [name for name in inside if any(fnmatch(name, pattern) for pattern in _DESCRIPTIONS)]
-    for found in weights.values():
-        safe = [name for name in found if name.endswith(".safetensors")]
-        chosen += safe or found
-    return chosen
+    return [name for name in inside if _is_description(name) or _is_weight(name, in_pipeline=_INDEX in names)]
+
+
+def _is_description(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _DESCRIPTIONS) and not fnmatch(name, _VARIANT_INDEX)
+
+
+def _is_weight(name: str, *, in_pipeline: bool) -> bool:
+    path = PurePosixPath(name)
+    variant = PurePosixPath(path.stem).suffix.split("-")[0]
+    belongs = "/" in name or not in_pipeline or name == _ADAPTER  # beside a pipeline's folders lie copies for others
+    return path.suffix == ".safetensors" and variant in ("", f".{FROZEN_VARIANT}") and belongs
 
 
 def fetch_files(need: Need, listing: Listing, cache: Path) -> list[Path]:
@@ -154,7 +151,7 @@ def fetch_files(need: Need, listing: Listing, cache: Path) -> list[Path]:
     if need.kind == "dataset":
         from huggingface_hub import snapshot_download
 
-        with naming_hub_errors(need.name, listing.commit, what=need.kind):
+        with asking_hub(need.name, listing.commit, what=need.kind):
             folder = Path(
                 snapshot_download(
                     need.name, repo_type="dataset", revision=listing.commit, allow_patterns=names, cache_dir=cache

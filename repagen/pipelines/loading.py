@@ -157,4 +157,6 @@ def _refuse_missing(folder: Path, name: str, index: Mapping[str, Any], kind: Any
         )
     variant = given.get("variant")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*.safetensors")):
-        raise UserError(f"{name} cannot be loaded: no weights of variant {variant!r}; leave it out, or name one that is there")
+        raise UserError(
+            f"{name} cannot be loaded: no weights of variant {variant!r}; leave it out, or name one that is there"
+        )

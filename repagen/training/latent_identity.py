@@ -8,7 +8,7 @@ import torch
 
 from repagen.data import ImageDataset
 from repagen.errors import UserError, refusing
-from repagen.hub.fetching import naming_hub_errors
+from repagen.hub.fetching import asking_hub
 from repagen.models.opening import load_model, refuse_missing_folder
 
 
@@ -30,7 +30,7 @@ def open_autoencoder(
     refuse_missing_folder(name, option, allowed)
     with (
         refusing(f"{option}: {where} cannot be loaded; allowed: {allowed}"),
-        naming_hub_errors(name, revision, what=f"{option}: autoencoder"),
+        asking_hub(name, revision, what=f"{option}: autoencoder"),
     ):
         autoencoder = load_model(name, subfolder=subfolder, revision=revision)
     if not hasattr(autoencoder, "encode"):
