@@ -14,6 +14,7 @@ from repagen.encoders.backbones import FROZEN_VARIANT
 from repagen.encoders.families import FAMILIES, UNCHANGED_MEAN, UNCHANGED_STD, EncoderFamily, family_of
 from repagen.errors import UserError
 from repagen.hub.fetching import fetch_snapshot
+from repagen.hub.inspection import inspect_encoder_folder
 from repagen.hub.places import repository_command
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ def find_encoder(source: str | os.PathLike[str], revision: str | None, local_fil
         repo_id = hub_id(name)
         folder = _fetch(repo_id, revision, CONFIG_FILES, local_files_only)
         revision = folder.name
+    inspect_encoder_folder(folder, f"encoder {name!r}")
     config = read_json(folder / "config.json")
     timm_layout = "architecture" in config and "model_type" not in config
     family = FAMILIES["timm"] if timm_layout else family_of(config.get("model_type"), name)

@@ -56,7 +56,7 @@ def resolve_commit(
     from huggingface_hub.errors import HfHubHTTPError
 
     asking: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    with asking_hub(repo_id, revision, what=what, local_files_only=local_files_only):
+    with naming_hub_errors(repo_id, revision, what=what, local_files_only=local_files_only):
         try:
             return resolve_revision(repo_id, local_files_only=local_files_only, **asking).resolved
         except HfHubHTTPError as error:
@@ -104,7 +104,7 @@ def fetch_snapshot(
             f"{what} {repo_id!r}: force_download asks the Hub, which local_files_only (or HF_HUB_OFFLINE) forbids; "
             "leave one of them out"
         )
-    with asking_hub(repo_id, revision, what=what, local_files_only=local_files_only):
+    with naming_hub_errors(repo_id, revision, what=what, local_files_only=local_files_only):
         folder = snapshot_download(
             repo_id,
             revision=revision,
@@ -118,7 +118,7 @@ def fetch_snapshot(
 
 
 @contextmanager
-def asking_hub(
+def naming_hub_errors(
     repo_id: str, revision: str | None = None, *, what: str = "model", local_files_only: bool = False
 ) -> Iterator[None]:
     """Bound the waiting of huggingface_hub (and of diffusers over it), and turn what it raises into one line.

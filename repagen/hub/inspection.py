@@ -24,13 +24,19 @@ LIBRARIES = ("diffusers", "repagen", "transformers")
 """Whose classes a saved pipeline may name."""
 
 CODE_KEYS = frozenset(
-    {"_target_", "auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code",
-     "_attn_implementation_internal"}
-)  # fmt: skip
-"""Keys by which a config makes some library run code that lies elsewhere."""
+    (
+        "_attn_implementation_internal",
+        "_target_",
+        "auto_map",
+        "checkpoint_path",
+        "custom_pipeline",
+        "trust_remote_code",
+    )
+)
+"""Keys by which a config makes some library run code, or read a file, that lies elsewhere."""
 
-_ONLY_SAFETENSORS = "weights are loaded from safetensors alone, since other formats can hold code"
-_ASK_FOR_SAFETENSORS = "ask its author for safetensors, or use `repagen convert` on a checkpoint you trust"
+_OTHER_FORMAT = "its format can hold code, and no weights are loaded from it"
+_ASK_FOR_SAFETENSORS = "ask its author for safetensors"
 
 _MAXIMUM_JSON_BYTES = 16 << 20
 _MAXIMUM_DEPTH = 32
@@ -42,9 +48,11 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*([.:][A-Za-z_]\w*)+")
 _CALL_KEYS = frozenset({"target", "class_path", "entry_point"})
 # A name with a slash is a kernel that transformers fetches from the Hub, and runs.
 _KERNEL_KEYS = frozenset({"_attn_implementation", "attn_implementation", "_experts_implementation"})
-_SHARD_TABLES = re.compile(r".+\.index(\.\w+)?\.json")
-_ADAPTER_STEMS = ("pytorch_lora_weights", "adapter_model")
-_PICKLED = frozenset({".bin", ".ckpt", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
+_SHARD_TABLES = re.compile(r".+(\.\w+)\.index(\.\w+)?\.json")
+# How libraries call weights, before the variant: in archives of torch => in safetensors, which they prefer.
+_MODEL_STEMS = {"diffusion_pytorch_model": "diffusion_pytorch_model", "pytorch_model": "model"}
+_ADAPTER_STEMS = {"pytorch_lora_weights": "pytorch_lora_weights", "adapter_model": "adapter_model"}
+_OTHER_SUFFIXES = frozenset({".ckpt", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
 _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -70,27 +78,49 @@ def inspect_folder(folder: Path, what: str) -> None:
         _refuse_link_outside(index, folder.parent, what)
         _inspect_json(index, what)
     for parent, names in _walk(folder, what):
-        for name in names:
-            path = parent / name
-            if name.endswith("config.json") or name == "model_index.json" or _SHARD_TABLES.fullmatch(name):
-                _inspect_json(path, what)
-            elif path.suffix == ".safetensors":
-                inspect_weights_file(path, what)
-        _refuse_lone_pickles(parent, names, what)
+        _inspect_files(parent, names, what)
+        _inspect_archives(parent, names, what)
+
+
+def inspect_encoder_folder(folder: Path, what: str) -> None:
+    """Refuse the folder of an official encoder whose files are unsafe; the keys of its config are not looked at.
+
+    Nothing reads those that could name code: an encoder's class is that of its family, and its config is built of
+    allow-listed keys. Old encoders have no weights but `pytorch_model.bin`; see `inspect_archive`.
+
+    Args:
+        folder: a local folder, or a snapshot in the Hub's cache.
+        what: what is loaded, for messages.
+
+    Raises:
+        UserError: as `inspect_folder`.
+    """
+    folder = Path(os.path.abspath(folder))
+    for parent, names in _walk(folder, what):
+        _inspect_files(parent, [name for name in names if not name.endswith("config.json")], what)
+        if parent != folder:
+            continue
+        if "adapter_config.json" in names:
+            _refuse(parent / "adapter_config.json", what, "transformers would load this adapter unasked", "delete it")
+        if "pytorch_model.bin" in names and not any(name.endswith(".safetensors") for name in names):
+            inspect_archive(parent / "pytorch_model.bin", what, old_format=True)
 
 
 def inspect_weights_file(path: Path, what: str) -> None:
-    """Refuse a weights file that is no well-formed safetensors file; only its header is read.
+    """Refuse a weights file that is neither well-formed safetensors nor a `.bin` of tensors alone; no tensor is read.
 
     Args:
         path: the file.
         what: what is loaded, for messages.
 
     Raises:
-        UserError: another format, or a header that is too long, ill-formed, or does not describe the file's bytes.
+        UserError: another format; a header that is too long, ill-formed, or does not describe the file's bytes; or as
+            `inspect_archive`.
     """
+    if path.suffix == ".bin":
+        return inspect_archive(path, what)
     if path.suffix != ".safetensors":
-        _refuse(path, what, _ONLY_SAFETENSORS, _ASK_FOR_SAFETENSORS)
+        _refuse(path, what, _OTHER_FORMAT, _ASK_FOR_SAFETENSORS)
     advice = "the file is damaged or made to mislead; fetch it again from its author"
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -112,22 +142,22 @@ def inspect_weights_file(path: Path, what: str) -> None:
                 continue  # a text that begins with a brace
 
 
-def inspect_pickled_weights(path: Path, what: str) -> None:
-    """Refuse a `pytorch_model.bin` that holds more than tensors, or unpacks to more than it is.
+def inspect_archive(path: Path, what: str, old_format: bool = False) -> None:
+    """Refuse a `.bin` of `torch.save` that holds more than tensors and plain values, or unpacks to more than it is.
 
-    For official encoders that have no safetensors; they are read with `weights_only=True`, and that is the wall. Files
-    of the format before torch 1.6 have no table that can be looked at, so for them it is the only one.
+    Such files are read with `weights_only=True`, which is the wall; this stands before it and gives the reason.
 
     Args:
         path: the file.
         what: what is loaded, for messages.
+        old_format: also take files of the time before torch 1.6, whose content cannot be listed.
 
     Raises:
         UserError: code, compressed or overlapping entries, or a broken archive.
     """
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
-    if not zipfile.is_zipfile(path):
+    if old_format and not zipfile.is_zipfile(path):
         return
     advice = "use a copy in safetensors"
     try:
@@ -182,19 +212,35 @@ def _refuse_link_outside(path: Path, folder: Path, what: str) -> None:
                 "put a copy of the file in its place, if you know where it is from")  # fmt: skip
 
 
-def _refuse_lone_pickles(parent: Path, names: list[str], what: str) -> None:
-    """Refuse a model's or an adapter's folder whose weights exist in a format that can hold code, and no other."""
-    pickled = [name for name in names if Path(name).suffix in _PICKLED]
-    if not pickled:
-        return
-    if "config.json" in names:
-        weights: tuple[str, ...] = ("diffusion_pytorch_model", "model")
-    elif "adapter_config.json" in names or any(name.startswith(_ADAPTER_STEMS) for name in names):
-        weights = _ADAPTER_STEMS
-    else:
-        return
-    if not any(name.startswith(weights) and name.endswith(".safetensors") for name in names):
-        _refuse(parent / pickled[0], what, _ONLY_SAFETENSORS, _ASK_FOR_SAFETENSORS)
+def _inspect_files(parent: Path, names: list[str], what: str) -> None:
+    for name in names:
+        path = parent / name
+        if name.endswith("config.json") or name == "model_index.json" or _SHARD_TABLES.fullmatch(name):
+            _inspect_json(path, what)
+        elif path.suffix == ".safetensors":
+            inspect_weights_file(path, what)
+
+
+def _inspect_archives(parent: Path, names: list[str], what: str) -> None:
+    """Inspect the weights that are no safetensors, where a library would read them or could read nothing else."""
+    stems = {**_MODEL_STEMS, **_ADAPTER_STEMS} if "config.json" in names else _ADAPTER_STEMS
+    weights = {name: _preferred(name, stems) for name in names if name.endswith((".safetensors", ".bin"))}
+    for name, preferred in weights.items():
+        if name.endswith(".bin") and preferred is not None and preferred not in weights:
+            inspect_archive(parent / name, what)
+    others = [name for name in names if Path(name).suffix in _OTHER_SUFFIXES]
+    alone = not any(weights.values())
+    if others and alone and ("config.json" in names or _preferred(others[0], stems)):
+        _refuse(parent / others[0], what, _OTHER_FORMAT, _ASK_FOR_SAFETENSORS)
+
+
+def _preferred(name: str, stems: Mapping[str, str]) -> str | None:
+    """What the safetensors are called that are read in place of a weights file; None where nobody reads that file."""
+    for archive, safetensors in stems.items():
+        for stem in (archive, safetensors):
+            if re.match(rf"{stem}[.-]", name):
+                return Path(safetensors + name.removeprefix(stem)).with_suffix(".safetensors").name
+    return None
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------
@@ -209,6 +255,8 @@ def _inspect_json(path: Path, what: str) -> None:
         _check_components(content, path, what)
     elif _SHARD_TABLES.fullmatch(path.name):
         _check_shards(content.get("weight_map"), path, what)
+    elif path.name == "adapter_config.json" and (path.parent / "config.json").is_file():
+        _refuse(path, what, "transformers would load this adapter unasked", "move it to a folder of its own")
     elif path.name == "adapter_config.json" and content.get("auto_mapping") is not None:
         _refuse(path, what, "auto_mapping names a module to import", "delete this key")
 
@@ -243,7 +291,7 @@ def _refuse_code(value: Any, key: str, path: Path, what: str, depth: int = 0) ->
         kernel = isinstance(entry, str) and not entry.replace("_", "").isalnum()
         named = name in CODE_KEYS or (name in _CALL_KEYS and dotted) or (name in _KERNEL_KEYS and kernel)
         if named:
-            _refuse(path, what, f"the key {_line(inner)!r} asks for code, which no file may do",
+            _refuse(path, what, f"the key {_line(inner)!r} asks for code from elsewhere, which no file may do",
                     "delete the key, if the model works without that code")  # fmt: skip
         _refuse_code(entry, inner, path, what, depth + 1)
 
@@ -282,13 +330,16 @@ def _check_components(index: Mapping[str, Any], path: Path, what: str) -> None:
 def _check_shards(table: Any, path: Path, what: str) -> None:
     if not isinstance(table, dict):
         _refuse(path, what, "weight_map must be an object of tensors and files", "fetch it again")
+    match = _SHARD_TABLES.fullmatch(path.name)
+    suffix = match[1] if match else ""
     for file in table.values():
         plain = isinstance(file, str) and file.isprintable() and not re.search(r"[/\\:]", file) and file[:1] != "."
         if not plain:
             reason = f"weight_map names {_line(json.dumps(file))}, which is no plain name of a file in this folder"
             _refuse(path, what, reason, "fetch it again from its author")
-        if Path(file).suffix != ".safetensors" and not file.startswith("pytorch_model"):
-            _refuse(path, what, f"weight_map names {_line(file)!r}; {_ONLY_SAFETENSORS}", _ASK_FOR_SAFETENSORS)
+        if Path(file).suffix != suffix:
+            reason = f"weight_map names {_line(file)!r}, which is no {suffix} file as the others"
+            _refuse(path, what, reason, _ASK_FOR_SAFETENSORS)
 
 
 # --- the header of safetensors -------------------------------------------------------------------------------------
@@ -315,7 +366,7 @@ def _check_header(header: Any, bytes_of_data: int) -> None:
             raise ValueError(f"{name}: {'overlaps another tensor' if begin < end else 'leaves a gap before it'}")
         end = following
     if end != bytes_of_data:
-        raise ValueError(f"the tensors take {end} bytes, and the file has {bytes_of_data}")
+        raise ValueError(f"the file is cut short or too long: its tensors take {end} bytes, it has {bytes_of_data}")
 
 
 def _place(name: str, entry: Any) -> tuple[int, int, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -106,24 +105,6 @@ def saved_facts(config: Any, encoder: VisionEncoder | None, stored: bool) -> dic
 def save_encoder(encoder: VisionEncoder, folder: Path) -> None:
     """Write an encoder's weights below an autoencoder's folder."""
     encoder.save_pretrained(folder / SUBFOLDER, variant=FROZEN_VARIANT)
-
-
-def folder_of(source: str | os.PathLike[str], **kwargs: Any) -> Path:
-    """Return the folder an autoencoder was loaded from: local, or its snapshot in the Hub's cache.
-
-    Args:
-        source: what `from_pretrained` was given.
-        kwargs: what else it was given: subfolder, revision, cache_dir, token, local_files_only.
-
-    Raises:
-        UserError: a snapshot that cannot be reached.
-    """
-    subfolder = kwargs.get("subfolder") or ""
-    if os.path.isdir(source):
-        return Path(source) / subfolder
-    pattern = f"{subfolder}/config.json" if subfolder else "config.json"
-    asking = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
-    return fetch_snapshot(os.fspath(source), patterns=[pattern], what="autoencoder", **asking) / subfolder
 
 
 def _stored_folder(folder: Path) -> Path:

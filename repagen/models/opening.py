@@ -10,7 +10,8 @@ from typing import Any, Literal
 from diffusers import AutoModel
 
 from repagen.errors import UserError, refusing
-from repagen.hub.fetching import asking_hub, fetch_snapshot, resolve_commit
+from repagen.hub.fetching import fetch_snapshot, resolve_commit
+from repagen.hub.saved_models import inspected_source
 
 
 def open_component(name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None) -> Any:
@@ -26,11 +27,8 @@ def open_component(name: str, part: Literal["transformer", "vae"], option: str, 
         UserError: nothing that can be loaded is there.
     """
     place = component_place(name, part, option, revision)
-    with (
-        refusing(f"{option}: {name} cannot be loaded; allowed: {_allowed(part)}"),
-        asking_hub(name, place["revision"], what=f"{option}: model"),
-    ):
-        model = load_model(name, **place)
+    with refusing(f"{option}: {name} cannot be loaded; allowed: {_allowed(part)}"):
+        model = load_model(name, f"{option}: model", **place)
     return model.eval()
 
 
@@ -48,7 +46,8 @@ def component_place(
     if commit is None:
         folder = Path(name)
     else:
-        folder = fetch_snapshot(name, revision=commit, patterns=["model_index.json"], what=f"{option}: model")
+        indices = ["model_index.json", "config.json"]
+        folder = fetch_snapshot(name, revision=commit, patterns=indices, what=f"{option}: model")
     subfolder = part if (folder / "model_index.json").is_file() else None
     return {"subfolder": subfolder, "revision": commit}
 
@@ -65,12 +64,22 @@ def pinned_revision(
     return None if Path(name).is_dir() else resolve_commit(name, revision, what=f"{option}: model")
 
 
-def load_model(name: str, **place: Any) -> Any:
-    """Load a model of this library or of diffusers from safetensors; `place` are arguments of diffusers' loading."""
+def load_model(name: str, what: str, **place: Any) -> Any:
+    """Load a model of this library or of diffusers.
+
+    Args:
+        name: folder or Hub id.
+        what: what it is to the user, for messages.
+        place: arguments of diffusers' loading functions.
+
+    Raises:
+        UserError: it cannot be fetched, or its folder is refused.
+    """
+    root = inspected_source(name, what, place)
     with warnings.catch_warnings():
         # diffusers' own call, about which the user can do nothing; it would stand before the line about a wrong name.
         warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
-        return AutoModel.from_pretrained(name, use_safetensors=True, **place)
+        return AutoModel.from_pretrained(str(root), **place)
 
 
 def refuse_missing_folder(name: str, option: str, allowed: str) -> None:

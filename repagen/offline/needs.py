@@ -113,7 +113,7 @@ def _sections(section: Any, key: str) -> Iterator[tuple[str, Any]]:
 def _of_section(section: Any, key: str) -> Iterator[Need]:
     reader = _READERS.get(type(section))
     for need in reader(section) if reader else ():
-        yield dataclasses.replace(need, why=f"{key}.{need.why}" if need.why else key)
+        yield dataclasses.replace(need, why=".".join(filter(None, (key, need.why))))
 
 
 def _of_encoder(section: Any) -> Iterator[Need]:

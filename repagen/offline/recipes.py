@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from repagen.training.decoder_config import DecoderConfig
 from repagen.training.end_to_end_config import EndToEndConfig
 from repagen.training.generator_config import GeneratorConfig
 
-PROGRAMS: dict[str, type[Any]] = {
-    "generator": GeneratorConfig,
-    "decoder": DecoderConfig,
-    "end_to_end": EndToEndConfig,
+PROGRAMS: dict[str, Callable[[str, Sequence[str]], Any]] = {
+    "generator": partial(load_config, GeneratorConfig),
+    "decoder": partial(load_config, DecoderConfig),
+    "end_to_end": partial(load_config, EndToEndConfig),
 }
-"""Training programs and their configurations."""
+"""Training programs => what loads their configurations, from name and `key=value` words."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,11 @@ def load_recipe(name: str, words: Sequence[str] = ()) -> Any:
     filled = [*words, *(f"{key}={BLANK}" for key in blanks)]
     program = (plain.get("recipe") or {}).get("program")
     if program in PROGRAMS:
-        return load_config(PROGRAMS[program], name, filled)
+        return PROGRAMS[program](name, filled)
     refusals = []
-    for schema in PROGRAMS.values():  # a file of one's own need not say which program it is for
+    for load in PROGRAMS.values():  # a file of one's own need not say which program it is for
         try:
-            return load_config(schema, name, filled)
+            return load(name, filled)
         except UserError as error:
             refusals.append(error)
     raise refusals[0]

@@ -19,7 +19,7 @@ from repagen.encoders.families import FAMILIES, EncoderFamily, family_of
 from repagen.encoders.files import CONFIG_FILES, WEIGHT_FILES, read_json
 from repagen.errors import UserError
 from repagen.files import file_digest, put_file, replace_file
-from repagen.hub.fetching import asking_hub, fetch_snapshot
+from repagen.hub.fetching import fetch_snapshot, naming_hub_errors
 from repagen.offline.needs import Need
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def look_up(need: Need, cache: Path) -> Listing:
 
     if is_offline_mode():
         raise UserError(f"{need.kind} {need.name!r}: not here, and HF_HUB_OFFLINE is set; unset it to download")
-    with asking_hub(need.name, need.revision, what=need.kind):
+    with naming_hub_errors(need.name, need.revision, what=need.kind):
         about = HfApi().dataset_info if need.kind == "dataset" else HfApi().model_info
         info = about(need.name, revision=need.revision, files_metadata=True)
     assert info.sha is not None, "the Hub gives the commit of every revision"
@@ -151,7 +151,7 @@ def fetch_files(need: Need, listing: Listing, cache: Path) -> list[Path]:
     if need.kind == "dataset":
         from huggingface_hub import snapshot_download
 
-        with asking_hub(need.name, listing.commit, what=need.kind):
+        with naming_hub_errors(need.name, listing.commit, what=need.kind):
             folder = Path(
                 snapshot_download(
                     need.name, repo_type="dataset", revision=listing.commit, allow_patterns=names, cache_dir=cache

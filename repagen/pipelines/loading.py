@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import is_offline_mode
 
 from repagen.errors import UserError, refusing
-from repagen.hub.fetching import asking_hub, fetch_snapshot, resolve_commit
+from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_commit
 from repagen.hub.inspection import inspect_folder
 from repagen.hub.places import repository_command
 from repagen.registration import is_loadable_library
@@ -57,14 +57,14 @@ class CommitLoading(DiffusionPipeline):
             commit = _commit(name, kwargs)
             folder = Path(cls.download(name, **{**kwargs, "revision": commit}))
         left = {key: value for key, value in kwargs.items() if key not in {*_OF_THE_HUB, *_REMOTE_CODE, "revision"}}
+        inspect_folder(folder, f"pipeline {name}")
         index = _read_index(folder, name, cls)
         _refuse_missing(folder, name, index, cls, left)
-        inspect_folder(folder, f"pipeline {name}")
         again = ""
         if commit is not None and is_offline_mode():
             again = f"; if files of it are missing, get them with {repository_command(name, kwargs.get('revision'))}"
         with refusing(f"{name} cannot be loaded as a {cls.__name__}{again}"):
-            pipe = super().from_pretrained(folder, use_safetensors=True, **left)
+            pipe = super().from_pretrained(folder, **left)
         pipe.register_to_config(_name_or_path=name)
         pipe.hub_commit = commit
         return pipe
@@ -87,25 +87,28 @@ class CommitLoading(DiffusionPipeline):
         _refuse_code(name, kwargs)
         commit = _commit(name, kwargs)
         asking = {key: kwargs[key] for key in _OF_THE_HUB if key in kwargs}
-        index_folder = fetch_snapshot(name, revision=commit, patterns=[_INDEX], what="pipeline", **asking)
-        _read_index(index_folder, name, cls)
+        # With the config, so that a model alone is an answer and not an empty one.
+        folder = fetch_snapshot(name, revision=commit, patterns=[_INDEX, "config.json"], what="pipeline", **asking)
+        if asking.get("force_download"):  # diffusers would fetch nothing but the index anew
+            here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            fetch_snapshot(name, revision=commit, patterns=here, what="pipeline", **asking)
+        inspect_folder(folder, f"pipeline {name}")
+        _read_index(folder, name, cls)
         if not is_loadable_library():
             # diffusers would refuse components of a library it does not list, so fetch the whole repository.
             return fetch_snapshot(name, revision=commit, what="pipeline", **asking)
-        folder = cls._download_parts(name, {**kwargs, "revision": commit, "use_safetensors": True})
-        if asking.get("force_download"):  # diffusers fetches only the index anew
-            files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-            fetch_snapshot(name, revision=commit, patterns=files, what="pipeline", **asking)
-        return folder
+        return cls._download_parts(
+            name, {**kwargs, "revision": commit, "use_safetensors": True, "force_download": False}
+        )
 
     @classmethod
     def _download_parts(cls, name: str, kwargs: dict[str, Any]) -> Path:
         """Let diffusers choose the files; a commit does not change, so the Hub is asked only for what is not here."""
         local = bool(kwargs.get("local_files_only")) or is_offline_mode()
-        asking = asking_hub(name, kwargs["revision"], what="pipeline", local_files_only=local)
+        asking = naming_hub_errors(name, kwargs["revision"], what="pipeline", local_files_only=local)
         with refusing(f"{name} cannot be downloaded"), asking:
             try:
-                return Path(super().download(name, **{**kwargs, "local_files_only": True, "force_download": False}))
+                return Path(super().download(name, **{**kwargs, "local_files_only": True}))
             except FileNotFoundError:
                 if local:
                     raise
@@ -127,18 +130,13 @@ def _refuse_code(name: str, kwargs: Mapping[str, Any]) -> None:
 
 
 def _read_index(folder: Path, name: str, kind: type) -> dict[str, Any]:
-    """Read `model_index.json`, refusing a folder without one and other kinds of pipelines."""
+    """Read `model_index.json`, which has been inspected; refuse a folder without one and other kinds of pipelines."""
     path = folder / _INDEX
     if not path.is_file():
-        alone = (
-            " (it holds a model alone: load it with diffusers.AutoModel)" if (folder / "config.json").is_file() else ""
-        )
+        alone = " (a model alone: load it with diffusers.AutoModel)" if (folder / "config.json").is_file() else ""
         raise UserError(f"{name} holds no pipeline: it has no {_INDEX}{alone}; name a folder or Hub id of a pipeline")
-    with refusing(f"{name}: {_INDEX} cannot be read"):
-        index = json.loads(path.read_text(encoding="utf-8"))
-    found = index.get("_class_name") if isinstance(index, dict) else None
-    if isinstance(found, list):
-        raise UserError(f"{name}: {_INDEX} names a class in a file of the repository, whose code repagen does not run")
+    index = json.loads(path.read_text(encoding="utf-8"))
+    found = index.get("_class_name")
     if found not in {base.__name__ for base in kind.__mro__}:
         raise UserError(f"{name} holds a {found}; a {kind.__name__} is needed")
     return index
@@ -148,15 +146,15 @@ def _refuse_missing(folder: Path, name: str, index: Mapping[str, Any], kind: Any
     """Refuse a pipeline with parts that it has no folder for, or without the variant that is asked for."""
     expected = set(kind._get_signature_keys(kind)[0])
     stored = {key for key in expected if isinstance(index.get(key), list) and index[key][0] is not None}
-    absent = sorted(expected - stored - set(kind._optional_components) - given.keys())
+    absent = sorted(expected - stored - {*kind._optional_components} - given.keys())
     absent += sorted(key for key in stored - given.keys() if not (folder / key).is_dir())
     if absent:
         raise UserError(
-            f"{name} cannot be loaded: the pipeline lacks {', '.join(absent)}; complete it, or pass what is missing to "
+            f"{name} cannot be loaded: the pipeline lacks {', '.join(absent)}; complete it, or pass the component to "
             "from_pretrained"
         )
     variant = given.get("variant")
-    if variant is not None and not any(folder.glob(f"*/*.{variant}*.safetensors")):
+    if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(
             f"{name} cannot be loaded: no weights of variant {variant!r}; leave it out, or name one that is there"
         )

@@ -8,7 +8,6 @@ import torch
 
 from repagen.data import ImageDataset
 from repagen.errors import UserError, refusing
-from repagen.hub.fetching import asking_hub
 from repagen.models.opening import load_model, refuse_missing_folder
 
 
@@ -28,11 +27,8 @@ def open_autoencoder(
     where = f"{name}, subfolder {subfolder}" if subfolder else name
     allowed = "a folder or Hub id of an autoencoder"
     refuse_missing_folder(name, option, allowed)
-    with (
-        refusing(f"{option}: {where} cannot be loaded; allowed: {allowed}"),
-        asking_hub(name, revision, what=f"{option}: autoencoder"),
-    ):
-        autoencoder = load_model(name, subfolder=subfolder, revision=revision)
+    with refusing(f"{option}: {where} cannot be loaded; allowed: {allowed}"):
+        autoencoder = load_model(name, f"{option}: model", subfolder=subfolder, revision=revision)
     if not hasattr(autoencoder, "encode"):
         raise UserError(f"{option}: {where} is a {type(autoencoder).__name__}; allowed: an autoencoder")
     return autoencoder.eval()

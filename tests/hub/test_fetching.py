@@ -20,6 +20,7 @@ from repagen.errors import UserError
 from repagen.hub.fetching import fetch_snapshot, resolve_commit
 
 WEIGHTS = "part/weights.safetensors"
+LARGE = b"\1" * 12_000_000  # more than huggingface_hub reads before it writes
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -211,8 +212,9 @@ def test_a_body_that_breaks_off_is_gone_on_with(hub: StandInHub, folder: Path) -
 
 
 def test_a_body_that_always_breaks_off_is_given_up(hub: StandInHub, folder: Path, cache: Path) -> None:
+    (folder / WEIGHTS).write_bytes(LARGE)
     hub.add("org/model", folder)
-    hub.fault("org/model", WEIGHTS, method="GET", cut=30_000, resumes=False)
+    hub.fault("org/model", WEIGHTS, method="GET", cut=11_000_000, resumes=False)
     message = refusal(fetch_snapshot, "org/model", revision=None, patterns=["*.safetensors"])
     assert "the download broke off" in message and "nothing half is kept" in message
     assert len(hub.asked(WEIGHTS)) <= 7
@@ -317,7 +319,7 @@ def test_offline_with_and_without_the_cache(
 
 @pytest.mark.slow
 def test_killed_in_the_middle_and_again(hub: StandInHub, folder: Path, cache: Path) -> None:
-    (folder / WEIGHTS).write_bytes(b"\1" * 12_000_000)
+    (folder / WEIGHTS).write_bytes(LARGE)
     hub.add("org/model", folder)
     hub.fault("org/model", WEIGHTS, method="GET", cut=11_000_000, stall=True, times=1)
     program = "from repagen.hub.fetching import fetch_snapshot; fetch_snapshot('org/model', revision=None)"

@@ -126,7 +126,7 @@ def test_fetched_anew(hub: StandInHub, saved: Path) -> None:
     hub.add("org/tiny", saved)
     folder = ClassToImagePipeline.download("org/tiny")
     (folder / VAE).resolve().write_bytes(b"rotten")
-    assert "cannot be loaded" in refusal(load) or "vae" in refusal(load)
+    assert VAE in refusal(load)
     assert same(load(force_download=True).vae, load(saved).vae)
 
 
@@ -194,8 +194,8 @@ def test_what_is_no_pipeline_of_ours(hub: StandInHub, saved: Path, tmp_path: Pat
 
     assert "has no model_index.json" in tried(lambda folder: (folder / "model_index.json").unlink())
     assert "holds a DiTPipeline; a ClassToImagePipeline is needed" in tried(index(_class_name="DiTPipeline"))
-    assert "does not run" in tried(index(_class_name=["pipeline", "ClassToImagePipeline"]))
-    assert "cannot be read" in tried(lambda folder: (folder / "model_index.json").write_text("{"))
+    assert "asks for code" in tried(index(_class_name=["pipeline", "ClassToImagePipeline"]))
+    assert "model_index.json" in tried(lambda folder: (folder / "model_index.json").write_text("{"))
     assert "lacks scheduler" in tried(lambda folder: shutil.rmtree(folder / "scheduler"))
     assert "lacks vae" in tried(index(vae=[None, None]))
     assert "transformer" in tried(lambda folder: [path.unlink() for path in folder.glob("transformer/*.safetensors")])
@@ -225,17 +225,24 @@ def test_names_that_lead_nowhere(hub: StandInHub, tmp_path: Path) -> None:
 # --- failures of the Hub ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["(info)", "(tree)", "model_index.json", TRANSFORMER])
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"status": 401}, "hf auth login"),
+    ({"status": 403, "code": "GatedRepo"}, "accept its licence"),
+    ({"status": 429}, "too many requests"),
+    ({"status": 503}, "the Hub answered 503"),
+    ({"hang": True}, "no answer within"),
+]
+FAULTS_OF_FILES: list[tuple[dict[str, Any], str]] = [
+    ({"method": "GET", "cut": 10, "resumes": False}, "broke off"),
+    ({"method": "GET", "body": b"short"}, "another size"),
+]
+
+
 @pytest.mark.parametrize(
-    ("fault", "expected"),
+    ("path", "fault", "expected"),
     [
-        ({"status": 401}, "hf auth login"),
-        ({"status": 403, "code": "GatedRepo"}, "accept its licence"),
-        ({"status": 429}, "too many requests"),
-        ({"status": 503}, "the Hub answered 503"),
-        ({"hang": True}, "no answer within"),
-        ({"method": "GET", "cut": 10, "resumes": False}, "broke off"),
-        ({"method": "GET", "body": b"short"}, "another size"),
+        *((path, *fault) for path in ("(info)", "(tree)", "model_index.json", TRANSFORMER) for fault in FAULTS),
+        *((path, *fault) for path in ("model_index.json", TRANSFORMER) for fault in FAULTS_OF_FILES),
     ],
 )
 def test_a_failure_is_one_line_and_nothing_half_is_used(
@@ -247,8 +254,6 @@ def test_a_failure_is_one_line_and_nothing_half_is_used(
     fault: dict[str, Any],
     expected: str,
 ) -> None:
-    if path.startswith("(") and ("cut" in fault or "body" in fault):
-        pytest.skip("a failure of files")
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
     hub.add("org/tiny", saved)
     hub.fault("org/tiny", path, **fault)
