@@ -40,6 +40,7 @@ ALLOWED = {
         *BASE,
         *("flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines", "evaluation", "data"),
     },
+    "offline": {*BASE, "encoders", "data", "evaluation", "training"},  # knows what every recipe names
 }
 TOP = {"__init__", "__main__", "cli", "quickstart"}
 

@@ -7,8 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
+
+from repagen.errors import UserError
 from repagen.hub.fetching import fetch_snapshot
 from repagen.hub.inspection import inspect_folder
+from repagen.hub.places import repository_command
 
 _WEIGHTS = "diffusion_pytorch_model"
 # What fetching takes and loading from a folder does not.
@@ -41,8 +45,19 @@ def inspected_source(source: str | os.PathLike[str], what: str, options: dict[st
         )
         patterns = ["model_index.json", *(f"{place}{name}" for name in ("config.json", *weights))]
         root = fetch_snapshot(os.fspath(source), what=what, patterns=patterns, **{"revision": None, **given})
+        _refuse_half(root / subfolder, os.fspath(source), given.get("revision"), what)
     inspect_folder(root / subfolder, what)
     return root
+
+
+def _refuse_half(folder: Path, repo_id: str, revision: str | None, what: str) -> None:
+    """Name the command for files that the cache lacks, where the Hub cannot be asked for them."""
+    absent = [pattern for pattern in ("config.json", f"{_WEIGHTS}*.safetensors") if not any(folder.glob(pattern))]
+    if absent and is_offline_mode():
+        raise UserError(
+            f"{what} {repo_id!r}: in the local cache without {' and '.join(absent)}; fetch it once with "
+            f"{repository_command(repo_id, revision)} on a machine that is online, or pass a local folder"
+        )
 
 
 class SavedModelMixin:
