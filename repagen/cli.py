@@ -6,15 +6,27 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-from repagen.errors import OneLineParser, run_as_program
+from repagen.errors import OneLineParser, ProblemsFound, run_as_program
 
 # Command => (module with add_arguments(parser) and run(args) -> text to print or None, one line of help).
 COMMANDS = {
     "quickstart": ("repagen.quickstart", "train, sample and evaluate on real handwritten digits, on a CPU"),
     "sample": ("repagen.pipelines.sample_command", "draw images from a saved pipeline into a folder"),
+    "reconstruct": (
+        "repagen.evaluation.reconstruction.reconstruct_command",
+        "encode and decode your own images: what does an autoencoder lose?",
+    ),
+    "doctor": ("repagen.doctor.command", "check what works here, and on request a dataset and a model"),
     "stats": ("repagen.training.statistics_command", "compute exact latent statistics of a dataset"),
     "cache": ("repagen.training.cache_command", "write latents and alignment targets to safetensors shards"),
     "convert": ("repagen.conversion.convert_command", "turn an official checkpoint into a folder of ours, or back"),
+    "export": ("repagen.export.command", "write a pipeline with its own code, for users without repagen"),
+    "push": ("repagen.hub.push_command", "publish a saved folder on the Hub, with its model card"),
+    "download": (
+        "repagen.offline.download_command",
+        "fetch everything a recipe needs into one folder, for work offline",
+    ),
+    "app": ("repagen.app.command", "serve a page that draws images, of one model or of two side by side"),
     "evaluate": (
         "repagen.evaluation.command",
         "generated images, reconstructions, representations: what they are worth",
@@ -39,7 +51,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _run(arguments: Sequence[str]) -> None:
     args = _parse(arguments)
-    text = importlib.import_module(COMMANDS[args.command][0]).run(args)
+    try:
+        text = importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except ProblemsFound as found:
+        print(found)
+        raise SystemExit(1) from None
     if text:
         print(text)
 

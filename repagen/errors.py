@@ -17,6 +17,13 @@ class UserError(ValueError):
     """
 
 
+class ProblemsFound(Exception):  # no error of the command: it did what it is for
+    """A check ran to its end and found what must be repaired.
+
+    The message is its report. The command line prints it and exits with code 1.
+    """
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser of command lines whose errors are one line, without the usage."""
 

@@ -135,9 +135,22 @@ class ImageDataset(SampleDataset):
         Raises:
             BadImageError: the image is bad; the message is the reason.
         """
-        return self._square(self._decode(index), generator)
+        return self.square(self.original(index), generator)
 
-    def _square(self, image: Image.Image, generator: torch.Generator | None) -> torch.Tensor:
+    def original(self, index: int) -> Image.Image:
+        """Return image `index` as 8-bit RGB in its own size; bad images are the caller's to count.
+
+        Raises:
+            BadImageError: the image is bad; the message is the reason.
+        """
+        return self._decode(index)
+
+    def square(self, image: Image.Image, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Return an 8-bit RGB image (3, S, S) as the config crops and flips it.
+
+        Raises:
+            BadImageError: the image is too elongated for it.
+        """
         size = self.config.image_size
         if self.config.crop == "center":
             square = center_crop(image, size)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from repagen.errors import UserError, refusing
+from repagen.errors import UserError
 from repagen.evaluation.samples import ImageSource, LabelMode, Rounding, Unreadable, to_uint8
-from repagen.models.fingerprint import hash_tensors
+from repagen.pipelines.provenance import component_settings, pipeline_sha256, training_record
 from repagen.pipelines.sampling_options import SamplingOptions
 from repagen.randomness import generator_for
 
 if TYPE_CHECKING:
     from repagen.pipelines.class_to_image import ClassToImagePipeline
-
-TRAINING_FILE = "training.json"
-
-
-def _settings(component: Any) -> dict[str, Any]:
-    """A component's configuration, but for where it came from."""
-    return {name: value for name, value in dict(component.config).items() if not name.startswith("_")}
 
 
 class PipelineImages(ImageSource):
@@ -124,7 +114,7 @@ class PipelineImages(ImageSource):
             "forward_batch_size": self.forward_batch_size,
             "scheduler": type(scheduler).__name__,
             "shift": scheduler.config.get("shift"),
-            "scheduler_config": _settings(scheduler),
+            "scheduler_config": component_settings(scheduler),
             "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
             **{name: value for name, value in asdict(self.resolved).items() if value is not None},
         }
@@ -132,17 +122,8 @@ class PipelineImages(ImageSource):
     @property
     def training(self) -> dict[str, Any]:
         """What the pipeline's folder says about its training (`training.json`); empty where it says nothing."""
-        folder = self.pipeline.config.get("_name_or_path")
-        path = Path(folder or "") / TRAINING_FILE
-        if not folder or not path.is_file():
-            return {}
-        with refusing(f"{path}: cannot be read as JSON"):
-            return json.loads(path.read_text(encoding="utf-8"))
+        return training_record(self.pipeline.config.get("_name_or_path"))
 
     def origin(self) -> str:
         """A hash of weights and settings of all parts of the pipeline, as they are now."""
-        parts = [self.pipeline.transformer, self.pipeline.vae, getattr(self.pipeline, "guidance_transformer", None)]
-        present = [part for part in parts if part is not None]
-        weights = [hash_tensors(part.state_dict().values()) for part in present]
-        settings = [_settings(part) for part in (*present, self.pipeline.scheduler)]
-        return hashlib.sha256(json.dumps([weights, settings], sort_keys=True, default=str).encode()).hexdigest()
+        return pipeline_sha256(self.pipeline)

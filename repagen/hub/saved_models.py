@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
+from huggingface_hub import is_offline_mode
 
+from repagen.errors import UserError
 from repagen.files import follow_umask, put_file
 from repagen.hub.fetching import fetch_snapshot
 from repagen.hub.inspection import inspect_folder
+from repagen.hub.places import repository_command
 
 _WEIGHTS = "diffusion_pytorch_model"
 # What fetching takes and loading from a folder does not.
@@ -45,8 +46,19 @@ def inspected_source(source: str | os.PathLike[str], what: str, options: dict[st
         )
         patterns = ["model_index.json", *(f"{place}{name}" for name in ("config.json", *weights))]
         root = fetch_snapshot(os.fspath(source), what=what, patterns=patterns, **{"revision": None, **given})
+        _refuse_half(root / subfolder, os.fspath(source), given.get("revision"), what)
     inspect_folder(root / subfolder, what)
     return root
+
+
+def _refuse_half(folder: Path, repo_id: str, revision: str | None, what: str) -> None:
+    """Name the command for files that the cache lacks, where the Hub cannot be asked for them."""
+    absent = [pattern for pattern in ("config.json", f"{_WEIGHTS}*.safetensors") if not any(folder.glob(pattern))]
+    if absent and is_offline_mode():
+        raise UserError(
+            f"{what} {repo_id!r}: in the local cache without {' and '.join(absent)}; fetch it once with "
+            f"{repository_command(repo_id, revision)} on a machine that is online, or pass a local folder"
+        )
 
 
 def tidy_saved(folder: Path) -> None:
@@ -64,7 +76,10 @@ def tidy_saved(folder: Path) -> None:
 
 
 class SavedModelMixin:
-    """Stands before diffusers' `ModelMixin`: loads from a folder that has been looked at, and saves alike anywhere."""
+    """Stands before diffusers' `ModelMixin`: loads from a folder that has been looked at, and saves alike anywhere.
+
+    It stands behind `PublishedModelMixin`, which uploads what was saved.
+    """
 
     _folder: Path | None = None  # that it was loaded from
 
@@ -82,9 +97,7 @@ class SavedModelMixin:
         model._folder = (root / (kwargs.get("subfolder") or "")).absolute()
         return result
 
-    def _save_tidily(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save config and weights; see `ModelMixin.save_pretrained`. Nothing tells where the model was loaded from."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         tidy_saved(Path(save_directory))
-
-    # Pipelines read the names of the parameters from the signature.
-    save_pretrained: Any = functools.wraps(ModelMixin.save_pretrained)(_save_tidily)

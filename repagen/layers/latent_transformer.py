@@ -8,13 +8,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers.hooks import FasterCacheConfig
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from repagen.errors import UserError
+from repagen.hub.published import PublishedModelMixin
 from repagen.hub.saved_models import SavedModelMixin
 from repagen.layers.attention import AttentionBackendMixin
 from repagen.layers.embeddings import LabelEmbedding, PatchEmbedding, unpatchify
+from repagen.layers.lora import apply_lora_scale
 from repagen.layers.modulated import modulate, modulation_parameters
 
 TimeDirection = Literal["data_at_zero", "data_at_one"]
@@ -59,7 +60,7 @@ def zero_(*layers: Any) -> None:
         nn.init.zeros_(linear.bias)
 
 
-class LatentTransformerMixin(SavedModelMixin, AttentionBackendMixin):
+class LatentTransformerMixin(PublishedModelMixin, SavedModelMixin, AttentionBackendMixin):
     """Shared part of the `ModelMixin` classes that map a noisy latent, a time and a class to a prediction.
 
     The subclass has `config` with sample_size, patch_size, in_channels, prediction_type and time_direction,
@@ -145,7 +146,7 @@ class LatentTransformerMixin(SavedModelMixin, AttentionBackendMixin):
             config._unconditional_conditional_input_kwargs_identifiers = list(dict.fromkeys([*names, "class_labels"]))
         super().enable_cache(config)  # type: ignore[misc]
 
-    @apply_lora_scale("attention_kwargs")
+    @apply_lora_scale
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from repagen.encoders import EncoderSpec, VisionEncoder
+from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
+from repagen.hub.published import PublishedModelMixin
 from repagen.hub.saved_models import SavedModelMixin
 from repagen.models import encoder_storage
+
+if TYPE_CHECKING:
+    from repagen.encoders import VisionEncoder
+    from repagen.hub.card import LicenceFact
 
 VARIANCE_EPSILON = 1e-5
 """Added to the variance before the square root of a standard deviation, as RAE does."""
@@ -43,7 +48,7 @@ class LatentStandardisation(nn.Module):
         return latents.float() * std + mean if undo else (latents.float() - mean) / std
 
 
-class StandardisedLatents(SavedModelMixin):
+class StandardisedLatents(PublishedModelMixin, SavedModelMixin):
     """An autoencoder whose latents are standardised by buffers, which are saved with it."""
 
     latent_statistics: LatentStandardisation
@@ -233,6 +238,10 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
             push_to_hub=push_to_hub,
             **kwargs,
         )
+
+    def part_licences(self) -> tuple[LicenceFact, ...]:
+        """See `PublishedMixin.part_licences`: the encoder's."""
+        return encoder_storage.encoder_licences(self.config)
 
     def _without_encoder(self) -> None:
         # Outside the module tree on purpose; see the class docstring.

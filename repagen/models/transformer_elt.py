@@ -15,11 +15,11 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import apply_lora_scale
 
 from repagen.errors import UserError
 from repagen.layers.embeddings import SinusoidalTimeEmbedding
 from repagen.layers.latent_transformer import TimeDirection
+from repagen.layers.lora import apply_lora_scale
 from repagen.layers.modulated import ModulatedBlock
 from repagen.layers.single_stack import SingleStackMixin
 
@@ -109,7 +109,7 @@ class ELTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
             out_channels=in_channels,
         )
 
-    @apply_lora_scale("attention_kwargs")
+    @apply_lora_scale
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -14,13 +14,13 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from repagen.errors import UserError
 from repagen.layers.embeddings import FourierTimeEmbedding, LabelEmbedding, PatchEmbedding
 from repagen.layers.in_context import InContextBlock
 from repagen.layers.latent_transformer import LatentTransformerMixin, TimeDirection, grid_of, zero_
+from repagen.layers.lora import apply_lora_scale
 from repagen.layers.modulated import HeadBlock, modulate, modulation_parameters
 from repagen.layers.norms import RMSNorm
 from repagen.layers.rope import RotaryTable
@@ -157,7 +157,7 @@ class RAEv2Transformer2DModel(  # type: ignore[misc]  # diffusers' own bases dis
         zero_(*(block.modulation for block in self.head_blocks))
         zero_(self.modulation_out, self.proj_out, self.base_head.modulation_out, self.base_head.proj_out)
 
-    @apply_lora_scale("attention_kwargs")
+    @apply_lora_scale
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -13,12 +13,12 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from repagen.errors import UserError
 from repagen.layers.embeddings import SinusoidalTimeEmbedding
 from repagen.layers.latent_transformer import DIT_SIZES, TimeDirection, zero_
+from repagen.layers.lora import apply_lora_scale
 from repagen.layers.modulated import ModulatedBlock, modulate, modulation_parameters
 from repagen.layers.single_stack import SingleStackMixin
 
@@ -108,7 +108,7 @@ class SiTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
             )
         super().enable_cache(config)
 
-    @apply_lora_scale("attention_kwargs")
+    @apply_lora_scale
     def forward(
         self,
         hidden_states: torch.Tensor,

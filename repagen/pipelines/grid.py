@@ -18,11 +18,24 @@ def save_image_grid(
     enlarge: int = 1,
     gap_px: int = 0,
 ) -> None:
-    """Write equally sized images as one PNG, row by row; what they do not cover is black.
+    """Write equally sized images as one PNG; arguments as in `image_grid`.
 
     Args:
         images: PIL images, or a tensor (B, 3, H, W) in [0, 1].
         path: the PNG; its folder is made if needed.
+        columns, enlarge, gap_px: of the grid.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(images, columns=columns, enlarge=enlarge, gap_px=gap_px).save(path)
+
+
+def image_grid(
+    images: Sequence[Image.Image] | torch.Tensor, *, columns: int | None = None, enlarge: int = 1, gap_px: int = 0
+) -> Image.Image:
+    """Return equally sized images as one, row by row; what they do not cover is black.
+
+    Args:
+        images: PIL images, or a tensor (B, 3, H, W) in [0, 1].
         columns: images a row; None: about as many as rows.
         enlarge: integer factor by which every pixel is repeated.
         gap_px: pixels between neighbours.
@@ -39,5 +52,4 @@ def save_image_grid(
         row, column = divmod(index, columns)
         enlarged = image.resize((width, height), Image.Resampling.NEAREST)
         grid.paste(enlarged, (column * (width + gap_px), row * (height + gap_px)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
+    return grid

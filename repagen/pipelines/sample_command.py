@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from itertools import islice
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import hf_hub_download
-from tqdm import tqdm
+from PIL import Image
 
-from repagen.errors import UserError, refusing
+from repagen.errors import UserError, naming, refusing, require_at_least
+from repagen.files import TEMPORARY_PREFIX
 from repagen.flow.guidance import GUIDANCE_METHODS
-from repagen.pipelines.grid import save_image_grid
+from repagen.pipelines.adapters import load_adapters
+from repagen.pipelines.grid import image_grid
+from repagen.pipelines.labels import resolve_class_labels
+from repagen.pipelines.numbered_images import NumberedImages, command_line
+from repagen.pipelines.png import read_png_facts, save_png
+from repagen.pipelines.provenance import pipeline_sha256, training_record
 from repagen.pipelines.sampling_options import SamplingOptions
-from repagen.randomness import generator_for
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from repagen.pipelines.class_to_image import ClassToImagePipeline
 
 _GRID_IMAGES = 64
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what makes a pipeline: model, adapters, device, precision, attention."""
+    parser.add_argument("--model", required=True, metavar="PATH", help="folder or Hub id of a saved pipeline")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument(
+        "--lora", nargs="+", metavar="PATH[=WEIGHT]", default=[], help="adapters to use, with their weights; default 1"
+    )
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
+    parser.add_argument(
+        "--attention-backend", metavar="NAME", help="such as xformers, or auto; default: diffusers' own choice"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what decides the images: model, classes, sampler, seed, device."""
-    parser.add_argument("--model", required=True, metavar="PATH", help="folder or Hub id of a saved pipeline")
+    add_model_arguments(parser)
     parser.add_argument(
         "--class-labels", nargs="+", metavar="CLASS", help="class names or ids, taken in turn; default: every class"
     )
@@ -37,8 +52,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampler_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i); default 0")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once; default 8")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
 
 
 def add_sampler_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -68,35 +81,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `repagen sample`."""
     add_sampling_arguments(parser)
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="new folder for images/*.png and grid.png"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder for images/*.png and grid.png: a new one, or that of an interrupted command",
     )
 
 
 def run(args: argparse.Namespace) -> str:
-    """Write one PNG per image and a grid of the first ones; return what was written.
+    """Write one PNG per image, with its facts in the metadata, and a grid of the first ones; return what was written.
+
+    Images that an interrupted command with the same arguments has written are kept.
 
     Raises:
-        UserError: a folder that is not empty, a model that cannot be loaded, or arguments that do not fit it.
+        UserError: a folder that holds something else, a model that cannot be loaded, or arguments that do not fit it.
     """
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise UserError(f"--output {args.output} exists and is no empty folder; name a new one")
-    args.output.mkdir(parents=True, exist_ok=True)
-    images = sample_images(args)
-    first = list(islice(images, _GRID_IMAGES))
-    save_image_grid(first, args.output / "grid.png")
+    _refuse_foreign_folder(args.output)
+    numbered = open_numbered_images(args)
     folder = args.output / "images"
-    folder.mkdir()
-    count = 0
-    for image in (*first, *images):
-        image.save(folder / f"{count:06d}.png")
-        count += 1
-    return f"{count} images are in {folder}, the first of them together in {args.output / 'grid.png'}"
+    paths = [folder / f"{index:06d}.png" for index in range(len(numbered))]
+    missing = _missing_images(numbered, folder, paths)
+    for index, image in numbered.draw(missing):
+        save_png(image, paths[index], numbered.facts(index), numbered.describe(index))
+    grid = image_grid([Image.open(path).convert("RGB") for path in paths[:_GRID_IMAGES]])
+    save_png(grid, args.output / "grid.png", {**numbered.facts(0), "kind": "grid"}, f"from {numbered.describe(0)} on")
+    kept = f" ({len(paths) - len(missing)} of them were there already)" if len(missing) < len(paths) else ""
+    return f"{len(paths)} images are in {folder}{kept}, the first of them together in {args.output / 'grid.png'}"
 
 
 def sample_images(args: argparse.Namespace) -> Iterator[Image.Image]:
     """Load the model and return its images one by one, with a progress bar.
-
-    Image i takes its noise from a generator of its own, so it does not depend on the batch size or the number.
 
     Args:
         args: of `add_sampling_arguments`.
@@ -104,14 +119,127 @@ def sample_images(args: argparse.Namespace) -> Iterator[Image.Image]:
     Raises:
         UserError: a model that cannot be loaded, or arguments that do not fit it.
     """
-    pipe = load_pipeline(args.model, args.device, args.dtype)
+    return (image for _, image in open_numbered_images(args).draw())
+
+
+def open_numbered_images(args: argparse.Namespace) -> NumberedImages:
+    """Load the model with its adapters and make of the arguments what its images are.
+
+    Args:
+        args: of `add_sampling_arguments`.
+
+    Raises:
+        UserError: a model that cannot be loaded, or arguments that do not fit it.
+    """
+    require_at_least(args, {"number": 1, "batch_size": 1})
+    pipe, origin = open_pipeline(args)
     labels = choose_labels(pipe, args.class_labels, args.number)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}; give at least 1")
-    return _sample(pipe, labels, args.seed, args.batch_size, sampler_options(args))
+    options = sampler_options(args)
+    pipe.check_options(options)
+    command = _command(args, origin, asdict(pipe.sampling_options(options)))
+    return NumberedImages(pipe, labels, args.seed, args.batch_size, options, {**origin, "command": command})
 
 
-def load_pipeline(model: str, device: str | None, dtype: str) -> ClassToImagePipeline:
+def open_pipeline(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Load the model with its adapters; return it, and the facts that all its images share.
+
+    Args:
+        args: of `add_model_arguments`.
+
+    Raises:
+        UserError: a model or adapter that cannot be loaded, or a device or attention backend that cannot be used.
+    """
+    device = usable_device(args.device)
+    _require_attention(args.attention_backend, device, args.dtype)
+    pipe: Any = load_pipeline(args.model, device, args.dtype, args.revision)
+    commit = getattr(pipe, "hub_commit", None)
+    model = {"path": args.model, "commit": commit, "sha256": pipeline_sha256(pipe)}
+    adapters = load_adapters(pipe, args.lora)
+    if args.attention_backend:
+        pipe.transformer.set_attention_backend(args.attention_backend)
+    training = training_record(args.model, commit or args.revision)
+    return pipe, {
+        "model": model,
+        "adapters": adapters,
+        "recipe": training.get("recipe"),
+        "training_step": training.get("step"),
+        "dtype": args.dtype,
+        "attention_backend": args.attention_backend,
+        **_environment(device),
+    }
+
+
+def _environment(device: str) -> dict[str, str]:
+    import torch
+
+    is_gpu = torch.device(device).type == "cuda"
+    return {"device": torch.cuda.get_device_name(device) if is_gpu else device, "torch": torch.__version__}
+
+
+def _command(args: argparse.Namespace, origin: dict[str, Any], options: dict[str, Any]) -> str:
+    """The command that draws the same images, all of its options given."""
+    names = ("model", "class_labels", "number", "seed", "batch_size", "lora", "dtype", "attention_backend")
+    given = {name: getattr(args, name) for name in names}
+    resolved = {"device": usable_device(args.device), "revision": origin["model"]["commit"] or args.revision}
+    return command_line(["repagen", "sample"], {**given, **resolved, **options})
+
+
+def _refuse_foreign_folder(output: Path) -> None:
+    """Take a new or empty folder, or one in which this command was interrupted."""
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if (output.exists() and not output.is_dir()) or not names <= {"images", "grid.png"}:
+        raise UserError(f"--output {output} exists and is no empty folder; name a new one")
+
+
+def _missing_images(numbered: NumberedImages, folder: Path, paths: Sequence[Path]) -> list[int]:
+    """Return the numbers of the images that are not there yet; refuse a folder with images of another command."""
+    present = {path for path in folder.glob("*") if not path.name.startswith(TEMPORARY_PREFIX)}
+    for path in sorted(present):
+        if path not in paths:
+            raise UserError(f"--output: {path} is no image of this command; name a new folder")
+        facts, ours = read_png_facts(path), numbered.facts(paths.index(path))
+        differing = sorted(name for name in {*facts, *ours} if facts.get(name) != ours.get(name))
+        if differing:
+            raise UserError(
+                f"--output: {path} was drawn with other values of {', '.join(differing)}; name a new folder, or "
+                "repeat the interrupted command"
+            )
+    return [index for index, path in enumerate(paths) if path not in present]
+
+
+def usable_device(device: str | None) -> str:
+    """Return the device that was asked for, cuda by default where there is one, after trying it.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with refusing(f"--device {device} cannot be used"):
+        torch.zeros(1, device=device).item()
+    return device
+
+
+def _require_attention(backend: str | None, device: str, dtype: str) -> None:
+    """Run a chosen attention backend before the model is loaded; some are accepted and fail at the first step.
+
+    Those of the Hub are fetched when the model takes them, and `auto` chooses one that is here.
+    """
+    import torch
+
+    from repagen.layers.attention_trial import try_attention
+
+    if backend in (None, "auto") or str(backend).endswith("_hub"):
+        return
+    trial = try_attention(str(backend), torch.device(device), getattr(torch, dtype))
+    if not trial.runs:
+        reason = trial.reason or f"its values are wrong by {trial.error:.2g}, {trial.tolerance:g} is allowed"
+        raise UserError(f"--attention-backend {backend} does not run on {device} in {dtype} ({reason})")
+
+
+def load_pipeline(model: str, device: str | None, dtype: str, revision: str | None = None) -> ClassToImagePipeline:
     """Load a pipeline from a folder or the Hub, onto a device.
 
     Raises:
@@ -121,64 +249,34 @@ def load_pipeline(model: str, device: str | None, dtype: str) -> ClassToImagePip
 
     from repagen.pipelines.class_to_image import ClassToImagePipeline
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with refusing(f"--device {device} cannot be used"):
-        torch.zeros(1, device=device).item()
-    kind = _class_name(model)
-    if kind != "ClassToImagePipeline":
-        raise UserError(f"--model {model} holds a {kind}; a ClassToImagePipeline is needed")
-    with refusing(f"--model {model} cannot be loaded"):
-        pipe = ClassToImagePipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    device = usable_device(device)
+    with naming({"": "--model: "}):
+        pipe = ClassToImagePipeline.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
 def choose_labels(
     pipe: ClassToImagePipeline, words: Sequence[str] | None, number: int | None
-) -> list[int | str] | list[None]:
-    """Return one label per image: the words in turn (a name, else an id), or every class in turn.
+) -> list[int] | list[None]:
+    """Return one class per image: those of the words in turn (a name, else an id), or every class in turn.
 
     An unconditional model's labels are None, 16 by default.
 
     Raises:
-        UserError: fewer than one image, or labels for an unconditional model.
+        UserError: no class of the model, or labels for an unconditional model.
     """
-    if number is not None and number < 1:
-        raise UserError(f"--number is {number}; give at least 1")
     num_classes = pipe.transformer.config.num_classes
     if num_classes == 0:
         if words:
             raise UserError("--class-labels was given, but the model is unconditional; leave it out")
         return [None] * (number or 16)
-    choices: list[int | str] = [_label(pipe, word) for word in words] if words else list(range(num_classes))
+    given = [_label(pipe, word) for word in words] if words else list(range(num_classes))
+    choices = resolve_class_labels(given, num_classes, pipe.config["id2label"])
     return [choices[index % len(choices)] for index in range(number or len(choices))]
-
-
-def _class_name(model: str) -> str:
-    index = Path(model) / "model_index.json"
-    if not Path(model).is_dir() and (Path(model).exists() or Path(model).is_absolute()):
-        raise UserError(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id")
-    with refusing(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id"):
-        if not Path(model).is_dir():
-            index = Path(hf_hub_download(model, index.name))
-        return json.loads(index.read_text())["_class_name"]
 
 
 def _label(pipe: ClassToImagePipeline, word: str) -> int | str:
     names = {label.strip().lower() for label in (pipe.config["id2label"] or {}).values()}
     is_id = word.lstrip("-").isdecimal() and word.lower() not in names
     return int(word) if is_id else word
-
-
-def _sample(
-    pipe: ClassToImagePipeline, labels: Sequence[int | str | None], seed: int, batch_size: int, options: dict[str, Any]
-) -> Iterator[Image.Image]:
-    conditional = pipe.transformer.config.num_classes > 0
-    with tqdm(total=len(labels), desc="sampling", unit="image") as progress_bar:
-        for start in range(0, len(labels), batch_size):
-            batch = labels[start : start + batch_size]
-            generators = [generator_for(seed, "sample", start + offset) for offset in range(len(batch))]
-            drawn: Any = pipe(list(batch) if conditional else None, generator=generators, **options)
-            yield from drawn.images
-            progress_bar.update(len(batch))

@@ -8,19 +8,20 @@ The same command again continues an interrupted run, and writes the autoencoder 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from repagen.data import SampleDataset, open_dataset
 from repagen.errors import run_as_program
 from repagen.evaluation.metrics.perceptual import PerceptualDistance
-from repagen.files import replace_folder
+from repagen.models.latents import images_to_latents, latents_to_images
+from repagen.models.modes import in_eval_mode
 from repagen.pipelines.grid import save_image_grid
 from repagen.training.decoder_config import DecoderConfig
-from repagen.training.decoder_kind import AutoencoderKind
 from repagen.training.decoder_kl import KLKind
 from repagen.training.decoder_representation import RepresentationKind
 from repagen.training.decoder_step import DecoderStep
@@ -31,6 +32,7 @@ from repagen.training.launch import program_main
 from repagen.training.patch_discriminator import PatchDiscriminator
 from repagen.training.perceptual import LpipsConfig
 from repagen.training.run import Run, open_run
+from repagen.training.run_release import release_and_publish
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,9 @@ def train(config: DecoderConfig) -> Path:
             if run.due(config.sample.every_steps, step):
                 with ema.swapped(kind.trained):
                     path = run.folder / "samples" / f"step-{step:08d}.png"
-                    run.on_main(partial(write_reconstructions, config.sample.num_images, run, kind, dataset, path))
+                    run.on_main(
+                        partial(write_reconstructions, config.sample.num_images, run, kind.preview, dataset, path)
+                    )
             run.save_if_due(step, parts)
             if micro_batches is None:
                 break
@@ -89,9 +93,17 @@ def train(config: DecoderConfig) -> Path:
 
         with ema.swapped(kind.trained):
             kind.finish()
-            folder = run.folder / "autoencoder"
-            run.on_main(lambda: replace_folder(folder, kind.save))
-            return folder
+            reconstruct = partial(reconstruct_released, kind.autoencoder)
+            return release_and_publish(
+                run,
+                step,
+                dataset,
+                folder=run.folder / "autoencoder",
+                save=kind.save,
+                draw=partial(write_reconstructions, config.sample.num_images, run, reconstruct, dataset),
+                licences=kind.licences(),
+                base_model=config.autoencoder.pretrained,
+            )
 
 
 def build_loss_networks(
@@ -116,15 +128,21 @@ def build_loss_networks(
 
 @torch.no_grad()
 def write_reconstructions(
-    num_images: int, run: Run, kind: AutoencoderKind, dataset: SampleDataset, path: Path
+    num_images: int, run: Run, reconstruct: Callable[[torch.Tensor], torch.Tensor], dataset: SampleDataset, path: Path
 ) -> None:
     """Write a PNG with images above their reconstructions, which are made without chance."""
     count = min(num_images, len(dataset))
     chosen = [dataset[index * len(dataset) // count]["image"] for index in range(count)]
     images = torch.stack(chosen).to(run.device)
     with run.autocast():
-        reconstructions = kind.preview(images).float()
+        reconstructions = reconstruct(images).float()
     save_image_grid(torch.cat([images, reconstructions], dim=2), path)
+
+
+def reconstruct_released(autoencoder: Any, images: torch.Tensor) -> torch.Tensor:
+    """Encode and decode images (B, 3, H, W) as whoever loads the autoencoder does, statistics included."""
+    with in_eval_mode(autoencoder):
+        return latents_to_images(autoencoder, images_to_latents(autoencoder, images, sample_posterior=False))
 
 
 def main(words: Sequence[str]) -> None:

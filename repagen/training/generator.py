@@ -29,7 +29,7 @@ from repagen.training.generator_step import GeneratorStep
 from repagen.training.launch import program_main
 from repagen.training.noising import FlowMatching, NoiseProcess
 from repagen.training.objective import GeneratorObjective
-from repagen.training.release import build_pipeline, training_facts, write_release, write_sample_grid
+from repagen.training.release import build_pipeline, release_pipeline, write_sample_grid
 from repagen.training.run import Batch, open_run
 
 logger = logging.getLogger(__name__)
@@ -96,8 +96,7 @@ def train(config: GeneratorConfig) -> Path:
             run.log(step + 1, row)
 
         with ema.swapped(model):
-            facts = training_facts(run, step, dataset)
-            return run.on_main(lambda: write_release(pipeline, run.folder / "pipeline", facts))
+            return release_pipeline(run, config, pipeline, step, dataset)
 
 
 def noise_process(config: GeneratorConfig, model: Any, latent_shape: tuple[int, int, int]) -> NoiseProcess:

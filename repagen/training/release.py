@@ -6,19 +6,20 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from repagen.data import SampleDataset
 from repagen.errors import UserError
-from repagen.evaluation.pipeline_images import TRAINING_FILE
-from repagen.files import replace_folder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.grid import save_image_grid
+from repagen.pipelines.provenance import TRAINING_FILE
 from repagen.randomness import generator_for
 from repagen.schedulers.presets import SAMPLER_PRESETS, sampler_preset
 from repagen.training.generator_config import GeneratorConfig, SamplerConfig
 from repagen.training.run import Run
+from repagen.training.run_release import release_and_publish
 
 
 def build_pipeline(
@@ -60,9 +61,8 @@ def build_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     with _naming_keys("sampler.preset"):
         pipeline.check_options({})
-    if config.sample.every_steps:
-        with _naming_keys("sampler.preset", "sample"):
-            pipeline.check_options({"guidance_scale": config.sample.guidance_scale})
+    with _naming_keys("sampler.preset", "sample"):
+        pipeline.check_options({"guidance_scale": config.sample.guidance_scale})
     if config.evaluation.every_images:
         with _naming_keys("sampler.preset", "evaluation"):
             pipeline.check_options(config.evaluation.options)
@@ -120,18 +120,30 @@ def training_facts(run: Run, step: int, dataset: SampleDataset) -> dict[str, Any
     }
 
 
-def write_release(pipeline: Any, folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Save the pipeline into `folder` in one rename; the encoder is referred to, not needed.
+def save_pipeline(pipeline: Any, facts: Mapping[str, Any], folder: Path) -> None:
+    """Save the pipeline into `folder`; the encoder is referred to, not needed.
 
     Args:
         pipeline: as it stands.
-        folder: of the release.
         facts: of the training; see `training_facts`.
+        folder: to write into.
     """
+    pipeline.save_pretrained(folder)
+    (folder / TRAINING_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
-    def fill(temporary: Path) -> None:
-        pipeline.save_pretrained(temporary)
-        (temporary / TRAINING_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
-    replace_folder(folder, fill)
-    return folder
+def release_pipeline(
+    run: Run, config: GeneratorConfig, pipeline: ClassToImagePipeline, step: int, dataset: SampleDataset
+) -> Path:
+    """Write the pipeline as it stands with its card and a sample grid, and push it; see `release_and_publish`."""
+    return release_and_publish(
+        run,
+        step,
+        dataset,
+        folder=run.folder / "pipeline",
+        save=partial(save_pipeline, pipeline, training_facts(run, step, dataset)),
+        draw=partial(write_sample_grid, config, pipeline, dataset.num_classes),
+        licences=pipeline.part_licences(),
+        base_model=config.transformer.pretrained,
+        base_revision=config.transformer.revision,
+    )

@@ -183,6 +183,17 @@ def test_another_librarys_autoencoder_is_looked_at_too(innocent: Path, tmp_path:
 # --- adapters ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bundle", [b for b in BUNDLES if b.is_of_weights], ids=lambda bundle: bundle.name)
+def test_an_adapter_is_looked_at_before_it_is_read(spoilt: Any, bundle: Bundle) -> None:
+    folder = spoilt(bundle, "transformer")
+    adapter = folder.root.with_name("adapter")
+    adapter.mkdir()
+    folder.weights.rename(adapter / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UserError) as caught:
+        tiny_pipeline().load_lora_weights(adapter)
+    assert bundle.reason in str(caught.value)
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pkl"])
 def test_an_adapter_of_pickle_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"pytorch_lora_weights{suffix}"

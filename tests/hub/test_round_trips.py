@@ -111,3 +111,18 @@ def test_an_official_encoder_that_is_stored(golden: Path, tmp_path: Path, monkey
     model = RepresentationAutoencoder.from_encoder(encoder, TINY_DECODER, image_size=16, decoder_patch_size=4)
     assert_round_trips(model, RepresentationAutoencoder.from_pretrained, tmp_path, monkeypatch)
     assert "encoder.frozen/model.frozen.safetensors" in files_of(tmp_path / NAMES[2] / "moved")
+
+
+def test_what_is_uploaded_tells_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: list[dict[str, bytes]] = []
+
+    def publish(folder: Path, *_: Any, **__: Any) -> None:
+        uploaded.append(files_of(folder))
+
+    monkeypatch.setattr("repagen.hub.published.publish_folder", publish)
+    tiny_pipeline(vae=tiny_kl()).save_pretrained(tmp_path / "first")
+    pipe = ClassToImagePipeline.from_pretrained(tmp_path / "first")
+    pipe.save_pretrained(tmp_path / "second", push_to_hub=True)
+    pipe.transformer.save_pretrained(tmp_path / "third", push_to_hub=True)
+    assert len(uploaded) == 2
+    assert not any(os.fsencode(tmp_path) in content for files in uploaded for content in files.values())

@@ -1,19 +1,32 @@
 from __future__ import annotations
 
+import json
 import runpy
+import shlex
 import shutil
-import string
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lora_parts import FILE, make_adapter, rows
 from PIL import Image
-from tiny_pipelines import ID2LABEL, NUM_CLASSES, PATCH, SIDE, tiny_pipeline, tiny_transformer
+from tiny_pipelines import ID2LABEL, NUM_CLASSES, PATCH, SIDE, PipelineMaker, tiny_pipeline, tiny_transformer
 
-from repagen import ELTTransformer2DModel, RAEv2Transformer2DModel, cli
+import repagen
+from repagen import (
+    ClassToImagePipeline,
+    DiTDHTransformer2DModel,
+    ELTTransformer2DModel,
+    RAEv2Transformer2DModel,
+    cli,
+)
 from repagen.errors import UserError
+from repagen.pipelines.png import read_png_facts
+from repagen.pipelines.provenance import TRAINING_FILE
 from repagen.pipelines.sample_command import load_pipeline
+from repagen.randomness import generator_for
 
 DOOR = Path(__file__).parents[2] / "pipelines" / "class_to_image"
 EDGE = SIDE * PATCH
@@ -116,14 +129,19 @@ def test_a_name_made_of_digits_is_a_name(tmp_path, monkeypatch):
     [
         (("--class-labels", "9"), "class 9; this model's classes are 0 to 3"),
         (("--class-labels", "gloden retriever"), "near names: golden retriever"),
-        (("--number", "0"), "--number is 0"),
-        (("--batch-size", "0"), "--batch-size is 0"),
+        (("--number", "0"), "--number must be at least 1, got 0"),
+        (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (("--guidance-interval", "1", "0"), "0 <= low <= high <= 1"),
         (("--num-loops", "2"), "the transformer is not looped"),
         (("--guidance-method", "internal", "--guidance-scale", "2"), "has no base head"),
-        (("--model", "no/such/folder"), "--model no/such/folder: no pipeline folder"),
-        (("--model", "org/absent"), "--model org/absent: no pipeline folder"),
+        (("--model", "no/such/folder"), "--model: pipeline 'no/such/folder': neither a folder"),
+        (("--model", "org/absent"), "--model: pipeline 'org/absent': not in the local cache"),
         (("--output", "."), "is no empty folder"),
+        (
+            ("--attention-backend", "eager"),
+            "--attention-backend eager does not run on cpu in float32 (attention backe",
+        ),
+        (("--attention-backend", "_native_efficient"), "does not run on cpu in float32"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(model, tmp_path, monkeypatch, capsys, words, message):
@@ -134,6 +152,155 @@ def test_a_mistake_is_one_line_and_exit_code_2(model, tmp_path, monkeypatch, cap
     assert exit_info.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("repagen: error")]
     assert message in line
+
+
+def test_an_image_says_how_it_came_about(tmp_path, monkeypatch):
+    defaults = {"guidance_scale": 3.0, "guidance_interval": [0.1, 0.9]}
+    model = tmp_path / "Größe of it"
+    tiny_pipeline(id2label=ID2LABEL, sampling_defaults=defaults).save_pretrained(model)
+    (model / TRAINING_FILE).write_text(json.dumps({"step": 1200, "recipe": "a tiny one", "images": 9}))
+    words = ["--model", str(model), "--class-labels", "3", "tabby", "--seed", "7"]
+    sample(monkeypatch, *words, "--output", str(tmp_path / "out"))
+    with Image.open(tmp_path / "out/images/000001.png") as image:
+        assert image.info["Software"] == f"repagen {repagen.__version__}"
+        assert image.info["Description"] == (
+            "class 0 (tabby, tabby cat), seed 7, image 1, 2 steps, guidance 3, recipe a tiny one, step 1200"
+        )
+        facts = json.loads(image.info["repagen"])
+    expected = {
+        "kind": "sample", "index": 1, "seed": 7, "class_label": 0, "class_name": "tabby, tabby cat",
+        "num_inference_steps": 2, "guidance_scale": 3.0, "guidance_interval": [0.1, 0.9], "guidance_method": "cfg",
+        "zero_init_steps": 0, "batch_size": 8, "adapters": [], "recipe": "a tiny one", "training_step": 1200,
+        "dtype": "float32", "device": "cpu",
+    }  # fmt: skip
+    assert {name: facts[name] for name in expected} == expected
+    assert (facts["scheduler"]["class"], facts["scheduler"]["shift"]) == ("FlowMatchEulerDiscreteScheduler", 2.0)
+    assert facts["model"]["path"] == str(model) and len(facts["model"]["sha256"]) == 64
+
+
+def test_the_command_in_the_metadata_draws_the_same_files(tmp_path, monkeypatch):
+    tiny_pipeline(id2label=ID2LABEL).save_pretrained(tmp_path / "a model")
+    options = [
+        "--class-labels",
+        "golden retriever",
+        "2",
+        "--number",
+        "5",
+        "--batch-size",
+        "2",
+        "--guidance-scale",
+        "2",
+    ]
+    options += ["--guidance-interval", "0.1", "0.95", "--dtype", "bfloat16", "--attention-backend", "_native_math"]
+    sample(monkeypatch, "--model", str(tmp_path / "a model"), *options, "--output", str(tmp_path / "a"))
+    program, *words = shlex.split(read_png_facts(tmp_path / "a/images/000004.png")["command"])
+    assert program == "repagen" and "--num-inference-steps" in words
+    monkeypatch.setattr(sys, "argv", [program, *words, "--output", str(tmp_path / "b")])
+    cli.main()
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / out / "images").iterdir()} for out in "ab")
+    assert len(first) == 5 and first == second
+    assert (tmp_path / "a/grid.png").read_bytes() == (tmp_path / "b/grid.png").read_bytes()
+
+
+def test_an_interrupted_command_continues(model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    words = ["--model", model, "--number", "5", "--batch-size", "2", "--output", str(out)]
+    sample(monkeypatch, *words)
+    whole = {path.name: path.read_bytes() for path in (out / "images").iterdir()}
+    (out / "grid.png").unlink()
+    (out / "images/000003.png").unlink()
+    (out / "images/.tmp-1-000003.png").write_bytes(b"half")
+    kept = (out / "images/000002.png").stat().st_mtime_ns
+    capsys.readouterr()
+    sample(monkeypatch, *words)
+    assert "(4 of them were there already)" in capsys.readouterr().out
+    assert {name: (out / "images" / name).read_bytes() for name in whole} == whole and (out / "grid.png").exists()
+    assert (out / "images/000002.png").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--seed", "1"], "000000.png was drawn with other values of command, seed; name a new folder"),
+        (["--number", "5"], "000000.png was drawn with other values of command; name a new folder"),
+    ],
+)
+def test_images_of_another_command_are_not_mixed_in(model, tmp_path, monkeypatch, capsys, change, message):
+    words = ["--model", model, "--output", str(tmp_path)]
+    sample(monkeypatch, *words)
+    with pytest.raises(SystemExit):
+        sample(monkeypatch, *words, *change)
+    assert message in capsys.readouterr().err
+
+
+def test_a_foreign_image_is_not_mixed_in(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/holiday.png").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        sample(monkeypatch, "--model", model, "--output", str(tmp_path))
+    assert "holiday.png is no image of this command; name a new folder" in capsys.readouterr().err
+
+
+def test_a_damaged_image_is_not_kept_in_silence(model, tmp_path, monkeypatch, capsys):
+    words = ["--model", model, "--output", str(tmp_path)]
+    sample(monkeypatch, *words)
+    path = tmp_path / "images/000001.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(SystemExit):
+        sample(monkeypatch, *words)
+    assert f"{path}: no PNG with metadata of repagen" in capsys.readouterr().err
+
+
+def test_the_bar_shows_the_step(model, tmp_path, monkeypatch, capsys):
+    sample(monkeypatch, "--model", model, "--output", str(tmp_path / "out"))
+    assert "step 2/2" in capsys.readouterr().err
+
+
+def test_adapters_with_weights_and_their_classes(tmp_path, monkeypatch):
+    model, a, b = (str(tmp_path / name) for name in ("model", "a=1", "b"))
+    tiny_pipeline(id2label=ID2LABEL).save_pretrained(model)
+    make_adapter(tiny_pipeline, Path(a), label_rows=rows("heron"), seed=1)
+    make_adapter(tiny_pipeline, Path(b), seed=2)
+    words = ["--model", model, "--class-labels", "heron", "0", "--seed", "3"]
+    sample(monkeypatch, *words, "--lora", a, f"{b}=0.5", "--output", str(tmp_path / "out"))
+    facts = read_png_facts(tmp_path / "out/images/000000.png")
+    assert (facts["class_label"], facts["class_name"]) == (NUM_CLASSES, "heron")
+    assert [(one["path"], one["weight"]) for one in facts["adapters"]] == [(a, 1.0), (b, 0.5)]
+    assert facts["adapters"][0]["sha256"] == sha256((Path(a) / FILE).read_bytes()).hexdigest()
+
+    pipe = ClassToImagePipeline.from_pretrained(model)
+    pipe.load_lora_weights(a, adapter_name="first")
+    pipe.load_lora_weights(b, adapter_name="second")
+    pipe.set_adapters(["first", "second"], [1.0, 0.5])
+    generators = [generator_for(3, "sample", index) for index in range(2)]
+    expected = pipe(["heron", 0], num_inference_steps=2, generator=generators).images
+    for index, image in enumerate(pixels(tmp_path / "out").values()):
+        np.testing.assert_array_equal(image, np.asarray(expected[index]).astype(int))
+
+    monkeypatch.setattr(sys, "argv", [*shlex.split(facts["command"]), "--output", str(tmp_path / "again")])
+    cli.main()
+    first, second = (
+        {p.name: p.read_bytes() for p in (tmp_path / out / "images").iterdir()} for out in ("out", "again")
+    )
+    assert first == second
+
+
+def test_adapters_that_cannot_be_used_are_named(model, tmp_path, monkeypatch, capsys):
+    pipe = tiny_pipeline()
+    pipe.save_lora_weights(tmp_path / "rows", label_rows=rows("heron"))
+    make_adapter(PipelineMaker(DiTDHTransformer2DModel), tmp_path / "foreign")
+    for word, message in (
+        (f"{tmp_path}/none", "none: adapter"),
+        (f"{tmp_path}/rows=0.5", "holds classes only, which take no weight"),
+        (f"{tmp_path}/rows=half", "'half' is no number; give PATH or PATH=WEIGHT"),
+        (str(tmp_path), f"--lora {tmp_path}: {tmp_path}: no adapter file"),
+        (f"{tmp_path}/foreign", "foreign: adapter 'adapter_0' does not fit this SiTTransformer2DModel"),
+    ):
+        with pytest.raises(SystemExit):
+            sample(monkeypatch, "--model", model, "--lora", word, "--output", str(tmp_path / "out"))
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("repagen: error")]
+        assert message in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pipeline_of_another_kind_is_named(tmp_path, monkeypatch, capsys):
@@ -159,17 +326,6 @@ def test_entry_file_loads_as_a_custom_pipeline(model):
         model, custom_pipeline=str(DOOR / "pipeline.py"), trust_remote_code=True
     )
     assert type(loaded).__name__ == "ClassToImagePipeline"
-
-
-def test_model_card_names_the_library_and_the_import():
-    import yaml
-
-    template = (DOOR / "model_card.md").read_text()
-    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name}
-    _, front_matter, text = template.format(**dict.fromkeys(fields, "x")).split("---\n", 2)
-    metadata = yaml.safe_load(front_matter)
-    assert metadata["library_name"] == "repagen" and "diffusers" in metadata["tags"]
-    assert "import repagen" in text and "trust_remote_code=True" not in text
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing weights", "missing component", "wrong config"])

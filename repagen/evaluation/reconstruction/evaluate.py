@@ -99,11 +99,11 @@ def evaluate_reconstruction(
     source = require_originals(source)
     require_autoencoder(autoencoder, "autoencoder")
     require_independent_latents(autoencoder, "autoencoder")
-    comparisons = _comparisons(metrics, perceptual, autoencoder.device)
+    comparisons = pair_comparisons(metrics, perceptual, autoencoder.device)
     autoencoder.eval()
     indices = _chosen(len(source), num_images, seed)
     side = _image_side(autoencoder, source, indices)
-    _refuse_too_small(comparisons, side, autoencoder.device)
+    refuse_too_small(comparisons, side, autoencoder.device)
     task = _Task(autoencoder, source, comparisons, _extractor_of(metrics, extractor), side)
     whole = _join(gather_object([_run_share(task, indices, batch_size, max_bad_images)]))
     unreadable = [whole.unreadable[index] for index in sorted(whole.unreadable)]
@@ -168,9 +168,19 @@ def require_originals(source: ImageSource | ReferenceStatistics) -> ImageSource:
     return source
 
 
-def _comparisons(
+def pair_comparisons(
     metrics: Sequence[Metric], perceptual: PerceptualDistance | None, device: torch.device
 ) -> dict[PairedMetric, Comparison]:
+    """Return the functions behind metrics of single images.
+
+    Args:
+        metrics: their names; `rfid` is passed over, since it is one of all images together.
+        perceptual: the network of `lpips`.
+        device: where it computes.
+
+    Raises:
+        UserError: an unknown metric, none, or `lpips` without its network.
+    """
     known: dict[PairedMetric, Comparison | None] = {
         "psnr": peak_signal_to_noise_ratio,
         "ssim": structural_similarity,
@@ -229,8 +239,12 @@ def _wrong_size(source: ImageSource, index: int, image: torch.Tensor, reason: st
     )
 
 
-def _refuse_too_small(comparisons: Mapping[PairedMetric, Comparison], side: int, device: torch.device) -> None:
-    """SSIM's window and LPIPS's network take no images below some size; they are asked, before anything is made."""
+def refuse_too_small(comparisons: Mapping[PairedMetric, Comparison], side: int, device: torch.device) -> None:
+    """Ask the comparisons for images of a side, before anything is made: SSIM and LPIPS take none below some size.
+
+    Raises:
+        UserError: naming the metric.
+    """
     blank = torch.zeros(1, 3, side, side, device=device)
     for metric, compare in comparisons.items():
         with refusing(f"metrics: {metric} cannot compare images of {side} px; leave it out"), torch.no_grad():
@@ -314,7 +328,8 @@ def _run_batch(task: _Task, indices: Sequence[int], share: _Share) -> None:
         (share.reconstructions, reconstructions, "the reconstruction of "),
     ):
         _add_features(moments, task.features(pictures), [side + name for name in names])
-    share.figures |= dict(zip(images, _compare(task, originals, reconstructions, names), strict=True))
+    figures = compare_pairs(task.comparisons, task.autoencoder.device, originals, reconstructions, names)
+    share.figures |= dict(zip(images, figures, strict=True))
     share.digests |= {
         index: (pixel_digest(original), pixel_digest(reconstruction))
         for index, original, reconstruction in zip(images, originals, reconstructions, strict=True)
@@ -334,14 +349,28 @@ def _add_features(
 
 
 @torch.no_grad()
-def _compare(
-    task: _Task, originals: torch.Tensor, reconstructions: torch.Tensor, names: Sequence[str]
+def compare_pairs(
+    comparisons: Mapping[PairedMetric, Comparison],
+    device: torch.device,
+    originals: torch.Tensor,
+    reconstructions: torch.Tensor,
+    names: Sequence[str],
 ) -> list[dict[PairedMetric, float]]:
-    device = task.autoencoder.device
+    """Return the figures of each image.
+
+    Args:
+        comparisons: of `pair_comparisons`.
+        device: where they compute.
+        originals, reconstructions: uint8 (B, 3, H, H).
+        names: of the images, for messages.
+
+    Raises:
+        UserError: a figure is not finite.
+    """
 
     def run(pairs: torch.Tensor) -> dict[str, torch.Tensor]:
         sides = (pairs.to(device).float() / 255).chunk(2, dim=1)
-        return {metric: compare(*sides) for metric, compare in task.comparisons.items()}
+        return {metric: compare(*sides) for metric, compare in comparisons.items()}
 
     with full_float32(device):
         columns = in_fixed_batches(run, torch.cat([originals, reconstructions], dim=1), FORWARD_BATCH_SIZE)
@@ -350,7 +379,7 @@ def _compare(
         if any(broken):
             name = names[broken.index(True)]
             raise UserError(f"{metric} of {name} is not finite; look at that image, and at the metric's weights")
-    return [{metric: columns[metric][row].item() for metric in task.comparisons} for row in range(len(originals))]
+    return [{metric: columns[metric][row].item() for metric in comparisons} for row in range(len(originals))]
 
 
 def _join(shares: Sequence[_Share]) -> _Share:

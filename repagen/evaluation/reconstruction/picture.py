@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 from repagen.errors import UserError
 from repagen.evaluation.reconstruction.evaluate import reconstruct
 from repagen.evaluation.reconstruction.result import ImageFigures, PairedMetric, ReconstructionResult
 from repagen.evaluation.samples import ImageSource
+from repagen.pipelines.png import save_png
 
 DIFFERENCE_FACTOR = 4
 _TILE_PX = 256  # smaller images are enlarged by a whole factor to at most this
@@ -71,13 +70,9 @@ def save_case_picture(
     means = ", ".join(_figure(key, result.metrics[key]) for key in result.spread)
     originals = f"{reference['kind']} {reference.get('path') or ''}".strip()
     picture = draw_cases(title, f"Means: {means}. Originals: {originals}, {reference['size']} px.", sections)
-    metadata = PngInfo()
-    metadata.add_text("Title", title)
     indices = {"worst": [case.index for case in worst], "median": [case.index for case in median], "by": metric}
     facts = {**indices, "difference_factor": DIFFERENCE_FACTOR, **result.as_dict()}
-    metadata.add_text("repagen", json.dumps(facts, allow_nan=False))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG", pnginfo=metadata)
+    save_png(picture, Path(path), facts, title)
 
 
 def worst_and_median(

@@ -1,0 +1,187 @@
+"""Files of adapters: LoRA layers, rows of new classes, or both; found, read, checked and written, never unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from repagen.errors import UserError, refusing
+from repagen.files import put_file
+from repagen.hub.inspection import inspect_weights_file
+
+COMPONENT = "transformer"
+ROWS_KEY = f"{COMPONENT}.label_embedder.rows"
+CLASS_NAMES_KEY = "class_names"
+# What a file may ask of peft; the rest imports modules, reads files or changes the base weights.
+_CONFIG_KEYS = frozenset({
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "inference_mode", "task_type", "peft_type",
+    "base_model_name_or_path", "revision", "peft_version",
+})  # fmt: skip
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter holds.
+
+    Attributes:
+        layers: LoRA weights by their full names, `transformer.blocks.0.attn.to_q.lora_A.weight` and so on.
+        metadata: diffusers' metadata of them: fields of `LoraConfig`, prefixed by the component; None: none.
+        rows: embeddings (R, D) of its classes; None: it brings none.
+        class_names: the R names; None where they are not known.
+    """
+
+    layers: dict[str, torch.Tensor]
+    metadata: dict[str, Any] | None
+    rows: torch.Tensor | None
+    class_names: list[str] | None
+
+
+def find_adapter_file(source: str | Path, weight_name: str | None, subfolder: str | None = None, **hub: Any) -> Path:
+    """Return the adapter file that a path or Hub id means.
+
+    Args:
+        source: a file, a folder that holds one, or a Hub repository ("org/name").
+        weight_name: name of the file in the folder or repository; None: `pytorch_lora_weights.safetensors`.
+        subfolder: of the folder or repository.
+        hub: `revision`, `token`, `local_files_only`, `cache_dir` and `force_download` of `hf_hub_download`.
+
+    Raises:
+        UserError: no such file, no safetensors file, or a repository that is closed, unknown or out of reach.
+    """
+    name = weight_name or LORA_WEIGHT_NAME_SAFE
+    path = Path(source).expanduser()
+    given = path.name if path.is_file() else name
+    if not given.endswith(".safetensors"):
+        raise UserError(f"adapter file {given!r}: only .safetensors files are read; convert it, or save it anew")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        folder = path / (subfolder or "")
+        if not (folder / name).is_file():
+            found = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "none"
+            raise UserError(f"{folder}: no adapter file {name}; safetensors files there: {found}; give weight_name")
+        return folder / name
+    with refusing(f"adapter {str(source)!r}: no such file or folder here, and {name} is not to be had from the Hub"):
+        return Path(hf_hub_download(str(source), name, subfolder=subfolder, **hub))
+
+
+def read_adapter_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, list[str] | None]:
+    """Read all tensors of a file, its LoRA metadata and its class names (None: none).
+
+    Raises:
+        UserError: broken, refused by `inspect_weights_file`, or with metadata of another form.
+    """
+    inspect_weights_file(path, "adapter")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: no readable safetensors file ({' '.join(str(error).split())[:200]})") from error
+    metadata = _from_json(path, header, LORA_ADAPTER_METADATA_KEY, dict)
+    names = _from_json(path, header, CLASS_NAMES_KEY, list)
+    if ROWS_KEY in tensors and names is None:
+        raise UserError(f"{path}: has {ROWS_KEY}, but its metadata has no {CLASS_NAMES_KEY}; save it anew")
+    return tensors, metadata, names
+
+
+def _from_json(path: Path, header: Mapping[str, str], key: str, kind: type) -> Any:
+    if key not in header:
+        return None
+    with refusing(f"{path}: metadata {key} is not JSON"):
+        value = json.loads(header[key])
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: metadata {key} must be a JSON {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def split_adapter(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None, class_names: Sequence[str] | None
+) -> Adapter:
+    """Part tensors of an adapter into LoRA layers and label rows.
+
+    Raises:
+        UserError: tensors of another component, of no LoRA, rows that do not go with the names, or metadata that asks
+            for more than LoRA layers.
+    """
+    foreign = [key for key in tensors if not key.startswith(f"{COMPONENT}.")]
+    if foreign or not tensors:
+        found = f"tensor {foreign[0]!r}" if foreign else "no tensor"
+        raise UserError(f"adapter: {found}; all names must begin with '{COMPONENT}.', so it is of another pipeline")
+    layers = {key: tensor for key, tensor in tensors.items() if key != ROWS_KEY}
+    strange = [key for key in layers if ".lora_" not in key]
+    if strange:
+        raise UserError(f"adapter: tensor {strange[0]!r} is neither of a LoRA layer nor {ROWS_KEY}")
+    _check_metadata(metadata)
+    rows = tensors.get(ROWS_KEY)
+    if rows is not None:
+        _check_rows(rows, class_names)
+    names = None if rows is None or class_names is None else list(class_names)
+    return Adapter(layers, None if metadata is None else dict(metadata), rows, names)
+
+
+def _check_rows(rows: torch.Tensor, class_names: Sequence[str] | None) -> None:
+    if rows.ndim != 2 or not rows.is_floating_point():
+        raise UserError(
+            f"adapter: {ROWS_KEY} must be (classes, width) floats, got {tuple(rows.shape)} of {rows.dtype}"
+        )
+    if class_names is None:
+        return
+    if len(class_names) != len(rows) or not all(isinstance(name, str) and name.strip() for name in class_names):
+        raise UserError(
+            f"adapter: {CLASS_NAMES_KEY} must be {len(rows)} names, one per label row, got {class_names!r}"
+        )
+
+
+def _check_metadata(metadata: Mapping[str, Any] | None) -> None:
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    for full_key, value in (metadata or {}).items():
+        key = full_key.removeprefix(f"{COMPONENT}.")
+        if key not in defaults:
+            raise UserError(f"adapter: metadata {full_key} is no field of peft's LoraConfig; a newer peft may know it")
+        if key == "init_lora_weights":
+            harmless = value in _PLAIN_INITS
+        else:
+            harmless = key in _CONFIG_KEYS or not value or value == defaults[key]
+        if not harmless:
+            raise UserError(f"adapter: metadata {full_key} is {value!r}, which needs more than LoRA layers; refused")
+
+
+def write_adapter_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write an adapter file in one rename; equal content gives equal bytes."""
+    content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, dict(metadata))
+    put_file(path, _with_sorted_metadata(content))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """Sort a safetensors header's metadata, which are written in an order that changes from run to run."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format's alignment
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+def metadata_of(lora: Mapping[str, Any] | None, class_names: Sequence[str] | None) -> dict[str, str]:
+    """Return the metadata of an adapter file: diffusers' of the LoRA layers, and ours of the label rows."""
+    metadata = {"format": "pt"}
+    if lora:
+        plain = {f"{COMPONENT}.{k}": sorted(v) if isinstance(v, set) else v for k, v in lora.items()}
+        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(plain, indent=2, sort_keys=True)
+    if class_names is not None:
+        metadata[CLASS_NAMES_KEY] = json.dumps(list(class_names), ensure_ascii=False)
+    return metadata

@@ -1,0 +1,106 @@
+"""Eight-bit weights by torchao, which run on a CPU; what needs a GPU is listed in docs/memory.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import PipelineQuantizationConfig, TorchAoConfig
+from peft import LoraConfig
+from tiny_pipelines import PipelineMaker, inputs
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+
+from repagen import ClassToImagePipeline
+
+
+def load(folder: Path, quantization: Any, *parts: str) -> ClassToImagePipeline:
+    """The saved pipeline with the named parts in eight bits."""
+    config = PipelineQuantizationConfig(quant_mapping={part: TorchAoConfig(quantization) for part in parts})
+    pipe = ClassToImagePipeline.from_pretrained(
+        folder, quantization_config=config, dtype={"transformer": torch.bfloat16, "default": torch.float32}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def quantized_names(model: Any) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if type(parameter).__name__ == "Int8Tensor"]
+
+
+@pytest.fixture
+def saved(make_any_pipe: PipelineMaker, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """A folder with a pipeline, and its images."""
+    pipe = make_any_pipe()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline", pipe(**inputs()).images
+
+
+@pytest.fixture
+def quantized(make_pipe: PipelineMaker, tmp_path: Path) -> ClassToImagePipeline:
+    make_pipe().save_pretrained(tmp_path / "pipeline")
+    return load(tmp_path / "pipeline", Int8WeightOnlyConfig(), "transformer")
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()],
+    ids=["weights", "weights and activations"],
+)
+def test_every_generator_samples_in_eight_bits(saved: tuple[Path, torch.Tensor], quantization: Any) -> None:
+    folder, expected = saved
+    pipe = load(folder, quantization, "transformer", "vae")
+    for model in (pipe.transformer, pipe.vae):
+        names, kept = quantized_names(model), set(model._keep_in_fp32_modules)
+        assert names and not any(kept & set(name.split(".")) for name in names)
+    modules = {word for name in quantized_names(pipe.transformer) for word in name.split(".")}
+    assert {"to_q", "to_k", "to_v", "to_out", "linear_in", "linear_out", "proj_out"} <= modules
+    images = pipe(**inputs()).images
+    assert 0 < (images - expected).abs().max() < 0.05
+
+
+def test_linear_weights_take_a_byte_each(quantized: ClassToImagePipeline) -> None:
+    weights = [quantized.transformer.get_parameter(name) for name in quantized_names(quantized.transformer)]
+    assert all(weight.qdata.dtype == torch.int8 and weight.qdata.shape == weight.shape for weight in weights)
+
+
+def test_eight_bits_are_saved_and_loaded(quantized: ClassToImagePipeline, tmp_path: Path) -> None:
+    quantized.save_pretrained(tmp_path / "again")
+    loaded = ClassToImagePipeline.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    loaded.set_progress_bar_config(disable=True)
+    assert quantized_names(loaded.transformer) == quantized_names(quantized.transformer)
+    call = {"output_type": "latent"}
+    assert torch.equal(loaded(**inputs(**call)).images, quantized(**inputs(**call)).images)
+
+
+def test_lora_works_on_eight_bits(quantized: ClassToImagePipeline) -> None:
+    base = quantized(**inputs()).images
+    quantized.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    assert not torch.equal(quantized(**inputs()).images, base)
+    assert torch.equal(quantized(**inputs(attention_kwargs={"scale": 0.0})).images, base)
+
+
+@pytest.mark.parametrize("what", ["model offload", "group offload", "cache", "compile"])
+def test_eight_bits_combine_with(quantized: ClassToImagePipeline, what: str) -> None:
+    expected = quantized(**inputs()).images
+    if what == "model offload":
+        quantized.enable_model_cpu_offload(device="cpu")
+    elif what == "group offload":
+        quantized.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    elif what == "cache":
+        quantized.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
+    else:
+        torch.compiler.reset()
+        quantized.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    torch.testing.assert_close(quantized(**inputs()).images, expected, rtol=0, atol=1e-5)
+
+
+def test_bitsandbytes_is_refused_where_there_is_no_gpu(make_pipe: PipelineMaker, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("bitsandbytes may run here")
+    make_pipe().save_pretrained(tmp_path)
+    config = PipelineQuantizationConfig(quant_mapping={"transformer": diffusers.BitsAndBytesConfig(load_in_8bit=True)})
+    with pytest.raises(RuntimeError, match="A GPU is needed for quantization"):
+        ClassToImagePipeline.from_pretrained(tmp_path, quantization_config=config)
