@@ -15,6 +15,7 @@ from repagen.evaluation.protocol import EvaluationProtocol
 from repagen.training.decoder_config import TrainedAutoencoderConfig
 from repagen.training.discriminator import AdversarialConfig
 from repagen.training.evaluation_config import EvaluationConfig
+from repagen.training.finetune_config import FinetuneConfig, FinetuneDecoderConfig
 from repagen.training.frozen import BUNDLED_ENCODERS
 from repagen.training.generator_config import (
     AlignmentTargetConfig,
@@ -129,6 +130,10 @@ def _of_transformer(section: TransformerConfig) -> Iterator[Need]:
         yield _model(section.pretrained, "pretrained", section.revision)
 
 
+def _of_finetuning(section: FinetuneConfig | FinetuneDecoderConfig) -> Iterator[Need]:
+    yield _model(section.pipeline, "pipeline", section.revision)
+
+
 def _of_trained_autoencoder(section: TrainedAutoencoderConfig) -> Iterator[Need]:
     if section.encoder is not None:
         yield from _encoder(section.encoder, "encoder", section.revision)
@@ -187,6 +192,8 @@ _READERS: dict[type, Callable[[Any], Iterator[Need]]] = {
     LpipsConfig: _of_lpips,
     AdversarialConfig: _of_adversarial,
     EvaluationConfig: _of_evaluation,
+    FinetuneConfig: _of_finetuning,
+    FinetuneDecoderConfig: _of_finetuning,
 }
 """Sections of configurations that name things from elsewhere => how they are read."""
 

@@ -17,12 +17,14 @@ from repagen.offline.needs import BLANK, Need, needs_of_config, needs_of_protoco
 from repagen.offline.published import PUBLISHED_FILES
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.end_to_end_config import EndToEndConfig
+from repagen.training.finetune_config import load_finetune_config
 from repagen.training.generator_config import GeneratorConfig
 
 PROGRAMS: dict[str, Callable[[str, Sequence[str]], Any]] = {
     "generator": partial(load_config, GeneratorConfig),
     "decoder": partial(load_config, DecoderConfig),
     "end_to_end": partial(load_config, EndToEndConfig),
+    "finetune": load_finetune_config,
 }
 """Training programs => what loads their configurations, from name and `key=value` words."""
 

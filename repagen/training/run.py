@@ -38,7 +38,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from repagen.config import flatten, save_config, to_plain
-from repagen.data import SampleDataset, StreamBatchSampler, load_batches
+from repagen.data import SampleDataset, StreamBatchSampler, load_batches, sample_indices
 from repagen.errors import UserError, naming
 from repagen.hub.publishing import open_repository
 from repagen.randomness import derived_seed, generator_for
@@ -75,7 +75,7 @@ _MAY_CHANGE = (
 )
 # Where data and frozen models lie; the facts that the program compares say whether they are the same.
 _PLACES = re.compile(
-    r"data\.path|autoencoder\.(path|subfolder|revision)|transformer\.(pretrained|revision)"
+    r"data\.path|pipeline|revision|autoencoder\.(path|subfolder|revision)|transformer\.(pretrained|revision)"
     r"|alignment\.(targets\.\d+|attention|class_token)\.(encoder|revision)"
 )
 
@@ -362,6 +362,12 @@ class Run:
             disable=not (self.is_main and self.config.progress_bar),
             dynamic_ncols=True,
         )
+
+    def first_samples(self, dataset: SampleDataset, count: int) -> Batch:
+        """The first samples of the stream, as one micro-batch on the device."""
+        indices = sample_indices(0, count, len(dataset), self.config.seed)
+        [batch] = load_batches(dataset, [list(zip(indices, range(count), strict=True))], self.config.seed)
+        return self._to_device(batch)
 
     def _to_device(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

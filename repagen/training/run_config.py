@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 from repagen.config import require
 from repagen.errors import UserError
@@ -25,7 +25,7 @@ class RecipeConfig:
 
     title: str = ""
     paper: str = ""
-    program: Literal["generator", "decoder", "end_to_end"] = "generator"
+    program: Literal["generator", "decoder", "end_to_end", "finetune"] = "generator"
     cost: str = ""
     expected: str = ""
 
@@ -41,7 +41,8 @@ class RunConfig:
         max_steps: optimiser steps.
         global_batch_size: samples per optimiser step, over all processes and accumulation.
         micro_batch_size: samples per forward pass and process; None: all of a process's share at once. The rest of the
-            batch is accumulated, which gives the same losses.
+            batch is accumulated, which gives the same losses. Fine-tuning takes `auto` too: the most that fit into
+            memory, found by trial.
         precision: `fp32`; `tf32` (matmuls of float32 in TF32 where the GPU can); `bf16` (autocast; losses, norms and
             parameters stay float32).
         device: `auto` takes the GPU if there is one.
@@ -60,12 +61,14 @@ class RunConfig:
         hub_revision: branch of it to commit to; None: the main branch.
     """
 
+    finds_micro_batch: ClassVar[bool] = False
+
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     output_dir: str
     seed: int = 0
     max_steps: int
     global_batch_size: int
-    micro_batch_size: int | None = None
+    micro_batch_size: int | Literal["auto"] | None = None
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
     deterministic: bool = False
@@ -86,7 +89,9 @@ class RunConfig:
         require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
         require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
         require(self.global_batch_size >= 1, "global_batch_size", self.global_batch_size, "at least 1")
-        if self.micro_batch_size is not None:
+        if self.micro_batch_size == "auto":
+            require(self.finds_micro_batch, "micro_batch_size", "auto", "a number here; auto is for fine-tuning")
+        elif self.micro_batch_size is not None:
             fits = self.micro_batch_size >= 1 and self.global_batch_size % self.micro_batch_size == 0
             allowed = f"a divisor of global_batch_size={self.global_batch_size}"
             require(fits, "micro_batch_size", self.micro_batch_size, allowed)
@@ -109,13 +114,14 @@ class BatchPlan:
 
     @classmethod
     def from_config(cls, config: RunConfig, processes: int) -> BatchPlan:
-        """Plan the split; refused if the global batch does not divide."""
+        """Plan the split, of `auto` the largest; refused if the global batch does not divide."""
         share, rest = divmod(config.global_batch_size, processes)
-        micro_size = config.micro_batch_size or share
+        given = None if config.micro_batch_size == "auto" else config.micro_batch_size
+        micro_size = given or share
         if rest or micro_size > share or share % micro_size:
             raise UserError(
                 f"global_batch_size: {config.global_batch_size} does not split into {processes} processes with "
-                f"micro_batch_size={config.micro_batch_size}; choose a multiple of {processes * (micro_size or 1)}"
+                f"micro_batch_size={given}; choose a multiple of {processes * (micro_size or 1)}"
             )
         return cls(config.global_batch_size, processes, share // micro_size)
 
@@ -123,6 +129,10 @@ class BatchPlan:
     def micro_size(self) -> int:
         """Samples per forward pass of one process."""
         return self.global_size // (self.processes * self.accumulation)
+
+    def with_micro_size(self, micro_size: int) -> BatchPlan:
+        """The plan with other micro-batches; `micro_size` divides a process's share."""
+        return replace(self, accumulation=self.global_size // (self.processes * micro_size))
 
     def __str__(self) -> str:
         return (
