@@ -319,15 +319,6 @@ def test_door_writes_one_grid(model, tmp_path, monkeypatch, capsys):
         assert picture.size == (2 * EDGE, EDGE)
 
 
-def test_entry_file_loads_as_a_custom_pipeline(model):
-    from diffusers import DiffusionPipeline
-
-    loaded = DiffusionPipeline.from_pretrained(
-        model, custom_pipeline=str(DOOR / "pipeline.py"), trust_remote_code=True
-    )
-    assert type(loaded).__name__ == "ClassToImagePipeline"
-
-
 @pytest.mark.parametrize("damage", ["truncated", "missing weights", "missing component", "wrong config"])
 def test_a_damaged_pipeline_is_one_line(damage: str, tmp_path: Path) -> None:
     folder = tmp_path / "pipeline"
