@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from repagen.data import CombinedDataset, SampleDataset, open_dataset
 from repagen.errors import UserError, run_as_program
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
@@ -62,10 +64,22 @@ def train(config: AnyFinetuneConfig) -> Path:
     with open_run(config, "finetune") as run:
         config.revision = run.on_main(partial(pinned_pipeline, config.pipeline, config.revision))
         dataset = open_dataset(config.data)
+        _refuse_empty_classes(dataset)
         pipeline = open_pipeline(config.pipeline, config.revision)
         if isinstance(config, FinetuneDecoderConfig):
             return _train_decoder(config, run, pipeline, dataset)
         return _train_generator(config, run, pipeline, dataset)
+
+
+def _refuse_empty_classes(dataset: Any) -> None:
+    """Refuse classes without images, which datasets from the Hub may name: their rows would stay as they begin."""
+    counts = torch.bincount(dataset.labels, minlength=dataset.num_classes)
+    empty = [name for name, count in zip(dataset.class_names, counts.tolist(), strict=False) if count == 0]
+    if empty:
+        raise UserError(
+            f"data: no image of {', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''} ({len(empty)} of "
+            f"{dataset.num_classes} classes); add some, or leave these classes out of the data"
+        )
 
 
 # --- generator -----------------------------------------------------------------------------------------------------

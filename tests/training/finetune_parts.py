@@ -55,6 +55,13 @@ def write_images(folder: Path, classes: list[str] = CLASSES, count: int = 3) -> 
     return folder
 
 
+def write_pipeline_and_images(folder: Path) -> Path:
+    """Write a pipeline of 3 classes and a folder of 2, one of them known to it: => the folder of both."""
+    write_pipeline(folder)
+    write_images(folder / "images")
+    return folder
+
+
 def finetune_settings(pipeline: Path, images: Path, mode: str) -> dict[str, Any]:
     """A few steps of a mode; of `decoder` without perceptual networks."""
     values: dict[str, Any] = {

@@ -8,12 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_parts import finetune, finetune_settings, result_bytes, write_images, write_pipeline
-from generator_parts import metric_rows
+from diffusers import AutoencoderKL
+from finetune_parts import (
+    finetune,
+    finetune_settings,
+    result_bytes,
+    write_images,
+    write_pipeline,
+    write_pipeline_and_images,
+)
+from generator_parts import TINY, metric_rows
 from safetensors.torch import load_file
 
+import repagen
 from repagen import ClassToImagePipeline
 from repagen.errors import UserError
+from repagen.training.generator_config import ARCHITECTURES
 from repagen.training.launch import RunStopped
 from repagen.training.run import Run
 
@@ -22,10 +32,7 @@ MODES = ["full", "lora", "labels", "decoder"]
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parts")
-    write_pipeline(folder)
-    write_images(folder / "images")
-    return folder
+    return write_pipeline_and_images(tmp_path_factory.mktemp("parts"))
 
 
 def settings(parts: Path, mode: str) -> dict[str, Any]:
@@ -179,6 +186,58 @@ def test_a_weaker_model_that_no_longer_fits_is_left_out(
     assert released.guidance_transformer is None
     assert released.config.sampling_defaults == {**defaults, "guidance_method": None}
     draw(released, "bird")
+
+
+def lora_of(architecture: Any, parts: Path, tmp_path: Path, *words: str, **more: Any) -> torch.Tensor:
+    """Tune a tiny generator of a class in the latents of a KL autoencoder; => what it draws of the new class."""
+    size, widths = TINY[architecture]
+    cls = getattr(repagen, ARCHITECTURES[architecture])
+    shape = {"sample_size": 8, "in_channels": 4, "num_classes": 3, "patch_size": 2}
+    torch.manual_seed(2)
+    transformer = cls(**cls.config_for_size(size, **widths, **shape, **more))
+    transformer.initialize_weights()
+    folder = tmp_path / "parts"
+    shutil.copytree(parts / "kl", folder / "kl")
+    shutil.copytree(parts / "rae", folder / "rae")
+    pipeline = write_pipeline(
+        folder,
+        transformer=transformer,
+        vae=AutoencoderKL.from_pretrained(folder / "kl"),
+        scheduler=repagen.sampler_preset("dit-ddpm" if architecture == "dit" else "repa-ode")[0],
+    )
+    words = ("max_steps=1", "micro_batch_size=null", *words)
+    run = finetune(finetune_settings(pipeline, parts / "images", "lora"), tmp_path, *words)
+    tuned = load(pipeline)
+    tuned.load_lora_weights(run / "adapter")
+    return draw(tuned, "bird")
+
+
+def test_adapters_of_a_generator_that_counts_discrete_steps(parts: Path, tmp_path: Path) -> None:
+    assert torch.isfinite(lora_of("dit", parts, tmp_path)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [name for name in TINY if name != "dit"])
+def test_adapters_of_every_generator(parts: Path, tmp_path: Path, architecture: str) -> None:
+    assert torch.isfinite(lora_of(architecture, parts, tmp_path)).all()
+
+
+@pytest.mark.slow
+def test_a_generator_with_a_class_token_needs_its_encoder(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"alignment.class_token: none, but .* one of width 16, .*set alignment"):
+        lora_of("sit", parts, tmp_path / "without", class_token_dim=16)
+    word = f"alignment.class_token.encoder={parts / 'encoder'}"
+    assert torch.isfinite(lora_of("sit", parts, tmp_path / "with", word, class_token_dim=16)).all()
+
+
+@pytest.mark.parametrize("mode", ["lora", "labels"])
+def test_gradients_reach_what_is_trained_through_checkpointing(
+    parts: Path, tmp_path: Path, finished: dict[str, Path], mode: str
+) -> None:
+    words = ["gradient_checkpointing=true", "prior.images_per_class=2"]
+    run = finetune(settings(parts, mode), tmp_path, *words[: 2 if mode == "lora" else 1])
+    ours, theirs = ([row["grad_norm"] for row in metric_rows(folder)] for folder in (run, finished[mode]))
+    assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 # --- prior preservation --------------------------------------------------------------------------------------------
@@ -369,8 +428,6 @@ WRONG: list[tuple[str, list[str], str]] = [
 
 @pytest.fixture(scope="module")
 def wrong_parts(parts: Path) -> Path:
-    from diffusers import AutoencoderKL
-
     write_images(parts / "flat", classes=[])
     write_images(parts / "known", classes=["cat", "dog"])
     (parts / "other").mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_parts import finetune, finetune_settings, result_bytes, write_images, write_pipeline
+from finetune_parts import finetune, finetune_settings, result_bytes, write_pipeline_and_images
 from generator_parts import metric_rows, write_settings
 
 from repagen.config import preset_names, read_preset
@@ -24,10 +24,7 @@ WORDS = {"full": ["labels.keep=[dog]"], "lora": ["prior.images_per_class=2", "pr
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parts")
-    write_pipeline(folder)
-    write_images(folder / "images")
-    return folder
+    return write_pipeline_and_images(tmp_path_factory.mktemp("parts"))
 
 
 def settings(parts: Path, output: Path, mode: str, **more: Any) -> dict[str, Any]:
