@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from repagen.errors import UserError, refusing
 from repagen.files import put_file
+from repagen.hub.inspection import inspect_weights_file
 
 COMPONENT = "transformer"
 ROWS_KEY = f"{COMPONENT}.label_embedder.rows"
@@ -79,8 +80,9 @@ def read_adapter_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     """Read all tensors of a file, its LoRA metadata and its class names (None: none).
 
     Raises:
-        UserError: broken, or with metadata of another form.
+        UserError: broken, refused by `inspect_weights_file`, or with metadata of another form.
     """
+    inspect_weights_file(path, "adapter")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

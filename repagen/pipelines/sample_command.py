@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import hf_hub_download
 from PIL import Image
 
-from repagen.errors import UserError, refusing, require_at_least
+from repagen.errors import UserError, naming, refusing, require_at_least
 from repagen.files import TEMPORARY_PREFIX
 from repagen.flow.guidance import GUIDANCE_METHODS
 from repagen.pipelines.adapters import load_adapters
@@ -252,10 +250,7 @@ def load_pipeline(model: str, device: str | None, dtype: str, revision: str | No
     from repagen.pipelines.class_to_image import ClassToImagePipeline
 
     device = usable_device(device)
-    kind = _class_name(model, revision)
-    if kind != "ClassToImagePipeline":
-        raise UserError(f"--model {model} holds a {kind}; a ClassToImagePipeline is needed")
-    with refusing(f"--model {model} cannot be loaded"):
+    with naming({"": "--model: "}):
         pipe = ClassToImagePipeline.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -279,16 +274,6 @@ def choose_labels(
     given = [_label(pipe, word) for word in words] if words else list(range(num_classes))
     choices = resolve_class_labels(given, num_classes, pipe.config["id2label"])
     return [choices[index % len(choices)] for index in range(number or len(choices))]
-
-
-def _class_name(model: str, revision: str | None) -> str:
-    index = Path(model) / "model_index.json"
-    if not Path(model).is_dir() and (Path(model).exists() or Path(model).is_absolute()):
-        raise UserError(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id")
-    with refusing(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id"):
-        if not Path(model).is_dir():
-            index = Path(hf_hub_download(model, index.name, revision=revision))
-        return json.loads(index.read_text())["_class_name"]
 
 
 def _label(pipe: ClassToImagePipeline, word: str) -> int | str:

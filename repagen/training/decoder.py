@@ -19,7 +19,8 @@ from repagen.config import load_config
 from repagen.data import SampleDataset, open_dataset
 from repagen.errors import run_as_program
 from repagen.evaluation.metrics.perceptual import PerceptualDistance
-from repagen.files import replace_folder
+from repagen.models.latents import images_to_latents, latents_to_images
+from repagen.models.modes import in_eval_mode
 from repagen.pipelines.grid import save_image_grid
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.decoder_kind import AutoencoderKind
@@ -33,6 +34,7 @@ from repagen.training.launch import program_main
 from repagen.training.patch_discriminator import PatchDiscriminator
 from repagen.training.perceptual import LpipsConfig
 from repagen.training.run import Run, open_run
+from repagen.training.run_release import release_and_publish
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +59,10 @@ def train(config: DecoderConfig) -> Path:
     with open_run(config, "decoder") as run:
         dataset = open_dataset(config.data)
         training = AutoencoderTraining(run, config, KINDS[config.autoencoder.kind].open(config, run), dataset)
-        training.train(training.restore({}))
-        folder = run.folder / "autoencoder"
-        training.release(lambda: replace_folder(folder, training.kind.save))
-        return folder
+        start_step = training.restore({})
+        training.train(start_step)
+        base_model = config.autoencoder.pretrained
+        return training.release(start_step, "autoencoder", training.kind.save, base_model=base_model)
 
 
 class AutoencoderTraining:
@@ -123,7 +125,7 @@ class AutoencoderTraining:
                 with ema.swapped(kind.trained):
                     path = run.folder / "samples" / f"step-{step:08d}.png"
                     count = self.config.sample.num_images
-                    run.on_main(partial(write_reconstructions, count, run, kind, self.dataset, path))
+                    run.on_main(partial(write_reconstructions, count, run, kind.preview, self.dataset, path))
             run.save_if_due(step, self._parts)
             if micro_batches is None:
                 break
@@ -131,11 +133,29 @@ class AutoencoderTraining:
             ema.update(kind.trained)
             run.log(step + 1, row)
 
-    def release(self, write: Callable[[], Any]) -> None:
-        """Let the main process write what the run hands out, while the autoencoder holds the averaged weights."""
-        with self.ema.swapped(self.kind.trained):
-            self.kind.finish()
-            self.run.on_main(write)
+    def release(self, start_step: int, name: str, save: Callable[[Path], Any], **options: Any) -> Path:
+        """Write what the run hands out, while the autoencoder holds the averaged weights; see `release_and_publish`.
+
+        Args:
+            start_step: as of `train`.
+            name: of the release's folder.
+            save: writes it into a folder.
+            options: `base_model` and `base_revision`.
+        """
+        run, kind = self.run, self.kind
+        with self.ema.swapped(kind.trained):
+            kind.finish()
+            reconstruct = partial(reconstruct_released, kind.autoencoder)
+            return release_and_publish(
+                run,
+                max(start_step, self.config.max_steps),
+                self.dataset,
+                folder=run.folder / name,
+                save=save,
+                draw=partial(write_reconstructions, self.config.sample.num_images, run, reconstruct, self.dataset),
+                licences=kind.licences(),
+                **options,
+            )
 
 
 def build_loss_networks(
@@ -160,15 +180,21 @@ def build_loss_networks(
 
 @torch.no_grad()
 def write_reconstructions(
-    num_images: int, run: Run, kind: AutoencoderKind, dataset: SampleDataset, path: Path
+    num_images: int, run: Run, reconstruct: Callable[[torch.Tensor], torch.Tensor], dataset: SampleDataset, path: Path
 ) -> None:
     """Write a PNG with images above their reconstructions, which are made without chance."""
     count = min(num_images, len(dataset))
     chosen = [dataset[index * len(dataset) // count]["image"] for index in range(count)]
     images = torch.stack(chosen).to(run.device)
     with run.autocast():
-        reconstructions = kind.preview(images).float()
+        reconstructions = reconstruct(images).float()
     save_image_grid(torch.cat([images, reconstructions], dim=2), path)
+
+
+def reconstruct_released(autoencoder: Any, images: torch.Tensor) -> torch.Tensor:
+    """Encode and decode images (B, 3, H, W) as whoever loads the autoencoder does, statistics included."""
+    with in_eval_mode(autoencoder):
+        return latents_to_images(autoencoder, images_to_latents(autoencoder, images, sample_posterior=False))
 
 
 def main(words: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from repagen.training.generator_model import build_model
 from repagen.training.launch import program_main
 from repagen.training.noising import FlowMatching
 from repagen.training.objective import GeneratorObjective
-from repagen.training.release import build_pipeline, training_facts, write_release, write_sample_grid
+from repagen.training.release import build_pipeline, release_pipeline, write_sample_grid
 from repagen.training.run import open_run
 
 
@@ -86,8 +86,18 @@ def train(config: EndToEndConfig) -> Path:
 
         with ema.swapped(model):
             optimiser_step.norm.store_in(autoencoder)
-            facts = training_facts(run, step, dataset)
-            return run.on_main(lambda: write_release(pipeline.save_pretrained, run.folder / "pipeline", facts))
+            return release_pipeline(
+                run,
+                config,
+                pipeline,
+                step,
+                dataset,
+                name="pipeline",
+                save=pipeline.save_pretrained,
+                classes=range(dataset.num_classes),
+                base_model=config.transformer.pretrained,
+                base_revision=config.transformer.revision,
+            )
 
 
 def build_objective(config: EndToEndConfig, frozen: FrozenParts, num_classes: int) -> GeneratorObjective:

@@ -46,7 +46,7 @@ from repagen.training.generator_model import refuse_idle_settings
 from repagen.training.launch import program_main
 from repagen.training.optimizer import resolve_optimizer
 from repagen.training.rehearsal import FoundMicroBatch, Rehearsal
-from repagen.training.release import check_samplings, training_facts, write_release
+from repagen.training.release import check_samplings, save_with_facts, training_facts
 from repagen.training.run import Run, open_run
 
 
@@ -121,7 +121,8 @@ def _train_generator(config: FinetuneConfig, run: Run, pipeline: Any, data: Samp
     training.train(start_step)
     name, save = release_of(config, pipeline, plan)
     told = {"mode": config.mode, "pipeline": config.pipeline, "pipeline_transformer": facts["pretrained"]}
-    return training.release(start_step, lambda seen: write_release(save, run.folder / name, {**seen, **told}))
+    base = {"base_model": config.pipeline, "base_revision": config.revision}
+    return training.release(start_step, name, save, facts=told, **base)
 
 
 def _open_frozen(config: FinetuneConfig, run: Run, pipeline: Any, data: SampleDataset) -> FrozenParts:
@@ -184,11 +185,11 @@ def _train_decoder(config: FinetuneDecoderConfig, run: Run, pipeline: Any, datas
     rehearsal = Rehearsal(run, dataset, step.rehearse, training.kind.trained, networks, config.optimizer, training.ema)
     rehearsal(start_step, FoundMicroBatch())
     training.train(start_step)
-    folder = run.folder / "pipeline"
     seen = training_facts(run, max(start_step, config.max_steps), dataset)
     told = {"mode": config.mode, "pipeline": config.pipeline, "pipeline_decoder": facts["pretrained"]}
-    training.release(lambda: write_release(pipeline.save_pretrained, folder, {**seen, **told}))
-    return folder
+    save = partial(save_with_facts, pipeline.save_pretrained, {**seen, **told})
+    base = {"base_model": config.pipeline, "base_revision": config.revision}
+    return training.release(start_step, "pipeline", save, **base)
 
 
 def main(words: Sequence[str]) -> None:

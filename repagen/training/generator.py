@@ -20,7 +20,7 @@ from repagen.training.generator_config import GeneratorConfig
 from repagen.training.generator_loop import GeneratorTraining, noise_process
 from repagen.training.generator_model import build_model, pinned_pretrained, refuse_other_autoencoder
 from repagen.training.launch import program_main
-from repagen.training.release import build_pipeline, write_release
+from repagen.training.release import build_pipeline
 from repagen.training.run import open_run
 
 
@@ -47,7 +47,13 @@ def train(config: GeneratorConfig) -> Path:
         training = GeneratorTraining(run, config, pipeline, process, frozen, dataset, shown_classes=classes)
         start_step = training.restore({}, {})
         training.train(start_step)
-        return training.release(start_step, partial(write_release, pipeline.save_pretrained, run.folder / "pipeline"))
+        return training.release(
+            start_step,
+            "pipeline",
+            pipeline.save_pretrained,
+            base_model=config.transformer.pretrained,
+            base_revision=config.transformer.revision,
+        )
 
 
 def main(words: Sequence[str]) -> None:

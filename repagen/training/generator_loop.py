@@ -23,7 +23,7 @@ from repagen.training.generator_config import GeneratorRunConfig
 from repagen.training.generator_step import GeneratorStep
 from repagen.training.noising import FlowMatching, NoiseProcess
 from repagen.training.objective import GeneratorObjective
-from repagen.training.release import training_facts, write_sample_grid
+from repagen.training.release import release_pipeline, write_sample_grid
 from repagen.training.run import Batch, Run
 
 
@@ -132,16 +132,28 @@ class GeneratorTraining:
                     row |= self._evaluation(step + 1)
             run.log(step + 1, row)
 
-    def release(self, start_step: int, write: Callable[[dict[str, Any]], Path]) -> Path:
-        """Let the main process write what the run hands out, while the model holds the averaged weights.
+    def release(self, start_step: int, name: str, save: Callable[[Path], Any], **options: Any) -> Path:
+        """Write what the run hands out, while the model holds the averaged weights; see `release_pipeline`.
 
         Args:
             start_step: as of `train`.
-            write: takes the facts of the training and returns the folder.
+            name: of the release's folder.
+            save: writes it into a folder.
+            options: `base_model`, `base_revision` and `facts`.
         """
+        step = max(start_step, self.config.max_steps)
         with self.ema.swapped(self.trained):
-            facts = training_facts(self.run, max(start_step, self.config.max_steps), self.dataset)
-            return self.run.on_main(lambda: write(facts))
+            return release_pipeline(
+                self.run,
+                self.config,
+                self._pipeline,
+                step,
+                self.dataset,
+                name=name,
+                save=save,
+                classes=self._shown,
+                **options,
+            )
 
 
 def noise_process(

@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from repagen.data import SampleDataset
 from repagen.errors import UserError
-from repagen.files import replace_folder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.grid import save_image_grid
 from repagen.pipelines.provenance import TRAINING_FILE
@@ -19,6 +19,7 @@ from repagen.randomness import generator_for
 from repagen.schedulers.presets import SAMPLER_PRESETS, sampler_preset
 from repagen.training.generator_config import GeneratorConfig, GeneratorRunConfig, SamplerConfig
 from repagen.training.run import Run
+from repagen.training.run_release import release_and_publish
 
 
 def build_pipeline(
@@ -68,16 +69,15 @@ def check_samplings(config: GeneratorRunConfig, pipeline: Any, key: str) -> None
     """Refuse sample grids and evaluations that the pipeline cannot draw.
 
     Args:
-        config: says which there are.
+        config: says which there are; the release always has a grid.
         pipeline: as in training.
         key: where its sampler comes from, for messages that are about no option.
 
     Raises:
         UserError: that names the key.
     """
-    if config.sample.every_steps:
-        with _naming_keys(key, "sample"):
-            pipeline.check_options({"guidance_scale": config.sample.guidance_scale})
+    with _naming_keys(key, "sample"):
+        pipeline.check_options({"guidance_scale": config.sample.guidance_scale})
     if config.evaluation.every_images:
         with _naming_keys(key, "evaluation"):
             pipeline.check_options(config.evaluation.options)
@@ -134,18 +134,51 @@ def training_facts(run: Run, step: int, dataset: SampleDataset) -> dict[str, Any
     }
 
 
-def write_release(save: Callable[[Path], Any], folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Save a pipeline, or what belongs to one, into `folder` in one rename.
+def save_with_facts(save: Callable[[Path], Any], facts: Mapping[str, Any], folder: Path) -> None:
+    """Let `save` write into a folder, and put the facts of the training beside it; see `training_facts`."""
+    save(folder)
+    (folder / TRAINING_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def release_pipeline(
+    run: Run,
+    config: GeneratorRunConfig,
+    pipeline: Any,
+    step: int,
+    dataset: SampleDataset,
+    *,
+    name: str,
+    save: Callable[[Path], Any],
+    classes: Sequence[int],
+    base_model: str | None,
+    base_revision: str | None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a pipeline, or what belongs to one, with its card and a sample grid, and push it.
 
     Args:
-        save: writes it, as it stands, into a folder.
-        folder: of the release.
-        facts: of the training; see `training_facts`.
+        run: of the training; it has the folder.
+        config: of the sample grid.
+        pipeline: as it stands.
+        step: optimiser steps done.
+        dataset: of the training.
+        name: of the release's folder in the run's.
+        save: writes it into a folder.
+        classes: of the sample grid; none = unconditional.
+        base_model, base_revision: what the training went on from.
+        facts: that stand beside those of the training.
+
+    Raises:
+        UserError: see `release_and_publish`.
     """
-
-    def fill(temporary: Path) -> None:
-        save(temporary)
-        (temporary / TRAINING_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-    replace_folder(folder, fill)
-    return folder
+    return release_and_publish(
+        run,
+        step,
+        dataset,
+        folder=run.folder / name,
+        save=partial(save_with_facts, save, {**training_facts(run, step, dataset), **(facts or {})}),
+        draw=partial(write_sample_grid, config, pipeline, classes),
+        licences=pipeline.part_licences(),
+        base_model=base_model,
+        base_revision=base_revision,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -54,6 +55,10 @@ class RunConfig:
         checkpoint: when checkpoints are written.
         log_with: trackers of accelerate (tensorboard, wandb, ...), beside the `metrics.jsonl` that is always written.
         progress_bar: show a progress bar.
+        push_to_hub: publish the release at the end, as the Hub repository "org/name"; whether that is possible is
+            checked before the training. The token is that of `hf auth login` or HF_TOKEN.
+        hub_private: only the repository's owner sees it.
+        hub_revision: branch of it to commit to; None: the main branch.
     """
 
     finds_micro_batch: ClassVar[bool] = False
@@ -74,6 +79,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_with: list[str] = field(default_factory=list)
     progress_bar: bool = True
+    push_to_hub: str | None = None
+    hub_private: bool = False
+    hub_revision: str | None = None
 
     def validate(self) -> None:
         """Check the ranges."""
@@ -88,6 +96,12 @@ class RunConfig:
             allowed = f"a divisor of global_batch_size={self.global_batch_size}"
             require(fits, "micro_batch_size", self.micro_batch_size, allowed)
         require(self.num_workers >= 0, "num_workers", self.num_workers, "at least 0")
+        pushed = self.push_to_hub
+        named = pushed is None or re.fullmatch(r"[\w.-]+/[\w.-]+", pushed) is not None
+        require(named, "push_to_hub", pushed, "a repository of the Hub as org/name")
+        for key in ("hub_private", "hub_revision"):
+            given = getattr(self, key)
+            require(pushed is not None or not given, key, given, "left out without push_to_hub")
 
 
 @dataclass(frozen=True)
