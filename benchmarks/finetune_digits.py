@@ -216,8 +216,9 @@ def run_mode(
         "device=cpu", "precision=fp32", "gradient_checkpointing=false", "num_workers=0", "sample.every_steps=0",
         "micro_batch_size=null", *_SHARED, *mode.words, *more,
     ]  # fmt: skip
+    settings = dict(word.split("=", 1) for word in words)  # the last word about a key counts
     started = time.perf_counter()
-    released = finetune.train(load_finetune_config(mode.preset, words))
+    released = finetune.train(load_finetune_config(mode.preset, [f"{key}={value}" for key, value in settings.items()]))
     seconds = time.perf_counter() - started
     adapter = released / "pytorch_lora_weights.safetensors"
     tuned: Any = repagen.ClassToImagePipeline.from_pretrained(pipeline if adapter.is_file() else released)
