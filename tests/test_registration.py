@@ -129,21 +129,6 @@ def test_other_libraries_that_answer_for_diffusers_keep_their_say(monkeypatch):
     assert diffusers.SiTTransformer2DModel is repagen.SiTTransformer2DModel
 
 
-def test_download_works_without_the_private_dict(monkeypatch, tmp_path):
-    loading_module = importlib.import_module("diffusers.pipelines.pipeline_loading_utils")
-    monkeypatch.delitem(loading_module.LOADABLE_CLASSES, "repagen")
-    assert not registration.is_loadable_library()
-    asked = {}
-
-    def snapshot(repo_id, **options):
-        asked.update(repo_id=repo_id, **options)
-        return str(tmp_path)
-
-    monkeypatch.setattr("repagen.pipelines.class_to_image.snapshot_download", snapshot)
-    folder = repagen.ClassToImagePipeline.download("org/tiny", revision="v1", variant=None, use_safetensors=True)
-    assert folder == str(tmp_path) and asked == {"repo_id": "org/tiny", "revision": "v1"}
-
-
 def test_saved_folder_loads_without_the_private_dict(monkeypatch, saved):
     loading_module = importlib.import_module("diffusers.pipelines.pipeline_loading_utils")
     monkeypatch.delitem(loading_module.LOADABLE_CLASSES, "repagen")

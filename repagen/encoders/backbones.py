@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -303,8 +304,12 @@ def build_timm(description: Mapping[str, Any], where: str) -> TimmBackbone:
     architecture = description.get("architecture")
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise UserError(f"{where}:architecture: {architecture!r} is no architecture of timm {timm.__version__}")
+    arguments = description.get("model_args", {})
+    # Those of the factory itself: some name files to load.
+    if forbidden := sorted(set(arguments) & set(inspect.signature(timm.create_model).parameters)):
+        raise UserError(f"{where}:model_args.{forbidden[0]}: is no argument of a network; delete it")
     try:
-        model = timm.create_model(architecture, pretrained=False, num_classes=0, **description.get("model_args", {}))
+        model = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}:model_args: timm cannot build {architecture}: {error}") from error
     needed = ("forward_intermediates", "num_prefix_tokens", "blocks", "patch_embed", "norm", "set_input_size")

@@ -13,6 +13,8 @@ from typing import Any
 from repagen.encoders.backbones import FROZEN_VARIANT
 from repagen.encoders.families import FAMILIES, UNCHANGED_MEAN, UNCHANGED_STD, EncoderFamily, family_of
 from repagen.errors import UserError
+from repagen.hub.fetching import fetch_snapshot
+from repagen.hub.inspection import inspect_encoder_folder
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ class EncoderFiles:
             return weights_file(self.folder, self.name)
         note_licence(self.family, self.repo_id)
         for patterns in _WEIGHT_FILES:
-            fetch(self.repo_id, self.revision, patterns, self.local_files_only)
+            _fetch(self.repo_id, self.revision, patterns, self.local_files_only)
             if any((self.folder / name).is_file() for name in _WEIGHT_NAMES):
                 break
         return weights_file(self.folder, self.name, self.repo_id if self.local_files_only else None)
@@ -107,7 +109,7 @@ def local_folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     # No pattern: which files are needed is for the caller to say, and a snapshot of some files will do.
-    return fetch(hub_id(name), None, [], local_files_only=True)
+    return _fetch(hub_id(name), None, [], local_files_only=True)
 
 
 def local_weights(name: str) -> Path:
@@ -139,8 +141,9 @@ def find_encoder(source: str | os.PathLike[str], revision: str | None, local_fil
         revision = None
     else:
         repo_id = hub_id(name)
-        folder = fetch(repo_id, revision, _CONFIG_FILES, local_files_only)
+        folder = _fetch(repo_id, revision, _CONFIG_FILES, local_files_only)
         revision = folder.name
+    inspect_encoder_folder(folder, f"encoder {name!r}")
     config = read_json(folder / "config.json")
     timm_layout = "architecture" in config and "model_type" not in config
     family = FAMILIES["timm"] if timm_layout else family_of(config.get("model_type"), name)
@@ -169,60 +172,6 @@ def note_licence(family: EncoderFamily, repo_id: str) -> None:
     logger.warning("encoder %s: licence %s%s", repo_id, family.licence, gate)
 
 
-def fetch(
-    repo_id: str, revision: str | None, patterns: list[str], local_files_only: bool, cache_dir: Path | None = None
-) -> Path:
-    """Download matching files of a Hub repository, or find them in the local cache; return the snapshot folder.
-
-    Raises:
-        UserError: naming the repository and what to do about it.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    at = f"encoder {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
-    log_in = "log in with `hf auth login` (or set HF_TOKEN), or pass a local folder that holds the files"
-    try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=patterns,
-                local_files_only=local_files_only,
-                cache_dir=cache_dir,
-            )
-        )
-    except GatedRepoError as error:
-        raise UserError(
-            f"{at}: access is gated; accept its licence at https://huggingface.co/{repo_id} and {log_in}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{at}: no such folder here and no such model on the Hub; check the name, or {log_in}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{at}: the Hub repository has no such revision") from error
-    except HFValidationError as error:
-        raise UserError(f"{at}: neither a folder on this machine nor a Hub id such as 'org/name'") from error
-    except (LocalEntryNotFoundError, ConnectionError) as error:
-        unreached = "" if local_files_only else " and the Hub is out of reach"
-        raise UserError(
-            f"{at}: not in the local cache{unreached}; fetch it once with `hf download {repo_id}` on a machine that "
-            "is online, or pass a local folder"
-        ) from error
-    except HfHubHTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", "no status")
-        advice = log_in if status in (401, 403) else "try again later, or pass a local folder that holds the files"
-        raise UserError(f"{at}: the Hub answered {status} (https://huggingface.co/{repo_id}); {advice}") from error
-
-
 def hub_id(name: str) -> str:
     """Return the Hub id that a name means: itself, or that of `timm:NAME`.
 
@@ -243,3 +192,9 @@ def hub_id(name: str) -> str:
             f"encoder {name!r}: no such folder (a Hub id has the form 'org/name', a timm model 'timm:NAME')"
         )
     return name
+
+
+def _fetch(repo_id: str, revision: str | None, patterns: list[str], local_files_only: bool) -> Path:
+    return fetch_snapshot(
+        repo_id, revision=revision, patterns=patterns, what="encoder", local_files_only=local_files_only
+    )

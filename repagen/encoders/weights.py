@@ -24,6 +24,9 @@ from repagen.encoders.backbones import (
 )
 from repagen.encoders.families import EncoderFamily
 from repagen.errors import UserError
+from repagen.hub.inspection import inspect_encoder_folder
+
+_UNREADABLE = (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError)
 
 
 def load_weights(family: EncoderFamily, description: Mapping[str, Any], weights: Path, name: str) -> Backbone:
@@ -71,16 +74,17 @@ def load_pretrained(model_class: Any, weights: Path, name: str, **options: Any) 
         options: of `from_pretrained`.
 
     Raises:
-        UserError: for weights that cannot be read, are missing or misshapen.
+        UserError: for weights that are refused, cannot be read, are missing or misshapen.
     """
+    inspect_encoder_folder(weights.parent, f"encoder {name!r}")
     try:
         with quiet_transformers():
             model, report = model_class.from_pretrained(
                 weights.parent, dtype=torch.float32, local_files_only=True, use_safetensors=weights.suffix != ".bin",
                 ignore_mismatched_sizes=True, output_loading_info=True, **options,
             )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"{weights}: encoder {name!r} cannot be read: {' '.join(str(error).split())}") from error
+    except _UNREADABLE as error:
+        raise _unreadable(weights, name, error) from error
     if mismatched := sorted(report["mismatched_keys"]):
         key, given, needed = mismatched[0]
         raise UserError(f"{weights}:{key}: shape {tuple(given)} does not fit the config, which needs {tuple(needed)}")
@@ -91,11 +95,12 @@ def load_pretrained(model_class: Any, weights: Path, name: str, **options: Any) 
 def _load_timm(description: Mapping[str, Any], weights: Path, name: str) -> TimmBackbone:
     from timm.models import load_state_dict
 
+    inspect_encoder_folder(weights.parent, f"encoder {name!r}")
     backbone = build_timm(description, f"{name}:config.json")
     try:
         state = load_state_dict(str(weights), use_ema=False, weights_only=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"{weights}: encoder {name!r} cannot be read: {' '.join(str(error).split())}") from error
+    except _UNREADABLE as error:
+        raise _unreadable(weights, name, error) from error
     own = backbone.model.state_dict()
     for key, value in own.items():
         if key in state and state[key].shape != value.shape:
@@ -104,6 +109,13 @@ def _load_timm(description: Mapping[str, Any], weights: Path, name: str) -> Timm
     refuse_missing(own.keys() - state.keys(), weights)
     nn.Module.load_state_dict(backbone.model, {key: state[key].float() for key in own})
     return backbone
+
+
+def _unreadable(weights: Path, name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    if isinstance(error, UnpicklingError):  # torch's advice is to read the file without `weights_only`, running it
+        reason = "it holds more than tensors, or is damaged; use a copy in safetensors"
+    return UserError(f"{weights}: encoder {name!r} cannot be read: {reason}")
 
 
 def refuse_missing(keys: Any, weights: Path) -> None:

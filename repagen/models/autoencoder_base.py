@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from repagen.encoders import EncoderSpec, VisionEncoder
 from repagen.errors import UserError
+from repagen.hub.saved_models import SavedModelMixin, inspected_source
 from repagen.models import encoder_storage
 
 VARIANCE_EPSILON = 1e-5
@@ -43,7 +43,7 @@ class LatentStandardisation(nn.Module):
         return latents.float() * std + mean if undo else (latents.float() - mean) / std
 
 
-class StandardisedLatents:
+class StandardisedLatents(SavedModelMixin):
     """An autoencoder whose latents are standardised by buffers, which are saved with it."""
 
     latent_statistics: LatentStandardisation
@@ -129,24 +129,16 @@ class StandardisedLatents:
         """Load what `save_pretrained` wrote; see `ModelMixin.from_pretrained`. An encoder waits for `encode`.
 
         Raises:
-            UserError: for a file that lacks tensors, naming them.
+            UserError: for a folder that is refused, or a file that lacks tensors, naming them.
         """
         with_report = kwargs.pop("output_loading_info", False)
-        model, report = super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
-        )
+        model, report = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         if missing := sorted(report["missing_keys"]):
             raise UserError(
                 f"{pretrained_model_name_or_path}: {len(missing)} tensors of the autoencoder are missing, the first "
                 f"is {missing[0]}"
             )
         return (model, report) if with_report else model
-
-    def to_json_string(self) -> str:
-        """Return the config as JSON, without the path it was loaded from."""
-        content = json.loads(super().to_json_string())  # type: ignore[misc]
-        content.pop("_name_or_path", None)
-        return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 class FrozenEncoderAutoencoder(StandardisedLatents):
@@ -204,12 +196,13 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
         """Load weights and statistics; see `ModelMixin.from_pretrained`. The encoder waits for the first `encode`.
 
         Raises:
-            UserError: for a file that lacks tensors, naming them.
+            UserError: for a folder that is refused, or a file that lacks tensors, naming them.
         """
-        result = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        root = inspected_source(pretrained_model_name_or_path, cls.__name__, kwargs)
+        result = super().from_pretrained(root, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         if model.config.encoder_stored:
-            model._folder = encoder_storage.folder_of(pretrained_model_name_or_path, **kwargs)
+            model._folder = root / (kwargs.get("subfolder") or "")
         return result
 
     def save_pretrained(  # the parameters by name: pipelines read them from the signature

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ import torch
 
 from repagen.encoders import FAMILIES, EncoderSpec, VisionEncoder
 from repagen.encoders.backbones import FROZEN_VARIANT
-from repagen.encoders.files import fetch
 from repagen.errors import UserError
+from repagen.hub.fetching import fetch_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -109,24 +107,6 @@ def save_encoder(encoder: VisionEncoder, folder: Path) -> None:
     encoder.save_pretrained(folder / SUBFOLDER, variant=FROZEN_VARIANT)
 
 
-def folder_of(source: str | os.PathLike[str], **kwargs: Any) -> Path | None:
-    """Return the folder an autoencoder was loaded from: local, or its snapshot in the Hub's cache.
-
-    Args:
-        source: what `from_pretrained` was given.
-        kwargs: what else it was given: subfolder, revision, cache_dir, token, local_files_only.
-    """
-    subfolder = kwargs.get("subfolder") or ""
-    if os.path.isdir(source):
-        return Path(source) / subfolder
-    from huggingface_hub import snapshot_download
-
-    names = ("revision", "cache_dir", "token", "local_files_only")
-    options: Mapping[str, Any] = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    pattern = f"{subfolder}/config.json" if subfolder else "config.json"
-    return Path(snapshot_download(os.fspath(source), allow_patterns=[pattern], **options)) / subfolder
-
-
 def _stored_folder(folder: Path) -> Path:
     """Return the sub-folder with the encoder, downloading it if the autoencoder lies in the Hub's cache without it."""
     stored = folder / SUBFOLDER
@@ -136,6 +116,8 @@ def _stored_folder(folder: Path) -> Path:
         if parent.parent.name == "snapshots" and parent.parents[1].name.startswith("models--"):
             repo_id = parent.parents[1].name.removeprefix("models--").replace("--", "/")
             pattern = (stored.relative_to(parent) / "*").as_posix()
-            fetch(repo_id, parent.name, [pattern], local_files_only=False, cache_dir=parent.parents[2])
+            fetch_snapshot(
+                repo_id, revision=parent.name, patterns=[pattern], what="encoder of", cache_dir=parent.parents[2]
+            )
             return stored
     return stored

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 from diffusers import AutoModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from repagen.errors import UserError, refusing
+from repagen.hub.fetching import fetch_snapshot, resolve_commit
+from repagen.hub.saved_models import inspected_source
 
 
 def open_component(name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None) -> Any:
@@ -29,7 +28,7 @@ def open_component(name: str, part: Literal["transformer", "vae"], option: str, 
     """
     place = component_place(name, part, option, revision)
     with refusing(f"{option}: {name} cannot be loaded; allowed: {_allowed(part)}"):
-        model = load_model(name, **place)
+        model = load_model(name, f"{option}: model", **place)
     return model.eval()
 
 
@@ -38,21 +37,49 @@ def component_place(
 ) -> dict[str, Any]:
     """Where a model is within `name`, as arguments of diffusers' loading functions; arguments as in `open_component`.
 
+    The revision among them is a commit, so that what is loaded is what was looked at.
+
+    Raises:
+        UserError: a folder that is not there, or an id that cannot be reached.
+    """
+    commit = pinned_revision(name, part, option, revision)
+    if commit is None:
+        folder = Path(name)
+    else:
+        indices = ["model_index.json", "config.json"]
+        folder = fetch_snapshot(name, revision=commit, patterns=indices, what=f"{option}: model")
+    subfolder = part if (folder / "model_index.json").is_file() else None
+    return {"subfolder": subfolder, "revision": commit}
+
+
+def pinned_revision(
+    name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None
+) -> str | None:
+    """Return the commit that a revision of a Hub id means now, None for a folder; arguments as in `open_component`.
+
     Raises:
         UserError: a folder that is not there, or an id that cannot be reached.
     """
     refuse_missing_folder(name, option, _allowed(part))
-    with refusing(f"{option}: {name} cannot be read; allowed: {_allowed(part)}"):
-        subfolder = part if _is_pipeline(name, revision) else None
-    return {"subfolder": subfolder, "revision": revision}
+    return None if Path(name).is_dir() else resolve_commit(name, revision, what=f"{option}: model")
 
 
-def load_model(name: str, **place: Any) -> Any:
-    """Load a model of this library or of diffusers; `place` are arguments of diffusers' loading functions."""
+def load_model(name: str, what: str, **place: Any) -> Any:
+    """Load a model of this library or of diffusers.
+
+    Args:
+        name: folder or Hub id.
+        what: what it is to the user, for messages.
+        place: arguments of diffusers' loading functions.
+
+    Raises:
+        UserError: it cannot be fetched, or its folder is refused.
+    """
+    root = inspected_source(name, what, place)
     with warnings.catch_warnings():
         # diffusers' own call, about which the user can do nothing; it would stand before the line about a wrong name.
         warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
-        return AutoModel.from_pretrained(name, **place)
+        return AutoModel.from_pretrained(str(root), **place)
 
 
 def refuse_missing_folder(name: str, option: str, allowed: str) -> None:
@@ -67,12 +94,3 @@ def refuse_missing_folder(name: str, option: str, allowed: str) -> None:
 
 def _allowed(part: str) -> str:
     return f"a folder or Hub id of a pipeline, or of its {part} alone"
-
-
-def _is_pipeline(name: str, revision: str | None) -> bool:
-    if Path(name).is_dir():
-        return (Path(name) / "model_index.json").is_file()
-    try:
-        return bool(json.loads(Path(hf_hub_download(name, "model_index.json", revision=revision)).read_bytes()))
-    except EntryNotFoundError:
-        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,10 +11,8 @@ import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, is_torch_xla_available
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
 from PIL import Image
 
 from repagen.errors import UserError
@@ -24,9 +21,9 @@ from repagen.models.latents import decoded_size, latents_to_images
 from repagen.pipelines.components import Autoencoder, Scheduler, Transformer
 from repagen.pipelines.guided_prediction import GuidedPrediction, class_token_dim, is_discrete, learns_variance
 from repagen.pipelines.labels import ClassLabels, resolve_class_labels
+from repagen.pipelines.loading import CommitLoading
 from repagen.pipelines.lora import AdapterMixin
 from repagen.pipelines.sampling_options import SamplingOptions
-from repagen.registration import is_loadable_library
 from repagen.schedulers.presets import DISCRETE_SCHEDULERS, lay_grid
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -44,7 +41,7 @@ class ClassToImagePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
-class ClassToImagePipeline(AdapterMixin, DiffusionPipeline):
+class ClassToImagePipeline(AdapterMixin, CommitLoading):
     """Samples latents of given classes by following a transformer's predictions, and decodes them.
 
     The autoencoder's encoder is never used. Sampler state and times are float32 whatever the models' dtype. A
@@ -99,15 +96,6 @@ class ClassToImagePipeline(AdapterMixin, DiffusionPipeline):
         SamplingOptions.resolve(sampling_defaults, {})
         self.register_to_config(id2label=names, sampling_defaults=sampling_defaults)
         self.image_processor = VaeImageProcessor(do_normalize=False)
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:
-        """Download a pipeline's repository and return its folder; see `DiffusionPipeline.download`."""
-        if is_loadable_library():
-            return super().download(pretrained_model_name, **kwargs)
-        # diffusers would refuse components of a library it does not list, so fetch the whole repository.
-        passed_on = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-        return snapshot_download(pretrained_model_name, **{key: kwargs[key] for key in passed_on if key in kwargs})
 
     @property
     def components(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from repagen.training.evaluation import open_evaluation
 from repagen.training.frozen import FrozenParts
 from repagen.training.generator_alignment import build_terms, refuse_single_samples
 from repagen.training.generator_config import GeneratorConfig
-from repagen.training.generator_model import build_model, refuse_other_autoencoder
+from repagen.training.generator_model import build_model, pinned_pretrained, refuse_other_autoencoder
 from repagen.training.generator_step import GeneratorStep
 from repagen.training.launch import program_main
 from repagen.training.noising import FlowMatching, NoiseProcess
@@ -47,6 +47,7 @@ def train(config: GeneratorConfig) -> Path:
     """
     with open_run(config, "generator") as run:
         refuse_single_samples(config.alignment, run.plan.micro_size)
+        config.transformer.revision = run.on_main(partial(pinned_pretrained, config.transformer))
         dataset = open_dataset(config.data)
         frozen = FrozenParts(config, dataset, run)
         model = build_model(config, frozen.latent_shape, dataset.num_classes, frozen.class_token_dim)

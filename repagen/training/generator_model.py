@@ -14,7 +14,7 @@ from diffusers import AutoModel
 
 from repagen.errors import UserError, refusing
 from repagen.models.identity import describe_autoencoder
-from repagen.models.opening import component_place, open_component
+from repagen.models.opening import component_place, open_component, pinned_revision
 from repagen.randomness import derived_seed
 from repagen.training.generator_config import ARCHITECTURES, GeneratorConfig, TransformerConfig
 
@@ -139,6 +139,18 @@ def token_grid(transformer: TransformerConfig, latent_shape: tuple[int, int, int
 
 
 # --- going on from a pretrained network ----------------------------------------------------------------------------
+
+
+def pinned_pretrained(transformer: TransformerConfig) -> str | None:
+    """Return the commit of the pretrained network on the Hub, which is opened more than once; None without one.
+
+    Raises:
+        UserError: it cannot be reached.
+    """
+    name = transformer.pretrained
+    return (
+        None if name is None else pinned_revision(name, "transformer", "transformer.pretrained", transformer.revision)
+    )
 
 
 def open_transformer(name: str, revision: str | None = None) -> Any:

@@ -28,7 +28,7 @@ def open_autoencoder(
     allowed = "a folder or Hub id of an autoencoder"
     refuse_missing_folder(name, option, allowed)
     with refusing(f"{option}: {where} cannot be loaded; allowed: {allowed}"):
-        autoencoder = load_model(name, subfolder=subfolder, revision=revision)
+        autoencoder = load_model(name, f"{option}: model", subfolder=subfolder, revision=revision)
     if not hasattr(autoencoder, "encode"):
         raise UserError(f"{option}: {where} is a {type(autoencoder).__name__}; allowed: an autoencoder")
     return autoencoder.eval()

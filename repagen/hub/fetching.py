@@ -1,0 +1,282 @@
+"""Files of a Hub repository at one commit, and each way of not getting them as one line with its cause.
+
+A branch may move between two requests, and what was looked at would not be what is loaded (CVE-2026-45804). So a
+revision is resolved once, by `resolve_commit`, and everything is fetched at that commit. Downloads, their retries and
+the cache are huggingface_hub's; it puts a file into the cache in one rename, whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from repagen.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_STARTS = 5  # of one file from its beginning; huggingface_hub counts no try that brought any byte
+_LONGEST_WAIT = 300  # seconds; the Hub counts requests over five minutes
+_LOG_IN = "log in with `hf auth login` (or set HF_TOKEN), or pass a local folder that holds the files"
+_LATER = "try again later, or pass a local folder that holds the files"
+
+
+def resolve_commit(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    what: str = "model",
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    cache_dir: str | Path | None = None,
+) -> str:
+    """Return the commit that a revision of a Hub model means now; where the Hub is out of reach, as last seen here.
+
+    Args:
+        repo_id: as "org/name".
+        revision: branch, tag or commit; None is the main branch. A whole commit hash needs no request.
+        what: what the repository is to the user, for messages.
+        token: of the Hub; None is the one that is logged in.
+        local_files_only: ask the cache only.
+        cache_dir: the Hub's cache, where it is not the usual one.
+
+    Returns:
+        40 hexadecimal digits.
+
+    Raises:
+        UserError: the repository or the revision is unknown, closed or out of reach.
+    """
+    from huggingface_hub import resolve_revision
+    from huggingface_hub.errors import HfHubHTTPError
+
+    asking: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    with naming_hub_errors(repo_id, revision, what=what, local_files_only=local_files_only):
+        try:
+            return resolve_revision(repo_id, local_files_only=local_files_only, **asking).resolved
+        except HfHubHTTPError as error:
+            if _status(error) != 429:
+                raise
+            try:
+                seen = resolve_revision(repo_id, local_files_only=True, **asking).resolved
+            except Exception:  # not seen either: the Hub's answer is the reason
+                raise error from None
+            logger.warning("%s %r: too many requests to the Hub; taking the commit last seen, %s", what, repo_id, seen)
+            return seen
+
+
+def fetch_snapshot(
+    repo_id: str,
+    *,
+    revision: str | None,
+    patterns: Sequence[str] | None = None,
+    what: str = "model",
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+) -> Path:
+    """Download files of a Hub model at one commit, or find them in the cache; return the folder, named by the commit.
+
+    Args:
+        repo_id: as "org/name".
+        revision: branch, tag or commit; see `resolve_commit`.
+        patterns: of the files, with `*`; None is all files.
+        what: what the repository is to the user, for messages.
+        token: of the Hub; None is the one that is logged in.
+        local_files_only: ask the cache only.
+        cache_dir: the Hub's cache, where it is not the usual one.
+        force_download: fetch anew what is in the cache.
+
+    Raises:
+        UserError: naming the repository, the cause and what to do about it.
+    """
+    from huggingface_hub import is_offline_mode, snapshot_download
+
+    local_files_only = local_files_only or is_offline_mode()
+    if force_download and local_files_only:
+        raise UserError(
+            f"{what} {repo_id!r}: force_download asks the Hub, which local_files_only (or HF_HUB_OFFLINE) forbids; "
+            "leave one of them out"
+        )
+    with naming_hub_errors(repo_id, revision, what=what, local_files_only=local_files_only):
+        folder = snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=None if patterns is None else list(patterns),
+            token=token,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            force_download=force_download,
+        )
+    return Path(folder)
+
+
+@contextmanager
+def naming_hub_errors(
+    repo_id: str, revision: str | None = None, *, what: str = "model", local_files_only: bool = False
+) -> Iterator[None]:
+    """Bound the waiting of huggingface_hub (and of diffusers over it), and turn what it raises into one line.
+
+    Errors that are not about the Hub, the network or the cache pass.
+
+    Raises:
+        UserError: naming the repository, the cause and what to do about it.
+    """
+    try:
+        with _limits():
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next(filter(None, (_reason(link, repo_id) for link in _chain(error))), None)
+        reason = reason or _not_cached(error, repo_id, local_files_only)
+        if reason is None:
+            raise
+        at = f" at revision {revision!r}" if revision else ""
+        raise UserError(f"{what} {repo_id!r}{at}: {reason}") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _reason(error: BaseException, repo_id: str) -> str | None:
+    """What an error says about the Hub, or None where it is about something else."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = f"https://huggingface.co/{repo_id}"
+    if isinstance(error, GatedRepoError):
+        return f"access is gated; accept its licence at {page} and {_LOG_IN}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"no such folder here and no such model on the Hub; check the name, or {_LOG_IN}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the Hub repository has no such revision; its branches and tags are at {page}/tree/main"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"the Hub repository has not all files that it should have ({_first_line(error)}); see {page}/tree/main"
+    if isinstance(error, HFValidationError):
+        return "neither a folder on this machine nor a Hub id such as 'org/name'"
+    status = _status(error)
+    if status is not None:
+        advice = _LOG_IN if status in (401, 403) else _LATER
+        too_many = ", too many requests" if status == 429 else ""
+        return f"the Hub answered {status}{too_many} ({page}); {advice}"
+    return _reason_of_transfer(error) or _reason_of_disk(error)
+
+
+def _reason_of_transfer(error: BaseException) -> str | None:
+    # By name: huggingface_hub speaks through httpx or httpx2, by its version.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    broken = f"nothing half is kept; {_LATER}"
+    if "TimeoutException" in names:
+        return f"the Hub gave no answer within {_time_limit():g} s (HF_HUB_DOWNLOAD_TIMEOUT); {_LATER}"
+    if "ProxyError" in names:
+        return f"the proxy did not let the request through ({_first_line(error)}); check HTTPS_PROXY"
+    if isinstance(error, _CutOffError) or "RemoteProtocolError" in names or "ReadError" in names:
+        return f"the download broke off ({_first_line(error)}); {broken}"
+    if isinstance(error, OSError) and "Consistency check failed" in str(error):
+        return f"a file came with another size than the Hub gives for it ({_first_line(error)}); {broken}"
+    return None
+
+
+def _reason_of_disk(error: BaseException) -> str | None:
+    if not isinstance(error, OSError):
+        return None
+    place = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk of the Hub's cache is full{place}; make room (`hf cache ls`), or set HF_HOME to another disk"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"the Hub's cache cannot be written{place}; set HF_HOME (or cache_dir) to a folder of your own"
+    return None
+
+
+def _not_cached(error: BaseException, repo_id: str, local_files_only: bool) -> str | None:
+    """The line for files that are not here while the Hub cannot be asked, or None where that is not the matter."""
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError, RevisionResolutionError
+
+    links = list(_chain(error))
+    unreached = any(
+        isinstance(link, ConnectionError) or "TransportError" in {kind.__name__ for kind in type(link).__mro__}
+        for link in links
+    )
+    if not unreached and not any(
+        isinstance(link, (LocalEntryNotFoundError, RevisionResolutionError)) for link in links
+    ):
+        return None
+    incomplete = next((link for link in links if isinstance(link, IncompleteSnapshotError)), None)
+    names = re.search(r"missing \((.+?)\)\. [A-Z]", str(incomplete))
+    found = f"in the local cache without {names[1]}" if names else "not in the local cache"
+    return (
+        f"{found}{'' if local_files_only else ' and the Hub is out of reach'}; fetch it once with "
+        f"`hf download {repo_id}` on a machine that is online, or pass a local folder"
+    )
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+# --- limits that huggingface_hub does not set ------------------------------------------------------------------------
+
+
+class _CutOffError(OSError):
+    """A download that starts from the beginning again and again."""
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """Bound, while it lasts, what huggingface_hub would wait for without end.
+
+    It lists a repository's files without a limit of time and asks six times for a file's facts with a minute for each,
+    waits as long as an answer 429 says, and begins a file anew for ever where a server breaks it off and cannot go on
+    from the middle.
+    """
+    from huggingface_hub import get_session
+
+    starts: Counter[str] = Counter()
+
+    def limit_time(request: Any) -> None:
+        longest = _time_limit()
+        given = request.extensions.get("timeout", {})
+        kinds = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = {kind: min(given.get(kind) or longest, longest) for kind in kinds}
+
+    def limit_tries(response: Any) -> None:
+        wait = response.headers.get("Retry-After", "")
+        if response.status_code == 429 and wait.isdigit() and int(wait) > _LONGEST_WAIT:
+            response.raise_for_status()
+        if response.status_code == 200 and response.request.method == "GET":
+            starts[str(response.request.url)] += 1
+            if starts[str(response.request.url)] > _STARTS:
+                raise _CutOffError(f"begun {_STARTS} times, never whole")
+
+    hooks = get_session().event_hooks
+    hooks["request"].append(limit_time)
+    hooks["response"].append(limit_tries)
+    try:
+        yield
+    finally:
+        hooks["request"].remove(limit_time)
+        hooks["response"].remove(limit_tries)
+
+
+def _time_limit() -> float:
+    from huggingface_hub import constants
+
+    return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)

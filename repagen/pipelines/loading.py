@@ -1,0 +1,156 @@
+"""Loading a pipeline from a folder, or from the Hub at one commit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import is_offline_mode
+
+from repagen.errors import UserError, refusing
+from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_commit
+from repagen.hub.inspection import inspect_folder
+from repagen.registration import is_loadable_library
+
+_INDEX = "model_index.json"
+_REMOTE_CODE = ("custom_pipeline", "custom_revision", "trust_remote_code")
+_OF_THE_HUB = ("cache_dir", "token", "local_files_only", "force_download")
+
+
+class CommitLoading(DiffusionPipeline):
+    """A pipeline that comes from the Hub at one commit, without anybody's code.
+
+    Attributes:
+        hub_commit: the commit it was loaded from; None for a folder. It says where this object is from, so it is not
+            saved: what `save_pretrained` writes is a thing of its own, and may hold other weights.
+    """
+
+    hub_commit: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load a pipeline from a folder or the Hub; see `DiffusionPipeline.from_pretrained`.
+
+        The revision is resolved to a commit once and everything is fetched at that commit, which `hub_commit` keeps.
+        What is in the cache at that commit is not asked for again.
+
+        Args:
+            pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or a Hub id such as "org/name".
+            kwargs: `revision` (branch, tag or commit), `dtype` (one, or {component: dtype, "default": dtype}),
+                `variant`, `device_map`, `quantization_config`, `token`, `cache_dir`, `local_files_only`,
+                `force_download`, components to use in place of the saved ones, and what else diffusers takes.
+
+        Raises:
+            UserError: one line for what cannot be reached, is no pipeline, one of another kind or with parts missing,
+                and for remote code, which is never run.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        _refuse_code(name, kwargs)
+        commit = None
+        folder = Path(name)
+        if not folder.is_dir():
+            commit = _commit(name, kwargs)
+            folder = Path(cls.download(name, **{**kwargs, "revision": commit}))
+        left = {key: value for key, value in kwargs.items() if key not in {*_OF_THE_HUB, *_REMOTE_CODE, "revision"}}
+        inspect_folder(folder, f"pipeline {name}")
+        index = _read_index(folder, name, cls)
+        _refuse_missing(folder, name, index, cls, left)
+        with refusing(f"{name} cannot be loaded as a {cls.__name__}"):
+            pipe = super().from_pretrained(folder, **left)
+        pipe.register_to_config(_name_or_path=name)
+        pipe.hub_commit = commit
+        return pipe
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> Path:
+        """Download what `from_pretrained` would load at one commit; see `DiffusionPipeline.download`.
+
+        Args:
+            pretrained_model_name: the Hub id.
+            kwargs: as of `from_pretrained`.
+
+        Returns:
+            The folder in the cache, whose name is the commit.
+
+        Raises:
+            UserError: as `from_pretrained`; nothing but the index was downloaded where it is another kind of pipeline.
+        """
+        name = pretrained_model_name
+        _refuse_code(name, kwargs)
+        commit = _commit(name, kwargs)
+        asking = {key: kwargs[key] for key in _OF_THE_HUB if key in kwargs}
+        # With the config, so that a model alone is an answer and not an empty one.
+        folder = fetch_snapshot(name, revision=commit, patterns=[_INDEX, "config.json"], what="pipeline", **asking)
+        if asking.get("force_download"):  # diffusers would fetch nothing but the index anew
+            here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            fetch_snapshot(name, revision=commit, patterns=here, what="pipeline", **asking)
+        inspect_folder(folder, f"pipeline {name}")
+        _read_index(folder, name, cls)
+        if not is_loadable_library():
+            # diffusers would refuse components of a library it does not list, so fetch the whole repository.
+            return fetch_snapshot(name, revision=commit, what="pipeline", **asking)
+        return cls._download_parts(
+            name, {**kwargs, "revision": commit, "use_safetensors": True, "force_download": False}
+        )
+
+    @classmethod
+    def _download_parts(cls, name: str, kwargs: dict[str, Any]) -> Path:
+        """Let diffusers choose the files; a commit does not change, so the Hub is asked only for what is not here."""
+        local = bool(kwargs.get("local_files_only")) or is_offline_mode()
+        asking = naming_hub_errors(name, kwargs["revision"], what="pipeline", local_files_only=local)
+        with refusing(f"{name} cannot be downloaded"), asking:
+            try:
+                return Path(super().download(name, **{**kwargs, "local_files_only": True}))
+            except FileNotFoundError:
+                if local:
+                    raise
+            return Path(super().download(name, **kwargs))
+
+
+def _commit(name: str, kwargs: Mapping[str, Any]) -> str:
+    asking = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
+    return resolve_commit(name, kwargs.get("revision"), what="pipeline", **asking)
+
+
+def _refuse_code(name: str, kwargs: Mapping[str, Any]) -> None:
+    if given := [key for key in _REMOTE_CODE if kwargs.get(key)]:
+        raise UserError(
+            f"{given[0]}={kwargs[given[0]]!r} was given for {name}; repagen runs no code of a repository, leave it out"
+        )
+    if kwargs.get("use_safetensors") is False:
+        raise UserError(f"use_safetensors=False was given for {name}; weights are loaded from safetensors alone")
+
+
+def _read_index(folder: Path, name: str, kind: type) -> dict[str, Any]:
+    """Read `model_index.json`, which has been inspected; refuse a folder without one and other kinds of pipelines."""
+    path = folder / _INDEX
+    if not path.is_file():
+        alone = " (a model alone: load it with diffusers.AutoModel)" if (folder / "config.json").is_file() else ""
+        raise UserError(f"{name} holds no pipeline: it has no {_INDEX}{alone}; name a folder or Hub id of a pipeline")
+    index = json.loads(path.read_text(encoding="utf-8"))
+    found = index.get("_class_name")
+    if found not in {base.__name__ for base in kind.__mro__}:
+        raise UserError(f"{name} holds a {found}; a {kind.__name__} is needed")
+    return index
+
+
+def _refuse_missing(folder: Path, name: str, index: Mapping[str, Any], kind: Any, given: Mapping[str, Any]) -> None:
+    """Refuse a pipeline with parts that it has no folder for, or without the variant that is asked for."""
+    expected = set(kind._get_signature_keys(kind)[0])
+    stored = {key for key in expected if isinstance(index.get(key), list) and index[key][0] is not None}
+    absent = sorted(expected - stored - {*kind._optional_components} - given.keys())
+    absent += sorted(key for key in stored - given.keys() if not (folder / key).is_dir())
+    if absent:
+        raise UserError(
+            f"{name} cannot be loaded: the pipeline lacks {', '.join(absent)}; complete it, or pass the component to "
+            "from_pretrained"
+        )
+    variant = given.get("variant")
+    if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
+        raise UserError(
+            f"{name} cannot be loaded: no weights of variant {variant!r}; leave it out, or name one that is there"
+        )
