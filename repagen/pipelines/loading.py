@@ -152,5 +152,6 @@ def _refuse_missing(folder: Path, name: str, index: Mapping[str, Any], kind: Any
     variant = given.get("variant")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(
-            f"{name} cannot be loaded: no weights of variant {variant!r}; leave it out, or name one that is there"
+            f"You are trying to load the model files of the `variant={variant}`, but {name} has no weights of variant "
+            f"{variant!r}; leave it out, or name one that is there"
         )

@@ -221,7 +221,15 @@ class AdapterMixin(LoraBaseMixin):
 
         `fuse_lora()`, `unload_lora_weights()` and `save_pretrained(folder)` make a pipeline that needs no adapter.
         See `LoraBaseMixin.fuse_lora`.
+
+        Raises:
+            UserError: quantised weights, whose few values cannot hold the sum; peft would also leave out DoRA's part.
         """
+        if getattr(unwrap_module(self.transformer), "hf_quantizer", None) is not None:
+            raise UserError(
+                "fuse_lora: the transformer is quantised, and the sum would be rounded to its few values; leave the "
+                "adapter unfused, or fuse it in a pipeline that was loaded without quantisation"
+            )
         rows_only = set(self.adapter_classes) - set(self.get_list_adapters().get(COMPONENT, []))
         named = rows_only if adapter_names is None else rows_only & set(adapter_names)
         layered = None if adapter_names is None else [name for name in adapter_names if name not in named]

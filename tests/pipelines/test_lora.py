@@ -481,6 +481,9 @@ class TestHotSwap:
         add_adapter(pipe)
         with pytest.raises(RuntimeError, match="before loading the first adapter"):
             pipe.enable_lora_hotswap(target_rank=8)
+        with pytest.raises(ValueError, match="one of 'error', 'warn', or 'ignore'"):
+            pipe.enable_lora_hotswap(target_rank=8, check_compiled="maybe")
+        pipe.enable_lora_hotswap(target_rank=8, check_compiled="ignore")
 
     @pytest.mark.parametrize(
         ("config", "reason"),
