@@ -50,6 +50,7 @@ from repagen.randomness import generator_for
 from repagen.training import decoder, generator
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.generator_config import GeneratorConfig
+from repagen.training.generator_loop import noise_process
 from repagen.training.generator_model import build_model
 from repagen.training.latent_cache import cache_latents
 from repagen.training.latent_identity import open_autoencoder
@@ -178,7 +179,7 @@ def held_out_loss(
     config: GeneratorConfig, model: Any, latents: torch.Tensor, labels: torch.Tensor, draws: int = 4
 ) -> float:
     """Mean loss of a network on latents (N, C, h, w) of held-out digits; times and noise are keyed, labels kept."""
-    process = generator.noise_process(config, model, tuple(latents.shape[1:]))
+    process = noise_process(config, model, tuple(latents.shape[1:]))
     objective = GeneratorObjective(model, process)
     losses = []
     for draw in range(draws):

@@ -20,6 +20,13 @@ COMMANDS = {
     "stats": ("repagen.training.statistics_command", "compute exact latent statistics of a dataset"),
     "cache": ("repagen.training.cache_command", "write latents and alignment targets to safetensors shards"),
     "convert": ("repagen.conversion.convert_command", "turn an official checkpoint into a folder of ours, or back"),
+    "export": ("repagen.export.command", "write a pipeline with its own code, for users without repagen"),
+    "push": ("repagen.hub.push_command", "publish a saved folder on the Hub, with its model card"),
+    "download": (
+        "repagen.offline.download_command",
+        "fetch everything a recipe needs into one folder, for work offline",
+    ),
+    "app": ("repagen.app.command", "serve a page that draws images, of one model or of two side by side"),
     "evaluate": (
         "repagen.evaluation.command",
         "generated images, reconstructions, representations: what they are worth",

@@ -59,16 +59,17 @@ def load_config(
         UserError: for an unknown, missing, repeated or ill-typed key, an interpolation or an unreadable file; the
             message names `file:key` and the nearest key that exists.
     """
-    origin, text = _read(name_or_path, presets)
-    tree = _parse(text, origin)
-    overridden = {key: _apply_override(tree, key, value) for key, value in _split_overrides(overrides)}
-    return _Builder(schema, origin, tuple(overridden)).build(OmegaConf.to_container(tree, resolve=False))
+    origin, tree, overridden = _merge(name_or_path, overrides, presets)
+    return _Builder(schema, origin, overridden).build(tree)
 
 
-def read_preset(name_or_path: str | Path) -> dict[str, Any]:
-    """The plain content of a preset or YAML file, unchecked by any schema (for listings)."""
-    origin, text = _read(name_or_path, PRESETS)
-    return typing.cast(dict[str, Any], OmegaConf.to_container(_parse(text, origin), resolve=False))
+def read_preset(name_or_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain content of a preset or YAML file after `key=value` overrides, unchecked by any schema.
+
+    Raises:
+        UserError: for an unreadable file or word.
+    """
+    return _merge(name_or_path, overrides, PRESETS)[1]
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -104,6 +105,14 @@ def build_value(kind: Any, value: Any, key: str) -> Any:
         return _Builder(object, "", ()).value(kind, value, key)
     except UserError as error:
         raise UserError(str(error).removeprefix(":")) from None
+
+
+def _merge(name_or_path: str | Path, overrides: Sequence[str], presets: str) -> tuple[str, Any, tuple[str, ...]]:
+    """=> (how messages call the file, its content with the overrides, their keys)."""
+    origin, text = _read(name_or_path, presets)
+    tree = _parse(text, origin)
+    overridden = {key: _apply_override(tree, key, value) for key, value in _split_overrides(overrides)}
+    return origin, OmegaConf.to_container(tree, resolve=False), tuple(overridden)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -44,11 +44,16 @@ def file_digest(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def sync_file(path: Path) -> None:
-    """Give a file the mode that the umask asks for (safetensors writes 0600) and flush it to disk."""
+def follow_umask(path: Path) -> None:
+    """Give a file the mode that the umask asks for; safetensors writes 0600 whatever it is."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
+
+
+def sync_file(path: Path) -> None:
+    """Give a file the mode that the umask asks for, and flush it to disk."""
+    follow_umask(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

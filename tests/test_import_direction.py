@@ -32,12 +32,15 @@ ALLOWED = {
     "registration": set[str](),  # names classes by strings and imports none of them
     "conversion": {*BASE, "flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines"},
     "pipelines": {*BASE, "registration", "flow", "layers", "encoders", "models", "alignment", "schedulers"},
+    "app": {*BASE, "flow", "models", "schedulers", "pipelines"},
+    "export": {*BASE, "models", "pipelines"},
     "evaluation": {*BASE, "flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines", "data"},
     "doctor": {*BASE, "layers", "encoders", "models", "pipelines", "data"},
     "training": {
         *BASE,
         *("flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines", "evaluation", "data"),
     },
+    "offline": {*BASE, "encoders", "data", "evaluation", "training"},  # knows what every recipe names
 }
 TOP = {"__init__", "__main__", "cli", "quickstart"}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from repagen.conversion.rae import assemble, check_eps, export_rae, read_decoder
 from repagen.encoders import Combination, VisionEncoder
-from repagen.encoders.families import IMAGENET_MEAN, IMAGENET_STD
+from repagen.encoders.images import IMAGENET_MEAN, IMAGENET_STD
 from repagen.errors import UserError
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 

@@ -20,6 +20,7 @@ from repagen.encoders import FAMILIES
 from repagen.errors import UserError, refusing
 from repagen.files import file_digest, replace_folder
 from repagen.flow.time import TimeShift
+from repagen.hub.card import PLACEHOLDER
 from repagen.models.encoder_storage import SUBFOLDER
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.schedulers.presets import SAMPLER_PRESETS, sampler_preset
@@ -242,7 +243,7 @@ def model_card(name: str, record: Mapping[str, Any]) -> str:
     ).to_yaml()
     title = f"# {name}\n\n{official.title} ([{official.paper}]({record['paper']})), converted by repagen"
     sections = [f"---\n{front_matter}\n---", f"{title} from an official checkpoint.", _facts(official, record)]
-    sections.append((_PIPELINE_USE if is_pipeline else _AUTOENCODER_USE).replace("{name}", name))
+    sections.append((_PIPELINE_USE if is_pipeline else _AUTOENCODER_USE).replace("{repository}", PLACEHOLDER))
     return "\n\n".join(sections) + "\n"
 
 
@@ -252,7 +253,7 @@ _PIPELINE_USE = """## Use
 import repagen  # registers its classes with diffusers; no trust_remote_code
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}")
+pipe = DiffusionPipeline.from_pretrained("{repository}")
 image = pipe(class_labels=[0]).images[0]  # sampler, steps and guidance of the table unless given
 ```"""
 
@@ -262,7 +263,7 @@ _AUTOENCODER_USE = """## Use
 import repagen  # registers its classes with diffusers; no trust_remote_code
 from diffusers import AutoModel
 
-autoencoder = AutoModel.from_pretrained("{name}")
+autoencoder = AutoModel.from_pretrained("{repository}")
 images = repagen.latents_to_images(autoencoder, latents)
 ```"""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from repagen.data.combined import CombinedDataset
 from repagen.data.config import DataConfig, data_config_from_words
 from repagen.data.dataset import ImageDataset, ImageSample, SampleDataset
 from repagen.data.digits import digits_encoder_path, digits_to_images, load_digits
@@ -10,6 +11,7 @@ from repagen.data.sampler import StreamBatchSampler, sample_indices
 from repagen.data.shards import LatentShards
 
 __all__ = [
+    "CombinedDataset",
     "DataConfig",
     "ImageDataset",
     "ImageSample",

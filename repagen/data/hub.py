@@ -14,6 +14,7 @@ from repagen.data.dataset import ImageDataset
 from repagen.data.images import BadImageError, decode_image
 from repagen.errors import UserError
 from repagen.files import state_of_files
+from repagen.hub.places import repository_command
 
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 
@@ -80,7 +81,8 @@ def _open_table(config: DataConfig) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"data.path: dataset {name}, data.split {config.split} could not be opened: {type(error).__name__}: "
-            f"{reason}; check the id, the split, access rights (hf auth login) and the network"
+            f"{reason}; check the id, the split, access rights (hf auth login) and the network, or get it with "
+            f"{repository_command(name, config.revision, dataset=True)}"
         ) from error
     splits = table if isinstance(table, datasets.DatasetDict) else {str(table.split or config.split): table}
     if config.split not in splits:
@@ -93,6 +95,9 @@ def _open_table(config: DataConfig) -> Any:
 
 def _load(datasets: Any, local: Path, config: DataConfig) -> Any:
     if not local.exists():
+        downloaded = _downloaded(config)
+        if downloaded is not None:
+            return datasets.load_dataset(str(downloaded), split=config.split)
         return datasets.load_dataset(config.path, split=config.split, revision=config.revision)
     if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
         return datasets.load_from_disk(str(local))
@@ -102,6 +107,19 @@ def _load(datasets: Any, local: Path, config: DataConfig) -> Any:
         files = {config.split: str(local)}
         return datasets.load_dataset(_FILE_BUILDERS[local.suffix], data_files=files, split=config.split)
     return datasets.load_dataset(str(local), split=config.split)
+
+
+def _downloaded(config: DataConfig) -> Path | None:
+    """Return the repository in the Hub's cache, offline; `datasets` looks only for tables it prepared."""
+    from huggingface_hub import is_offline_mode, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if not is_offline_mode():
+        return None
+    try:
+        return Path(snapshot_download(str(config.path), repo_type="dataset", revision=config.revision))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def _find_image_column(table: Any, config: DataConfig) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from repagen.encoders.families import FAMILIES, EncoderFamily
-from repagen.encoders.vision import Combination, EncoderSpec, Layers, VisionEncoder, VisionEncoderOutput
+from repagen.encoders.spec import Combination, EncoderSpec, Layers
+from repagen.encoders.vision import VisionEncoder, VisionEncoderOutput
 
 __all__ = [
     "FAMILIES",

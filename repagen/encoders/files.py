@@ -15,12 +15,13 @@ from repagen.encoders.families import FAMILIES, UNCHANGED_MEAN, UNCHANGED_STD, E
 from repagen.errors import UserError
 from repagen.hub.fetching import fetch_snapshot
 from repagen.hub.inspection import inspect_encoder_folder
+from repagen.hub.places import repository_command
 
 logger = logging.getLogger(__name__)
 
-_CONFIG_FILES = ["config.json", "preprocessor_config.json"]
+CONFIG_FILES = ["config.json", "preprocessor_config.json"]
 # Safetensors first; a repository that has none is fetched once more for the older format.
-_WEIGHT_FILES = (["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"], ["pytorch_model.bin"])
+WEIGHT_FILES = (["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"], ["pytorch_model.bin"])
 _WEIGHT_NAMES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -74,11 +75,14 @@ class EncoderFiles:
         if self.repo_id is None:
             return weights_file(self.folder, self.name)
         note_licence(self.family, self.repo_id)
-        for patterns in _WEIGHT_FILES:
+        for patterns in WEIGHT_FILES:
             _fetch(self.repo_id, self.revision, patterns, self.local_files_only)
             if any((self.folder / name).is_file() for name in _WEIGHT_NAMES):
                 break
-        return weights_file(self.folder, self.name, self.repo_id if self.local_files_only else None)
+        from huggingface_hub import is_offline_mode
+
+        for_the_user = self.local_files_only or is_offline_mode()
+        return weights_file(self.folder, self.name, self.repo_id if for_the_user else None)
 
 
 def weights_file(folder: Path, name: str, repo_id: str | None = None) -> Path:
@@ -95,7 +99,7 @@ def weights_file(folder: Path, name: str, repo_id: str | None = None) -> Path:
     for candidate in _WEIGHT_NAMES:
         if (folder / candidate).is_file():
             return folder / candidate
-    fetching = f"; fetch it with `hf download {repo_id}`" if repo_id else ""
+    fetching = f"; fetch it with {repository_command(repo_id)}" if repo_id else ""
     raise UserError(f"{folder}: no model.safetensors (nor pytorch_model.bin) of encoder {name!r}{fetching}")
 
 
@@ -141,7 +145,7 @@ def find_encoder(source: str | os.PathLike[str], revision: str | None, local_fil
         revision = None
     else:
         repo_id = hub_id(name)
-        folder = _fetch(repo_id, revision, _CONFIG_FILES, local_files_only)
+        folder = _fetch(repo_id, revision, CONFIG_FILES, local_files_only)
         revision = folder.name
     inspect_encoder_folder(folder, f"encoder {name!r}")
     config = read_json(folder / "config.json")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,10 @@ from torch.func import functional_call
 from repagen.encoders.backbones import Backbone, TimmBackbone, build_timm, build_transformers
 from repagen.encoders.families import FAMILIES, EncoderFamily
 from repagen.encoders.files import find_encoder, weights_file
+from repagen.encoders.images import check_images
+from repagen.encoders.spec import Combination, EncoderSpec, Layers
 from repagen.encoders.weights import load_weights, weights_sha256
 from repagen.errors import UserError
-
-Layers = Literal["last"] | int | Sequence[int]
-Combination = Literal["last", "mean", "sum", "mean_plus_spatial_mean"]
 
 
 @dataclass(frozen=True)
@@ -39,46 +38,6 @@ class VisionEncoderOutput:
     grid: tuple[int, int]
     cls: torch.Tensor | None
     attention: tuple[torch.Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class EncoderSpec:
-    """All that defines an encoder but its weights; JSON-able by `dataclasses.asdict`.
-
-    Attributes:
-        family: a name of `repagen.encoders.FAMILIES`.
-        config: the network's own description: keys of the transformers config, or of a timm `config.json`.
-        image_size: side in pixels of the image the network sees.
-        layers: "last", a block index, or a list of block indices (0-based, negative from the end).
-        combination: how several layers become one: the last, their mean, their sum, or their mean plus the mean over
-            all patches of the last one (RAEv2, arXiv 2605.18324).
-        norm_affine: keep weight and bias of the final norm (REPA's targets) or only its normalisation (RAE's latents).
-        image_mean, image_std: pixel normalisation, per channel; None takes the family's.
-        name_or_path: Hub id or folder the weights come from; None for random weights.
-        revision: commit of the Hub repository.
-    """
-
-    family: str
-    config: dict[str, Any]
-    image_size: int | None = None
-    layers: Layers = "last"
-    combination: Combination = "last"
-    norm_affine: bool = True
-    image_mean: Sequence[float] | None = None
-    image_std: Sequence[float] | None = None
-    name_or_path: str | None = None
-    revision: str | None = None
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], where: str = "encoder") -> EncoderSpec:
-        """Read a spec from a config; unknown and missing keys are refused by name."""
-        known = {item.name for item in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
-        for key in ("family", "config"):
-            if key not in values:
-                raise UserError(f"{where}: the key {key!r} is missing")
-        return cls(**values)
 
 
 class VisionEncoder(nn.Module):
@@ -381,14 +340,6 @@ def check_image_size(side: Any, patch_size: int, where: str) -> None:
     """Refuse a side that is no positive multiple of the patch side, both in pixels."""
     if not isinstance(side, int) or side <= 0 or side % patch_size:
         raise UserError(f"{where}: {side!r} px is no positive multiple of the patch side {patch_size} px")
-
-
-def check_images(images: torch.Tensor) -> None:
-    """Refuse anything but (B, 3, H, H) floating point images, naming what was given."""
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise UserError(f"images must be float (B, 3, H, W) in [0, 1], got {images.dtype} {tuple(images.shape)}")
-    if images.shape[-1] != images.shape[-2]:
-        raise UserError(f"images must be square, got {images.shape[-2]} x {images.shape[-1]} px; crop them first")
 
 
 def _family(spec: EncoderSpec) -> EncoderFamily:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import torch
 from repagen.errors import UserError
 from repagen.evaluation.extractor import ExtractorIdentity
 from repagen.evaluation.resize import ResizeKernel, resize
+from repagen.hub.places import published_file_command, torch_checkpoint
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 TENSORFLOW_KERNEL: ResizeKernel = "tensorflow1-bilinear"  # of the graph itself, and of nearly all published figures
-_INCEPTION_SHA256_START = "6726825d"  # the published file carries the first digits of its hash in its name
+INCEPTION_SHA256_START = "6726825d"  # the published file carries the first digits of its hash in its name
 _SIDE = 299
 
 
@@ -53,7 +53,7 @@ class InceptionExtractor:
     ) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        path = Path(weights) if weights else _cached_inception_file()
+        path = Path(weights) if weights else torch_checkpoint(INCEPTION_FILE)
         content, digest = _read_inception_file(path, must_be_published=weights is None)
         try:
             network = FeatureExtractorInceptionV3(INCEPTION, ["2048"], feature_extractor_weights_path=content)
@@ -85,19 +85,13 @@ class InceptionExtractor:
 
 def is_published_inception(identity: ExtractorIdentity) -> bool:
     """Whether figures of this extractor can stand beside published FIDs."""
-    return identity.name == INCEPTION and identity.weights_sha256.startswith(_INCEPTION_SHA256_START)
+    return identity.name == INCEPTION and identity.weights_sha256.startswith(INCEPTION_SHA256_START)
 
 
 def _misfit(error: Exception) -> str:
     """What torch found first: a missing key, or anything else."""
     missing = re.search(r'Missing key\(s\) in state_dict: "([^"]+)"', str(error))
     return f"the tensor {missing[1]} is missing" if missing else " ".join(str(error).split())[:200]
-
-
-def _cached_inception_file() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
-    folder = Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "hub" / "checkpoints"
-    return folder / INCEPTION_FILE
 
 
 def _read_inception_file(path: Path, must_be_published: bool) -> tuple[io.BytesIO, str]:
@@ -108,15 +102,15 @@ def _read_inception_file(path: Path, must_be_published: bool) -> tuple[io.BytesI
     """
     if not path.is_file():
         raise UserError(
-            f"Inception weights not found: {path}; download {INCEPTION_URL} there, or give --extractor-weights FILE, "
-            "or another --extractor (an encoder's id or folder)"
+            f"Inception weights not found: {path}; get them with {published_file_command('inception')}, or give "
+            "--extractor-weights FILE, or another --extractor (an encoder's id or folder)"
         )
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    if must_be_published and not digest.startswith(_INCEPTION_SHA256_START):
+    if must_be_published and not digest.startswith(INCEPTION_SHA256_START):
         raise UserError(
-            f"{path}: sha256 is {digest[:12]}..., the published weights begin with {_INCEPTION_SHA256_START}; "
-            "the file is damaged, download it again"
+            f"{path}: sha256 is {digest[:12]}..., the published weights begin with {INCEPTION_SHA256_START}; "
+            f"the file is damaged, delete it and get it again with {published_file_command('inception')}"
         )
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

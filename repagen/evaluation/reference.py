@@ -233,6 +233,11 @@ def open_reference(words: Sequence[str]) -> ImageSource | ReferenceStatistics:
     """
     path = Path(words[0])
     _refuse_pickle(path)
+    if path.suffix == ".npz" and not path.is_file():
+        raise UserError(
+            f"no such file: {path}; make statistics with `repagen reference make`, or see with "
+            "`repagen download PROTOCOL --to DIR` which file a protocol takes and where it goes"
+        )
     if len(words) == 1 and path.suffix == ".npz" and any(key.startswith(("mu", "sigma")) for key in npz_keys(path)):
         return load_statistics(path)
     return open_images(words)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from repagen.errors import UserError
+from repagen.hub.places import repository_command
 
 logger = logging.getLogger(__name__)
 
@@ -134,17 +135,17 @@ def naming_hub_errors(
         raise
     except Exception as error:
         reason = next(filter(None, (_reason(link, repo_id) for link in _chain(error))), None)
-        reason = reason or _not_cached(error, repo_id, local_files_only)
+        reason = reason or _not_cached(error, repo_id, revision, local_files_only)
         if reason is None:
             raise
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(f"{what} {repo_id!r}{at}: {reason}") from error
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _chain(error: BaseException | None, *, with_contexts: bool = False) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__
+        error = error.__cause__ or (error.__context__ if with_contexts else None)
 
 
 def _reason(error: BaseException, repo_id: str) -> str | None:
@@ -202,11 +203,11 @@ def _reason_of_disk(error: BaseException) -> str | None:
     return None
 
 
-def _not_cached(error: BaseException, repo_id: str, local_files_only: bool) -> str | None:
+def _not_cached(error: BaseException, repo_id: str, revision: str | None, local_files_only: bool) -> str | None:
     """The line for files that are not here while the Hub cannot be asked, or None where that is not the matter."""
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError, RevisionResolutionError
 
-    links = list(_chain(error))
+    links = list(_chain(error, with_contexts=True))  # diffusers names no cause for a file that is not here
     unreached = any(
         isinstance(link, ConnectionError) or "TransportError" in {kind.__name__ for kind in type(link).__mro__}
         for link in links
@@ -220,7 +221,7 @@ def _not_cached(error: BaseException, repo_id: str, local_files_only: bool) -> s
     found = f"in the local cache without {names[1]}" if names else "not in the local cache"
     return (
         f"{found}{'' if local_files_only else ' and the Hub is out of reach'}; fetch it once with "
-        f"`hf download {repo_id}` on a machine that is online, or pass a local folder"
+        f"{repository_command(repo_id, revision)} on a machine that is online, or pass a local folder"
     )
 
 

@@ -268,7 +268,7 @@ def _read_object(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        _refuse(path, what, f"it is not valid JSON ({_line(str(error))})", "fetch it again")
+        _refuse(path, what, f"it cannot be read as JSON ({_line(str(error))})", "fetch it again")
     except RecursionError:
         _refuse(path, what, "it is nested too deep for a config", "fetch it again from its author")
     if not isinstance(content, dict):
@@ -298,8 +298,8 @@ def _refuse_code(value: Any, key: str, path: Path, what: str, depth: int = 0) ->
 
 def _check_class_name(name: Any, key: str, path: Path, what: str) -> None:
     if not isinstance(name, str):
-        _refuse(path, what, f"{key} {_line(json.dumps(name))} asks for code in the folder, it must be the plain name "
-                "of a class", "load a copy that needs no remote code")  # fmt: skip
+        reason = f"{key} {_line(json.dumps(name))} asks for code in the folder, which repagen does not run"
+        _refuse(path, what, reason, "load a copy that needs no remote code")
     if not _CLASS_NAME.fullmatch(name):
         _refuse(path, what, f"{key} {_line(name)!r} is not the plain name of a class", "fetch it again")
 

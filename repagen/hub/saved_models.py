@@ -1,4 +1,4 @@
-"""Opening a saved model by folder or Hub id: fetched at one commit, looked at, and only then read by a library."""
+"""Saved models: opened from a folder that has been looked at, and written alike wherever and by whomever."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
+
+from repagen.errors import UserError
+from repagen.files import follow_umask, put_file
 from repagen.hub.fetching import fetch_snapshot
 from repagen.hub.inspection import inspect_folder
+from repagen.hub.places import repository_command
 
 _WEIGHTS = "diffusion_pytorch_model"
 # What fetching takes and loading from a folder does not.
@@ -41,15 +46,42 @@ def inspected_source(source: str | os.PathLike[str], what: str, options: dict[st
         )
         patterns = ["model_index.json", *(f"{place}{name}" for name in ("config.json", *weights))]
         root = fetch_snapshot(os.fspath(source), what=what, patterns=patterns, **{"revision": None, **given})
+        _refuse_half(root / subfolder, os.fspath(source), given.get("revision"), what)
     inspect_folder(root / subfolder, what)
     return root
 
 
-class SavedModelMixin:
-    """A `ModelMixin` that is loaded from a folder that has been looked at.
+def _refuse_half(folder: Path, repo_id: str, revision: str | None, what: str) -> None:
+    """Name the command for files that the cache lacks, where the Hub cannot be asked for them."""
+    absent = [pattern for pattern in ("config.json", f"{_WEIGHTS}*.safetensors") if not any(folder.glob(pattern))]
+    if absent and is_offline_mode():
+        raise UserError(
+            f"{what} {repo_id!r}: in the local cache without {' and '.join(absent)}; fetch it once with "
+            f"{repository_command(repo_id, revision)} on a machine that is online, or pass a local folder"
+        )
 
-    Saved, it says nothing of the place it was loaded from.
+
+def tidy_saved(folder: Path) -> None:
+    """Give a saved model's or pipeline's weights the mode of the umask, and keep from configs where parts came from.
+
+    diffusers writes the path that a model was loaded from into its config: it means nothing elsewhere, tells of the
+    machine, and makes two saves of the same model differ.
     """
+    for path in folder.rglob("*.safetensors"):
+        follow_umask(path)
+    for path in (*folder.rglob("config.json"), *folder.rglob("model_index.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            put_file(path, f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())
+
+
+class SavedModelMixin:
+    """Stands before diffusers' `ModelMixin`: loads from a folder that has been looked at, and saves alike anywhere.
+
+    It stands behind `PublishedModelMixin`, which uploads what was saved.
+    """
+
+    _folder: Path | None = None  # that it was loaded from
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -59,10 +91,13 @@ class SavedModelMixin:
             UserError: a folder that cannot be fetched, or that names code or holds unsafe files.
         """
         root = inspected_source(pretrained_model_name_or_path, cls.__name__, kwargs)
-        return super().from_pretrained(root, **kwargs)  # type: ignore[misc]
+        result = super().from_pretrained(root, **kwargs)  # type: ignore[misc]
+        model = result[0] if isinstance(result, tuple) else result
+        model.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
+        model._folder = (root / (kwargs.get("subfolder") or "")).absolute()
+        return result
 
-    def to_json_string(self) -> str:
-        """Return the config as JSON, without the path it was loaded from."""
-        content = json.loads(super().to_json_string())  # type: ignore[misc]
-        content.pop("_name_or_path", None)
-        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save config and weights; see `ModelMixin.save_pretrained`. Nothing tells where the model was loaded from."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        tidy_saved(Path(save_directory))

@@ -11,6 +11,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from repagen.errors import UserError
+from repagen.hub.published import PublishedModelMixin
 from repagen.hub.saved_models import SavedModelMixin
 from repagen.layers.attention import AttentionBackendMixin
 from repagen.layers.embeddings import LabelEmbedding, PatchEmbedding, unpatchify
@@ -59,7 +60,7 @@ def zero_(*layers: Any) -> None:
         nn.init.zeros_(linear.bias)
 
 
-class LatentTransformerMixin(SavedModelMixin, AttentionBackendMixin):
+class LatentTransformerMixin(PublishedModelMixin, SavedModelMixin, AttentionBackendMixin):
     """Shared part of the `ModelMixin` classes that map a noisy latent, a time and a class to a prediction.
 
     The subclass has `config` with sample_size, patch_size, in_channels, prediction_type and time_direction,

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from repagen.encoders import EncoderSpec, VisionEncoder
+from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
-from repagen.hub.saved_models import SavedModelMixin, inspected_source
+from repagen.hub.published import PublishedModelMixin
+from repagen.hub.saved_models import SavedModelMixin
 from repagen.models import encoder_storage
+
+if TYPE_CHECKING:
+    from repagen.encoders import VisionEncoder
+    from repagen.hub.card import LicenceFact
 
 VARIANCE_EPSILON = 1e-5
 """Added to the variance before the square root of a standard deviation, as RAE does."""
@@ -43,7 +48,7 @@ class LatentStandardisation(nn.Module):
         return latents.float() * std + mean if undo else (latents.float() - mean) / std
 
 
-class StandardisedLatents(SavedModelMixin):
+class StandardisedLatents(PublishedModelMixin, SavedModelMixin):
     """An autoencoder whose latents are standardised by buffers, which are saved with it."""
 
     latent_statistics: LatentStandardisation
@@ -156,7 +161,6 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
     dtype: torch.dtype
     register_to_config: Callable[..., None]
     _encoder: VisionEncoder | None
-    _folder: Path | None
 
     @property
     def encoder_width(self) -> int:
@@ -191,20 +195,6 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
         wanted = {name: getattr(spec, name) for name in ("layers", "combination", "norm_affine")}
         object.__setattr__(self, "_encoder", encoder.reading(**wanted))
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load weights and statistics; see `ModelMixin.from_pretrained`. The encoder waits for the first `encode`.
-
-        Raises:
-            UserError: for a folder that is refused, or a file that lacks tensors, naming them.
-        """
-        root = inspected_source(pretrained_model_name_or_path, cls.__name__, kwargs)
-        result = super().from_pretrained(root, **kwargs)
-        model = result[0] if isinstance(result, tuple) else result
-        if model.config.encoder_stored:
-            model._folder = root / (kwargs.get("subfolder") or "")
-        return result
-
     def save_pretrained(  # the parameters by name: pipelines read them from the signature
         self,
         save_directory: str | os.PathLike[str],
@@ -238,7 +228,7 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
             self.register_to_config(**facts)
         if stored and is_main_process:  # first, since the rest may upload the folder
             encoder_storage.save_encoder(self.encoder, Path(save_directory))
-        super().save_pretrained(  # type: ignore[misc]
+        super().save_pretrained(
             save_directory,
             is_main_process=is_main_process,
             save_function=save_function,
@@ -249,10 +239,13 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
             **kwargs,
         )
 
+    def part_licences(self) -> tuple[LicenceFact, ...]:
+        """See `PublishedMixin.part_licences`: the encoder's."""
+        return encoder_storage.encoder_licences(self.config)
+
     def _without_encoder(self) -> None:
         # Outside the module tree on purpose; see the class docstring.
         object.__setattr__(self, "_encoder", None)
-        self._folder = None
 
     def _placed_encoder(self, device: torch.device) -> VisionEncoder:
         """Return the encoder on the device of the images: `encode` may be called where offloading moved the model."""

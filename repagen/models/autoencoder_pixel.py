@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, EncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from repagen.encoders.vision import check_images
+from repagen.encoders.images import check_images
 from repagen.errors import UserError
 from repagen.models.autoencoder_base import LatentStandardisation, StandardisedLatents, check_positive
 

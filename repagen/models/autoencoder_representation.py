@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,16 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, E
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from repagen.encoders import Combination, EncoderSpec, Layers, VisionEncoder
-from repagen.encoders.families import IMAGENET_MEAN, IMAGENET_STD
+from repagen.encoders.images import IMAGENET_MEAN, IMAGENET_STD
+from repagen.encoders.spec import Combination, EncoderSpec, Layers
 from repagen.errors import UserError
 from repagen.layers.attention import AttentionBackendMixin, SelfAttention
 from repagen.layers.embeddings import sincos_position_table, unpatchify
 from repagen.layers.norms import LayerNorm
 from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, LatentStandardisation, check_positive
+
+if TYPE_CHECKING:
+    from repagen.encoders import VisionEncoder
 
 DECODER_SIZES: dict[str, dict[str, int]] = {
     "vit-b": {
@@ -299,6 +302,8 @@ class RepresentationAutoencoder(
         Raises:
             UserError: for sizes that do not divide, an unknown decoder, or an encoder that cannot be loaded.
         """
+        from repagen.encoders import VisionEncoder
+
         if isinstance(encoder, VisionEncoder):
             encoder = encoder.reading(norm_affine=norm_affine)
             patch = image_size // encoder.grid_size if decoder_patch_size is None else decoder_patch_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,13 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, Decoder
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from repagen.encoders import EncoderSpec, VisionEncoder
-from repagen.encoders.families import IMAGENET_MEAN, IMAGENET_STD
-from repagen.encoders.vision import check_images
+from repagen.encoders.images import IMAGENET_MEAN, IMAGENET_STD, check_images
+from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
 from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, LatentStandardisation, check_positive
+
+if TYPE_CHECKING:
+    from repagen.encoders import VisionEncoder
 
 Matching = Literal["running", "batch", "none"]
 
@@ -278,6 +280,8 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
         Raises:
             UserError: for sizes that do not divide, or an encoder that cannot be loaded.
         """
+        from repagen.encoders import VisionEncoder
+
         levels = len(sizes.get("decoder_block_out_channels", range(5)))
         patch = 2 ** (levels - 1)
         if image_size <= 0 or image_size % patch:

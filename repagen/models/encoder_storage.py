@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from repagen.encoders import FAMILIES, EncoderSpec, VisionEncoder
-from repagen.encoders.backbones import FROZEN_VARIANT
+from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
 from repagen.hub.fetching import fetch_snapshot
+
+if TYPE_CHECKING:
+    from repagen.encoders import VisionEncoder
+    from repagen.hub.card import LicenceFact
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,8 @@ def load_encoder(config: Any, folder: Path | None) -> VisionEncoder:
     Raises:
         UserError: if its files are missing, closed or out of reach.
     """
+    from repagen.encoders import VisionEncoder
+
     spec = EncoderSpec.from_mapping(config.encoder)
     if config.encoder_stored and folder is not None:
         return VisionEncoder.from_spec(spec, _stored_folder(folder))
@@ -80,6 +85,8 @@ def shall_store(config: Any, encoder: VisionEncoder | None, include_encoder: boo
         return True
     if encoder is None:
         return config.encoder_stored
+    from repagen.encoders import FAMILIES
+
     return FAMILIES[config.encoder["family"]].redistributable
 
 
@@ -102,13 +109,42 @@ def saved_facts(config: Any, encoder: VisionEncoder | None, stored: bool) -> dic
     return {"encoder": description, "encoder_fingerprint": fingerprint, "encoder_stored": stored}
 
 
+def encoder_licences(config: Any) -> tuple[LicenceFact, ...]:
+    """Return the licence of the encoder that an autoencoder's config describes, and what follows from it."""
+    from repagen.encoders import FAMILIES
+    from repagen.hub.card import LicenceFact, without_local_paths
+
+    if config.encoder is None:
+        return ()
+    family = FAMILIES[config.encoder["family"]]
+    name = config.encoder["name_or_path"] or f"{family.name}, its weights inside"
+    licence, consequences = family.licence, []
+    if config.encoder["revision"] is None:  # from a folder, or not from anywhere: anybody's weights
+        licence = f"unknown ({licence} for the published weights of {family.name})"
+    if "commercial" in licence.lower():
+        consequences.append("the model is made of its features: no commercial use without leave of its authors")
+    if family.gated:
+        consequences.append("its weights are handed out by its authors alone, who ask for an agreement")
+    if config.encoder_stored and not family.redistributable:
+        consequences.append("its weights are inside, though this licence may not let them be passed on")
+    return (
+        LicenceFact(
+            part="encoder", name=without_local_paths(name), licence=licence, consequence="; ".join(consequences)
+        ),
+    )
+
+
 def save_encoder(encoder: VisionEncoder, folder: Path) -> None:
     """Write an encoder's weights below an autoencoder's folder."""
+    from repagen.encoders.backbones import FROZEN_VARIANT
+
     encoder.save_pretrained(folder / SUBFOLDER, variant=FROZEN_VARIANT)
 
 
 def _stored_folder(folder: Path) -> Path:
     """Return the sub-folder with the encoder, downloading it if the autoencoder lies in the Hub's cache without it."""
+    from repagen.encoders.backbones import FROZEN_VARIANT
+
     stored = folder / SUBFOLDER
     if any(stored.glob(f"model*.{FROZEN_VARIANT}*")) or any(stored.glob("*.safetensors")):
         return stored

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, AutoencoderRAE
 
-from repagen.encoders.vision import check_images
+from repagen.encoders.images import check_images
 from repagen.errors import UserError, naming
 from repagen.models.autoencoder_base import StandardisedLatents
 

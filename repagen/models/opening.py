@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers import AutoModel
+from diffusers import AutoModel, ConfigMixin
 
 from repagen.errors import UserError, refusing
 from repagen.hub.fetching import fetch_snapshot, resolve_commit
@@ -79,7 +79,10 @@ def load_model(name: str, what: str, **place: Any) -> Any:
     with warnings.catch_warnings():
         # diffusers' own call, about which the user can do nothing; it would stand before the line about a wrong name.
         warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
-        return AutoModel.from_pretrained(str(root), **place)
+        model = AutoModel.from_pretrained(str(root), **place)
+    if isinstance(model, ConfigMixin):
+        model.register_to_config(_name_or_path=name)
+    return model
 
 
 def refuse_missing_folder(name: str, option: str, allowed: str) -> None:

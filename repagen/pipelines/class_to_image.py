@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from PIL import Image
 
 from repagen.errors import UserError
 from repagen.flow.guidance import GuidanceInterval, GuidanceMethod
+from repagen.hub.published import PublishedMixin
 from repagen.models.latents import decoded_size, latents_to_images
 from repagen.pipelines.components import Autoencoder, Scheduler, Transformer
 from repagen.pipelines.guided_prediction import GuidedPrediction, class_token_dim, is_discrete, learns_variance
@@ -25,6 +26,9 @@ from repagen.pipelines.loading import CommitLoading
 from repagen.pipelines.lora import AdapterMixin
 from repagen.pipelines.sampling_options import SamplingOptions
 from repagen.schedulers.presets import DISCRETE_SCHEDULERS, lay_grid
+
+if TYPE_CHECKING:
+    from repagen.hub.card import LicenceFact
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -41,7 +45,7 @@ class ClassToImagePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
-class ClassToImagePipeline(AdapterMixin, CommitLoading):
+class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
     """Samples latents of given classes by following a transformer's predictions, and decodes them.
 
     The autoencoder's encoder is never used. Sampler state and times are float32 whatever the models' dtype. A
@@ -96,6 +100,10 @@ class ClassToImagePipeline(AdapterMixin, CommitLoading):
         SamplingOptions.resolve(sampling_defaults, {})
         self.register_to_config(id2label=names, sampling_defaults=sampling_defaults)
         self.image_processor = VaeImageProcessor(do_normalize=False)
+
+    def part_licences(self) -> Sequence[LicenceFact]:
+        """See `PublishedMixin.part_licences`: those of the autoencoder's parts."""
+        return self.vae.part_licences() if isinstance(self.vae, PublishedMixin) else ()
 
     @property
     def components(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from huggingface_hub import is_offline_mode
 from repagen.errors import UserError, refusing
 from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_commit
 from repagen.hub.inspection import inspect_folder
+from repagen.hub.places import repository_command
+from repagen.hub.saved_models import tidy_saved
 from repagen.registration import is_loadable_library
 
 _INDEX = "model_index.json"
@@ -59,11 +61,19 @@ class CommitLoading(DiffusionPipeline):
         inspect_folder(folder, f"pipeline {name}")
         index = _read_index(folder, name, cls)
         _refuse_missing(folder, name, index, cls, left)
-        with refusing(f"{name} cannot be loaded as a {cls.__name__}"):
+        again = ""
+        if commit is not None and is_offline_mode():
+            again = f"; if files of it are missing, get them with {repository_command(name, kwargs.get('revision'))}"
+        with refusing(f"{name} cannot be loaded as a {cls.__name__}{again}"):
             pipe = super().from_pretrained(folder, **left)
         pipe.register_to_config(_name_or_path=name)
         pipe.hub_commit = commit
         return pipe
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save into a folder, alike wherever its parts came from; see `DiffusionPipeline.save_pretrained`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        tidy_saved(Path(save_directory))
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> Path:
@@ -152,6 +162,6 @@ def _refuse_missing(folder: Path, name: str, index: Mapping[str, Any], kind: Any
     variant = given.get("variant")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(
-            f"You are trying to load the model files of the `variant={variant}`, but {name} has no weights of variant "
-            f"{variant!r}; leave it out, or name one that is there"
+            f"{name} cannot be loaded: You are trying to load the model files of the `variant={variant}`, but it has no "
+            f"weights of variant={variant}; leave it out, or name one that is there"
         )

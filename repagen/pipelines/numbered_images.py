@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,17 +99,21 @@ class NumberedImages:
                 batch = range(start, min(start + self.batch_size, len(self)))
                 if numbers.isdisjoint(batch):
                     continue
-                for index, image in zip(batch, self._sample(batch, show_step), strict=True):
+                for index, image in zip(batch, self.sample(batch, show_step), strict=True):
                     if index in numbers:
                         yield index, image
                         progress.update()
 
-    def _sample(self, batch: range, callback: Any) -> list[Image.Image]:
+    def sample(self, batch: range, callback_on_step_end: Callable[..., dict[str, Any]]) -> list[Image.Image]:
+        """Return the images numbered `batch`, drawn together, without a progress bar; arguments as of the pipeline."""
         labels = [self.labels[index] for index in batch]
         generators = [generator_for(self.seed, "sample", index) for index in batch]
         conditional = self.pipe.transformer.config.num_classes > 0
         return self.pipe(
-            labels if conditional else None, generator=generators, callback_on_step_end=callback, **self.options
+            labels if conditional else None,
+            generator=generators,
+            callback_on_step_end=callback_on_step_end,
+            **self.options,
         ).images
 
 

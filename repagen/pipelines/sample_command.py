@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import hf_hub_download
 from PIL import Image
 
-from repagen.errors import UserError, refusing, require_at_least
+from repagen.errors import UserError, naming, refusing, require_at_least
 from repagen.files import TEMPORARY_PREFIX
 from repagen.flow.guidance import GUIDANCE_METHODS
 from repagen.pipelines.adapters import load_adapters
@@ -30,13 +28,23 @@ _GRID_IMAGES = 64
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what decides the images: model, classes, sampler, seed, device."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what makes a pipeline: model, adapters, device, precision, attention."""
     parser.add_argument("--model", required=True, metavar="PATH", help="folder or Hub id of a saved pipeline")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the model on the Hub")
     parser.add_argument(
         "--lora", nargs="+", metavar="PATH[=WEIGHT]", default=[], help="adapters to use, with their weights; default 1"
     )
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
+    parser.add_argument(
+        "--attention-backend", metavar="NAME", help="such as xformers, or auto; default: diffusers' own choice"
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what decides the images: model, classes, sampler, seed, device."""
+    add_model_arguments(parser)
     parser.add_argument(
         "--class-labels", nargs="+", metavar="CLASS", help="class names or ids, taken in turn; default: every class"
     )
@@ -44,11 +52,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampler_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i); default 0")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once; default 8")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
-    parser.add_argument(
-        "--attention-backend", metavar="NAME", help="such as xformers, or auto; default: diffusers' own choice"
-    )
 
 
 def add_sampler_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -129,6 +132,23 @@ def open_numbered_images(args: argparse.Namespace) -> NumberedImages:
         UserError: a model that cannot be loaded, or arguments that do not fit it.
     """
     require_at_least(args, {"number": 1, "batch_size": 1})
+    pipe, origin = open_pipeline(args)
+    labels = choose_labels(pipe, args.class_labels, args.number)
+    options = sampler_options(args)
+    pipe.check_options(options)
+    command = _command(args, origin, asdict(pipe.sampling_options(options)))
+    return NumberedImages(pipe, labels, args.seed, args.batch_size, options, {**origin, "command": command})
+
+
+def open_pipeline(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Load the model with its adapters; return it, and the facts that all its images share.
+
+    Args:
+        args: of `add_model_arguments`.
+
+    Raises:
+        UserError: a model or adapter that cannot be loaded, or a device or attention backend that cannot be used.
+    """
     device = usable_device(args.device)
     _require_attention(args.attention_backend, device, args.dtype)
     pipe: Any = load_pipeline(args.model, device, args.dtype, args.revision)
@@ -137,11 +157,8 @@ def open_numbered_images(args: argparse.Namespace) -> NumberedImages:
     adapters = load_adapters(pipe, args.lora)
     if args.attention_backend:
         pipe.transformer.set_attention_backend(args.attention_backend)
-    labels = choose_labels(pipe, args.class_labels, args.number)
-    options = sampler_options(args)
-    pipe.check_options(options)
     training = training_record(args.model, commit or args.revision)
-    origin = {
+    return pipe, {
         "model": model,
         "adapters": adapters,
         "recipe": training.get("recipe"),
@@ -149,9 +166,7 @@ def open_numbered_images(args: argparse.Namespace) -> NumberedImages:
         "dtype": args.dtype,
         "attention_backend": args.attention_backend,
         **_environment(device),
-        "command": _command(args, device, commit, asdict(pipe.sampling_options(options))),
     }
-    return NumberedImages(pipe, labels, args.seed, args.batch_size, options, origin)
 
 
 def _environment(device: str) -> dict[str, str]:
@@ -161,11 +176,11 @@ def _environment(device: str) -> dict[str, str]:
     return {"device": torch.cuda.get_device_name(device) if is_gpu else device, "torch": torch.__version__}
 
 
-def _command(args: argparse.Namespace, device: str, commit: str | None, options: dict[str, Any]) -> str:
+def _command(args: argparse.Namespace, origin: dict[str, Any], options: dict[str, Any]) -> str:
     """The command that draws the same images, all of its options given."""
     names = ("model", "class_labels", "number", "seed", "batch_size", "lora", "dtype", "attention_backend")
     given = {name: getattr(args, name) for name in names}
-    resolved = {"device": device, "revision": commit or args.revision}
+    resolved = {"device": usable_device(args.device), "revision": origin["model"]["commit"] or args.revision}
     return command_line(["repagen", "sample"], {**given, **resolved, **options})
 
 
@@ -235,10 +250,7 @@ def load_pipeline(model: str, device: str | None, dtype: str, revision: str | No
     from repagen.pipelines.class_to_image import ClassToImagePipeline
 
     device = usable_device(device)
-    kind = _class_name(model, revision)
-    if kind != "ClassToImagePipeline":
-        raise UserError(f"--model {model} holds a {kind}; a ClassToImagePipeline is needed")
-    with refusing(f"--model {model} cannot be loaded"):
+    with naming({"": "--model: "}):
         pipe = ClassToImagePipeline.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -262,16 +274,6 @@ def choose_labels(
     given = [_label(pipe, word) for word in words] if words else list(range(num_classes))
     choices = resolve_class_labels(given, num_classes, pipe.config["id2label"])
     return [choices[index % len(choices)] for index in range(number or len(choices))]
-
-
-def _class_name(model: str, revision: str | None) -> str:
-    index = Path(model) / "model_index.json"
-    if not Path(model).is_dir() and (Path(model).exists() or Path(model).is_absolute()):
-        raise UserError(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id")
-    with refusing(f"--model {model}: no pipeline folder (with a model_index.json) or Hub id"):
-        if not Path(model).is_dir():
-            index = Path(hf_hub_download(model, index.name, revision=revision))
-        return json.loads(index.read_text())["_class_name"]
 
 
 def _label(pipe: ClassToImagePipeline, word: str) -> int | str:

@@ -17,7 +17,7 @@ def to_small(images: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(images.mean(1, keepdim=True), 8)
 
 
-def _build_classifier() -> nn.Sequential:
+def _build_classifier(num_classes: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
         nn.ReLU(),
@@ -26,27 +26,28 @@ def _build_classifier() -> nn.Sequential:
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Dropout(0.3),
-        nn.Linear(64 * 16, 10),
+        nn.Linear(64 * 16, num_classes),
     )
 
 
 def train_digit_classifier(
-    pictures: torch.Tensor, labels: torch.Tensor, *, seed: int, num_steps: int = 400
+    pictures: torch.Tensor, labels: torch.Tensor, *, seed: int, num_steps: int = 400, num_classes: int = 10
 ) -> nn.Sequential:
-    """Train a small convolutional classifier on real digits.
+    """Train a small convolutional classifier on real digits, and on further classes where there are any.
 
     Args:
         pictures: (N, 1, 8, 8) float32 in [0, 1].
-        labels: (N,) int64 in [0, 10).
+        labels: (N,) int64 in [0, num_classes).
         seed: of the initial weights, batches and dropout; the global random state is left as it was.
         num_steps: optimiser steps of batch 128.
+        num_classes: digits and further ones.
 
     Returns:
-        The classifier in evaluation mode: (B, 1, 8, 8) => logits (B, 10).
+        The classifier in evaluation mode: (B, 1, 8, 8) => logits (B, num_classes).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = _build_classifier()
+        classifier = _build_classifier(num_classes)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.01)
         batches = generator_for(seed, "digit classifier batches")
         for _ in range(num_steps):

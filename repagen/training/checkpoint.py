@@ -198,10 +198,14 @@ def split_tensors(state: Any) -> tuple[dict[str, torch.Tensor], Any]:
     Dicts become lists of [key, value] pairs, since the keys of optimiser states are numbers.
     """
     tensors: dict[str, torch.Tensor] = {}
+    addresses: set[int] = set()
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().to("cpu").contiguous()
+            tensor = value.detach().to("cpu").contiguous()
+            # Optimisers of bitsandbytes share tables between parameters, which a file must not.
+            tensors[path] = tensor.clone() if tensor.data_ptr() in addresses else tensor
+            addresses.add(tensors[path].data_ptr())
             return {"tensor": path}
         if isinstance(value, Mapping):
             return {

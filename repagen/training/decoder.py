@@ -8,16 +8,19 @@ The same command again continues an interrupted run, and writes the autoencoder 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from repagen.config import load_config
 from repagen.data import SampleDataset, open_dataset
 from repagen.errors import run_as_program
 from repagen.evaluation.metrics.perceptual import PerceptualDistance
-from repagen.files import replace_folder
+from repagen.models.latents import images_to_latents, latents_to_images
+from repagen.models.modes import in_eval_mode
 from repagen.pipelines.grid import save_image_grid
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.decoder_kind import AutoencoderKind
@@ -31,6 +34,7 @@ from repagen.training.launch import program_main
 from repagen.training.patch_discriminator import PatchDiscriminator
 from repagen.training.perceptual import LpipsConfig
 from repagen.training.run import Run, open_run
+from repagen.training.run_release import release_and_publish
 
 logger = logging.getLogger(__name__)
 
@@ -54,44 +58,104 @@ def train(config: DecoderConfig) -> Path:
     """
     with open_run(config, "decoder") as run:
         dataset = open_dataset(config.data)
-        kind = KINDS[config.autoencoder.kind].open(config, run)
+        training = AutoencoderTraining(run, config, KINDS[config.autoencoder.kind].open(config, run), dataset)
+        start_step = training.restore({})
+        training.train(start_step)
+        base_model = config.autoencoder.pretrained
+        return training.release(start_step, "autoencoder", training.kind.save, base_model=base_model)
+
+
+class AutoencoderTraining:
+    """An autoencoder with its losses and its data, ready to be trained.
+
+    Attributes:
+        kind: the autoencoder.
+        step: its losses and optimisers.
+        ema: its average.
+    """
+
+    def __init__(self, run: Run, config: DecoderConfig, kind: AutoencoderKind, dataset: SampleDataset) -> None:
+        """Load the networks of the losses and build what is trained.
+
+        Raises:
+            UserError: weights are absent; it says how to get them and how to do without.
+        """
+        self.run, self.config, self.kind, self.dataset = run, config, kind, dataset
         perceptual, discriminator = build_loss_networks(config.lpips, config.adversarial)
-        optimiser_step = DecoderStep(run, config, kind, dataset, perceptual, discriminator)
+        self.step = DecoderStep(run, config, kind, dataset, perceptual, discriminator)
         if config.gradient_checkpointing:
             kind.autoencoder.enable_gradient_checkpointing()
         if config.compile:
             kind.compile()
-        ema = Ema(kind.trained, config.ema)
+        self.ema = Ema(kind.trained, config.ema)
+        self._parts: dict[str, Any] = {**self.step.parts(), "ema": self.ema}
 
-        parts = {**optimiser_step.parts(), "ema": ema}
-        facts = {
-            "data": dataset.fingerprint(),
-            **kind.facts(),
+    def restore(self, facts: Mapping[str, Any]) -> int:
+        """Load the checkpoint that the run continues from, if any: => optimiser steps already done.
+
+        Args:
+            facts: what must not have changed, beside the data and the frozen parts.
+
+        Raises:
+            UserError: something changed that may not.
+        """
+        perceptual, discriminator = self.step.perceptual, self.step.discriminator
+        own = {
+            "data": self.dataset.fingerprint(),
+            **self.kind.facts(),
             "lpips": perceptual.files if perceptual else {},
             "discriminator backbone": discriminator.fingerprint() if discriminator else None,
         }
-        start_step = run.restore(parts, facts)
-        for notice in optimiser_step.gates.notices(config.max_steps):
+        return self.run.restore(self._parts, {**own, **facts})
+
+    def train(self, start_step: int) -> None:
+        """Do all optimiser steps from `start_step` on, with checkpoints and reconstruction grids.
+
+        Raises:
+            UserError: a step went wrong.
+            RunStopped: when a signal stopped the run after a checkpoint.
+        """
+        run, kind, ema = self.run, self.kind, self.ema
+        for notice in self.step.gates.notices(self.config.max_steps):
             run.notice("%s", notice)
 
-        for step, micro_batches in run.steps(dataset, start_step):
+        for step, micro_batches in run.steps(self.dataset, start_step):
             # Report and save first, then step: the last pass needs no copy of this code.
-            if run.due(config.sample.every_steps, step):
+            if run.due(self.config.sample.every_steps, step):
                 with ema.swapped(kind.trained):
                     path = run.folder / "samples" / f"step-{step:08d}.png"
-                    run.on_main(partial(write_reconstructions, config.sample.num_images, run, kind, dataset, path))
-            run.save_if_due(step, parts)
+                    count = self.config.sample.num_images
+                    run.on_main(partial(write_reconstructions, count, run, kind.preview, self.dataset, path))
+            run.save_if_due(step, self._parts)
             if micro_batches is None:
                 break
-            row = optimiser_step(step, micro_batches)
+            row = self.step(step, micro_batches)
             ema.update(kind.trained)
             run.log(step + 1, row)
 
-        with ema.swapped(kind.trained):
+    def release(self, start_step: int, name: str, save: Callable[[Path], Any], **options: Any) -> Path:
+        """Write what the run hands out, while the autoencoder holds the averaged weights; see `release_and_publish`.
+
+        Args:
+            start_step: as of `train`.
+            name: of the release's folder.
+            save: writes it into a folder.
+            options: `base_model` and `base_revision`.
+        """
+        run, kind = self.run, self.kind
+        with self.ema.swapped(kind.trained):
             kind.finish()
-            folder = run.folder / "autoencoder"
-            run.on_main(lambda: replace_folder(folder, kind.save))
-            return folder
+            reconstruct = partial(reconstruct_released, kind.autoencoder)
+            return release_and_publish(
+                run,
+                max(start_step, self.config.max_steps),
+                self.dataset,
+                folder=run.folder / name,
+                save=save,
+                draw=partial(write_reconstructions, self.config.sample.num_images, run, reconstruct, self.dataset),
+                licences=kind.licences(),
+                **options,
+            )
 
 
 def build_loss_networks(
@@ -116,20 +180,26 @@ def build_loss_networks(
 
 @torch.no_grad()
 def write_reconstructions(
-    num_images: int, run: Run, kind: AutoencoderKind, dataset: SampleDataset, path: Path
+    num_images: int, run: Run, reconstruct: Callable[[torch.Tensor], torch.Tensor], dataset: SampleDataset, path: Path
 ) -> None:
     """Write a PNG with images above their reconstructions, which are made without chance."""
     count = min(num_images, len(dataset))
     chosen = [dataset[index * len(dataset) // count]["image"] for index in range(count)]
     images = torch.stack(chosen).to(run.device)
     with run.autocast():
-        reconstructions = kind.preview(images).float()
+        reconstructions = reconstruct(images).float()
     save_image_grid(torch.cat([images, reconstructions], dim=2), path)
+
+
+def reconstruct_released(autoencoder: Any, images: torch.Tensor) -> torch.Tensor:
+    """Encode and decode images (B, 3, H, W) as whoever loads the autoencoder does, statistics included."""
+    with in_eval_mode(autoencoder):
+        return latents_to_images(autoencoder, images_to_latents(autoencoder, images, sample_posterior=False))
 
 
 def main(words: Sequence[str]) -> None:
     """The command line; see the module's docstring."""
-    program_main(DecoderConfig, train, "decoder", words)
+    program_main(partial(load_config, DecoderConfig), train, "decoder", words)
 
 
 if __name__ == "__main__":

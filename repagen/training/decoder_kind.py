@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from repagen.data import open_image_dataset
+from repagen.hub.card import LicenceFact
+from repagen.hub.published import PublishedMixin
 from repagen.randomness import normal_per_sample
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.run import Batch, Run
@@ -85,6 +87,10 @@ class AutoencoderKind(ABC):
     def save(self, folder: Path) -> None:
         """Write the released autoencoder, with the weights it has now."""
         self.autoencoder.save_pretrained(folder)
+
+    def licences(self) -> Sequence[LicenceFact]:
+        """Licences of its frozen parts, for the model card; AutoencoderKL has none."""
+        return self.autoencoder.part_licences() if isinstance(self.autoencoder, PublishedMixin) else ()
 
     def statistics_arguments(self) -> dict[str, Any]:
         """What statistics are computed from and how: centre crops, which generators are trained on."""

@@ -120,9 +120,18 @@ def build_autoencoder(config: TrainedAutoencoderConfig, image_size: int) -> Repr
                 norm_affine=config.norm_affine,
                 normalised_pixels=config.normalised_pixels,
             )
+    refuse_other_size(autoencoder, image_size)
+    return autoencoder.eval()
+
+
+def refuse_other_size(autoencoder: RepresentationAutoencoder, image_size: int) -> None:
+    """Refuse images of another side in pixels than the autoencoder decodes.
+
+    Raises:
+        UserError: it is another.
+    """
     if autoencoder.image_size != image_size:
         raise UserError(
             f"data.image_size: {image_size} px given, but the autoencoder decodes {autoencoder.image_size} px; set "
             f"data.image_size={autoencoder.image_size}"
         )
-    return autoencoder.eval()

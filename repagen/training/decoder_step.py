@@ -168,6 +168,16 @@ class DecoderStep:
             row["discriminator"] = self._update_discriminator(step, batches, fakes)
         return row
 
+    def rehearse(self, batch: Batch) -> None:
+        """Go forward and back with a micro-batch and all losses that ever take part, and drop the gradients."""
+        [prepared] = self.kind.prepare([batch])
+        with self.run.accelerator.no_sync(self.reconstructing):
+            try:
+                draft = self._draft(self.config.max_steps - 1, prepared, keep_graph=True)
+                self._backward(prepared, draft, 1.0)
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+
     # --- autoencoder -----------------------------------------------------------------------------------------------
 
     def _update_autoencoder(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], list[Tensor]]:

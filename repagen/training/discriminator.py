@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from repagen.config import require
+from repagen.encoders.backbones import transformers_config
+from repagen.encoders.files import find_encoder
+from repagen.encoders.weights import load_pretrained
 from repagen.errors import UserError
 from repagen.training.optimizer import OptimizerConfig
 
@@ -252,7 +255,7 @@ class DinoDiscriminator(Discriminator):
 
 
 def _load_backbone(name: str, local_files_only: bool) -> ViTModel:
-    from transformers import ViTConfig, ViTModel
+    from transformers import ViTModel
 
     hint = (
         f"give a local folder or `{DEFAULT_BACKBONE}` (adversarial.backbone=...), or train without the discriminator "
@@ -260,17 +263,17 @@ def _load_backbone(name: str, local_files_only: bool) -> ViTModel:
     )
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise UserError(f"adversarial.backbone: no folder {name}; {hint}")
-    name = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     try:
-        config = ViTConfig.from_pretrained(name, local_files_only=local_files_only)
-        if config.model_type != "vit":
-            raise UserError(f"adversarial.backbone: {name} is of type {config.model_type!r}, a ViT is needed; {hint}")
-        return ViTModel.from_pretrained(
-            name, config=config, add_pooling_layer=False, local_files_only=local_files_only, dtype=torch.float32
+        files = find_encoder(name, None, local_files_only)
+        kind = files.config.get("model_type")
+        if kind != "vit":
+            raise UserError(f"{name} is of type {kind!r}, a ViT is needed")
+        config = transformers_config(files.family, files.config, f"{name}:config.json")
+        return cast(
+            "ViTModel", load_pretrained(ViTModel, files.weights(), name, config=config, add_pooling_layer=False)
         )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"adversarial.backbone: {name} cannot be loaded ({reason}); {hint}") from error
+    except UserError as error:
+        raise UserError(f"adversarial.backbone: {str(error).removeprefix('encoder ')}; {hint}") from error
 
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -38,13 +38,21 @@ class EmaConfig:
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
 
+class Averaged(Protocol):
+    """What can be averaged: a module, or some of its parameters."""
+
+    def state_dict(self, *, keep_vars: bool = False) -> dict[str, Any]: ...  # noqa: D102
+
+    def load_state_dict(self, state: Any, /) -> Any: ...  # noqa: D102
+
+
 class Ema:
     """Float32 shadow of a model's trainable parameters; frozen parameters and buffers are copied as they are.
 
     The decay is a function of the number of updates alone, and the number is part of the state.
     """
 
-    def __init__(self, model: nn.Module, config: EmaConfig) -> None:
+    def __init__(self, model: Averaged, config: EmaConfig) -> None:
         self.config = config
         self.updates = 0
         self._shadow = {
@@ -53,7 +61,7 @@ class Ema:
         }
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: Averaged) -> None:
         """shadow <- decay * shadow + (1 - decay) * weights."""
         averaged, weights = [], []
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -73,7 +81,7 @@ class Ema:
 
     @contextmanager
     @torch.no_grad()
-    def swapped(self, model: nn.Module) -> Iterator[None]:
+    def swapped(self, model: Averaged) -> Iterator[None]:
         """Within the context the model holds the averaged weights; its own come back at the end, bit for bit."""
         own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         model.load_state_dict(self._shadow)

@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
+from repagen.config import load_config
 from repagen.data import open_dataset
 from repagen.errors import UserError, run_as_program
 from repagen.training.ema import Ema
@@ -21,13 +22,13 @@ from repagen.training.end_to_end_config import EndToEndConfig
 from repagen.training.end_to_end_step import EndToEndStep
 from repagen.training.evaluation import open_evaluation
 from repagen.training.frozen import FrozenParts
-from repagen.training.generator import noise_process, prepare_model
 from repagen.training.generator_alignment import build_terms
+from repagen.training.generator_loop import noise_process, prepare_model
 from repagen.training.generator_model import build_model
 from repagen.training.launch import program_main
 from repagen.training.noising import FlowMatching
 from repagen.training.objective import GeneratorObjective
-from repagen.training.release import build_pipeline, training_facts, write_release, write_sample_grid
+from repagen.training.release import build_pipeline, release_pipeline, write_sample_grid
 from repagen.training.run import open_run
 
 
@@ -44,7 +45,7 @@ def train(config: EndToEndConfig) -> Path:
     """
     with open_run(config, "end_to_end") as run:
         dataset = open_dataset(config.data)
-        frozen = FrozenParts(config, dataset, run)
+        frozen = FrozenParts.open(config, dataset, run)
         autoencoder = trainable_autoencoder(config, frozen)
         objective = build_objective(config, frozen, dataset.num_classes)
         model = objective.model
@@ -71,7 +72,7 @@ def train(config: EndToEndConfig) -> Path:
                 with ema.swapped(model):
                     optimiser_step.norm.store_in(autoencoder)
                     path = run.folder / "samples" / f"step-{step:08d}.png"
-                    run.on_main(partial(write_sample_grid, config, pipeline, dataset.num_classes, path))
+                    run.on_main(partial(write_sample_grid, config, pipeline, range(dataset.num_classes), path))
             run.save_if_due(step, parts)
             if micro_batches is None:
                 break
@@ -85,8 +86,18 @@ def train(config: EndToEndConfig) -> Path:
 
         with ema.swapped(model):
             optimiser_step.norm.store_in(autoencoder)
-            facts = training_facts(run, step, dataset)
-            return run.on_main(lambda: write_release(pipeline, run.folder / "pipeline", facts))
+            return release_pipeline(
+                run,
+                config,
+                pipeline,
+                step,
+                dataset,
+                name="pipeline",
+                save=pipeline.save_pretrained,
+                classes=range(dataset.num_classes),
+                base_model=config.transformer.pretrained,
+                base_revision=config.transformer.revision,
+            )
 
 
 def build_objective(config: EndToEndConfig, frozen: FrozenParts, num_classes: int) -> GeneratorObjective:
@@ -124,7 +135,7 @@ def trainable_autoencoder(config: EndToEndConfig, frozen: FrozenParts) -> Any:
 
 def main(words: Sequence[str]) -> None:
     """The command line; see the module's docstring."""
-    program_main(EndToEndConfig, train, "end_to_end", words)
+    program_main(partial(load_config, EndToEndConfig), train, "end_to_end", words)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from repagen.models.latents import decoded_size
 from repagen.models.modes import in_eval_mode
 from repagen.training.evaluation_config import EvaluationConfig
 from repagen.training.frozen import BUNDLED_ENCODERS, encoder_source
-from repagen.training.generator_config import GeneratorConfig
+from repagen.training.generator_config import GeneratorRunConfig
 from repagen.training.release import training_facts
 from repagen.training.run import Run
 
@@ -43,7 +43,7 @@ KEYS = {
 
 
 def open_evaluation(
-    config: GeneratorConfig, run: Run, pipeline: Any, dataset: SampleDataset, latent_shape: Sequence[int]
+    config: GeneratorRunConfig, run: Run, pipeline: Any, dataset: SampleDataset, latent_shape: Sequence[int]
 ) -> TrainingEvaluation | None:
     """Get everything ready that evaluations need; None where the configuration asks for none.
 
@@ -217,12 +217,12 @@ def _open_extractors(config: EvaluationConfig, protocol: EvaluationProtocol) -> 
         return open_extractors(protocol, config.extractor_weights)
 
 
-def _open_reference(config: GeneratorConfig) -> ImageSource | ReferenceStatistics:
+def _open_reference(config: GeneratorRunConfig) -> ImageSource | ReferenceStatistics:
     words = config.evaluation.reference_words
     return open_reference(words) if words else dataset_images(config.data)
 
 
-def _bad_images(config: GeneratorConfig) -> int:
+def _bad_images(config: GeneratorRunConfig) -> int:
     """How many images of the reference may be unreadable: of the training images as many as in training."""
     return 0 if config.evaluation.reference_words else config.data.max_bad_images
 

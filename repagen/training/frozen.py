@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from repagen.alignment import AlignmentTerm
 from repagen.data import LatentShards, SampleDataset, digits_encoder_path
@@ -21,6 +23,7 @@ from repagen.training.generator_config import (
     AttentionAlignmentConfig,
     ClassTokenConfig,
     GeneratorConfig,
+    GeneratorRunConfig,
 )
 from repagen.training.generator_model import token_grid
 from repagen.training.latent_cache import require_matching_cache
@@ -45,21 +48,55 @@ class FrozenParts:
         fingerprints: what identifies the frozen models.
     """
 
-    def __init__(self, config: GeneratorConfig, dataset: SampleDataset, run: Run) -> None:
+    def __init__(
+        self,
+        config: GeneratorRunConfig,
+        autoencoder: Any,
+        grid_of: Callable[[tuple[int, int, int]], tuple[int, int]],
+        dataset: SampleDataset,
+        run: Run,
+    ) -> None:
+        """Put the autoencoder to work and load the encoders.
+
+        Args:
+            config: names the encoders.
+            autoencoder: of the latents.
+            grid_of: shape (C, h, w) of a latent => rows and columns of the generator's tokens.
+            dataset: images, or latents that must be this autoencoder's.
+            run: gives device and precision.
+
+        Raises:
+            UserError: something is not there or does not fit.
+        """
         self._run = run
         self._config = config.alignment
         self._encoders: dict[_Place, VisionEncoder] = {}
+        self.autoencoder = autoencoder.requires_grad_(False).to(run.device)
+        with naming({"image_size": "data.image_size"}):
+            self.latent_shape = latent_shape(self.autoencoder, config.data.image_size)
+        self.fingerprints: dict[str, Any] = {"autoencoder": _without_name(describe_autoencoder(self.autoencoder))}
+        self.target_dims: list[int] = []
+        self.class_token_dim = 0
+        self._load_encoders(dataset, grid_of(self.latent_shape))
+
+    @classmethod
+    def open(cls, config: GeneratorConfig, dataset: SampleDataset, run: Run) -> FrozenParts:
+        """Load the autoencoder and the encoders that a training names.
+
+        Raises:
+            UserError: something is not there or does not fit.
+        """
         place = config.autoencoder
         autoencoder = open_autoencoder(
             place.path, option="autoencoder.path", subfolder=place.subfolder, revision=place.revision
         )
         require_independent_latents(autoencoder, "autoencoder.path")
-        self.autoencoder = autoencoder.requires_grad_(False).to(run.device)
-        self.latent_shape = latent_shape(self.autoencoder, config.data.image_size)
-        self.fingerprints: dict[str, Any] = {"autoencoder": _without_name(describe_autoencoder(self.autoencoder))}
-        self.target_dims: list[int] = []
-        self.class_token_dim = 0
-        self._load_encoders(dataset, token_grid(config.transformer, self.latent_shape))
+        return cls(config, autoencoder, partial(token_grid, config.transformer), dataset, run)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The autoencoder and the encoders."""
+        return [self.autoencoder, *self._encoders.values()]
 
     def _load_encoders(self, dataset: SampleDataset, grid: tuple[int, int]) -> None:
         """Load the alignment encoders, each place once, or find their tokens among the cached latents."""

@@ -415,33 +415,27 @@ class SampleConfig:
 
 
 @dataclass(kw_only=True)
-class GeneratorConfig(RunConfig):
-    """Everything about one training of a class-conditional (or unconditional) generator.
+class GeneratorRunConfig(RunConfig):
+    """What training and fine-tuning of a generator share.
 
     Attributes:
         data: images, or latents cached by `repagen cache`.
-        autoencoder: whose latents are generated.
-        transformer: the network.
         flow: training times.
         label_dropout: share of labels replaced by the null label, which classifier-free guidance needs.
         loss: weights of the losses of particular networks.
         alignment: REPA and its kin.
         optimizer, ema: as everywhere.
-        sampler: of the released pipeline.
         sample: grids during training.
         evaluation: figures during training.
     """
 
     data: DataConfig
-    autoencoder: AutoencoderConfig
-    transformer: TransformerConfig = field(default_factory=TransformerConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     label_dropout: float = 0.1
     loss: LossConfig = field(default_factory=LossConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -451,3 +445,18 @@ class GeneratorConfig(RunConfig):
         require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "at least 0 and below 1")
         if self.evaluation.every_images and self.evaluation.reference is None and self.data.kind == "latents":
             raise UserError("evaluation.reference: needed, since data.kind=latents has no images to compare with")
+
+
+@dataclass(kw_only=True)
+class GeneratorConfig(GeneratorRunConfig):
+    """Everything about one training of a class-conditional (or unconditional) generator.
+
+    Attributes:
+        autoencoder: whose latents are generated.
+        transformer: the network.
+        sampler: of the released pipeline.
+    """
+
+    autoencoder: AutoencoderConfig
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)

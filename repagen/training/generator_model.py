@@ -16,7 +16,7 @@ from repagen.errors import UserError, refusing
 from repagen.models.identity import describe_autoencoder
 from repagen.models.opening import component_place, open_component, pinned_revision
 from repagen.randomness import derived_seed
-from repagen.training.generator_config import ARCHITECTURES, GeneratorConfig, TransformerConfig
+from repagen.training.generator_config import ARCHITECTURES, GeneratorConfig, GeneratorRunConfig, TransformerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,16 @@ def build_model(
     more = {"class_token_dim": class_token_dim} if class_token_dim else {}
     make = _new_model if config.transformer.pretrained is None else _pretrained_model
     model = make(config, latent_shape, num_classes, more)
-    _refuse_idle_settings(config, model)
+    refuse_idle_settings(config, model)
     return model
 
 
-def _refuse_idle_settings(config: GeneratorConfig, model: Any) -> None:
-    """Refuse what was set to other than its default although this network's training takes no notice of it."""
+def refuse_idle_settings(config: GeneratorRunConfig, model: Any) -> None:
+    """Refuse what was set to other than its default although this network's training takes no notice of it.
+
+    Raises:
+        UserError: that names the key.
+    """
     discrete = model.discrete_time
     idle: dict[str, tuple[Any, list[str], str]] = {
         "flow": (config.flow, [field.name for field in fields(config.flow)] if discrete else [], "takes DDPM's steps"),

@@ -11,7 +11,7 @@ from torch import nn
 
 from repagen.data import SampleDataset
 from repagen.training.generator_alignment import term_weights
-from repagen.training.generator_config import GeneratorConfig
+from repagen.training.generator_config import GeneratorRunConfig
 from repagen.training.noising import NoiseProcess
 from repagen.training.objective import GeneratorObjective, weighted_sum
 from repagen.training.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -33,7 +33,7 @@ class GeneratorStep:
     """
 
     def __init__(
-        self, run: Run, config: GeneratorConfig, objective: nn.Module, process: NoiseProcess, dataset: SampleDataset
+        self, run: Run, config: GeneratorRunConfig, objective: nn.Module, process: NoiseProcess, dataset: SampleDataset
     ) -> None:
         self.run = run
         self.config = config
@@ -63,8 +63,7 @@ class GeneratorStep:
         weights = {**self.config.loss.at(step, self.config.max_steps), **of_terms}
         report, samples = [], []
         for batch in self.run.accumulate(self.objective, batches):
-            sample = self.process.draw(latents(batch), batch["label"], self.run.generators("flow", batch))
-            losses = self.objective(sample, given(batch, active), active, self.run.autocast())
+            losses = self._losses(self.objective, batch, latents, given, active)
             loss, loss_by_sample = weighted_sum(losses, weights)
             self.run.backward(loss)
             report.append({"loss": loss, **{f"loss_{name}": value.mean() for name, value in losses.items()}})
@@ -77,3 +76,24 @@ class GeneratorStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**row, "learning_rate": rate}
+
+    def rehearse(self, batch: Batch, latents: Callable[[Batch], torch.Tensor], given: GivenOf) -> None:
+        """Go forward and back with a micro-batch, in this process alone, and drop the gradients."""
+        own = getattr(self.objective, "module", self.objective)  # without the exchange between processes
+        weights = term_weights(self.config.alignment, 0)
+        try:
+            losses = self._losses(own, batch, latents, given, [name for name, weight in weights.items() if weight])
+            torch.stack([loss.mean() for loss in losses.values()]).sum().backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _losses(
+        self,
+        objective: nn.Module,
+        batch: Batch,
+        latents: Callable[[Batch], torch.Tensor],
+        given: GivenOf,
+        active: list[str],
+    ) -> dict[str, torch.Tensor]:
+        sample = self.process.draw(latents(batch), batch["label"], self.run.generators("flow", batch))
+        return objective(sample, given(batch, active), active, self.run.autocast())

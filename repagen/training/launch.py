@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 
 import repagen
-from repagen.config import load_config
 from repagen.errors import OneLineParser, UserError
 from repagen.training.run_config import RunConfig
 
@@ -33,14 +32,22 @@ class RunStopped(Exception):
     """A signal stopped the run after a checkpoint; the same command again continues. Programs exit with code 75."""
 
 
-def program_main(schema: type[ConfigT], train: Callable[[ConfigT], Path], name: str, words: Sequence[str]) -> None:
+def program_main(
+    load: Callable[[str, Sequence[str]], ConfigT], train: Callable[[ConfigT], Path], name: str, words: Sequence[str]
+) -> None:
     """The command line of a training program: `--config NAME_OR_PATH [key=value ...]`.
+
+    Args:
+        load: makes the configuration of the preset or file and the `key=value` words.
+        train: the program.
+        name: what is trained.
+        words: of the command line.
 
     Raises:
         UserError: for a wrong configuration.
         SystemExit: with code 75 when a signal stopped the run after a checkpoint.
     """
-    parser = OneLineParser(prog=name, description=f"Train a {name}; the same command again continues.")
+    parser = OneLineParser(prog=name, description="The same command again continues.")
     parser.add_argument(
         "--config", required=True, metavar="NAME_OR_PATH", help="a preset (see `repagen recipes`) or a YAML"
     )
@@ -48,7 +55,7 @@ def program_main(schema: type[ConfigT], train: Callable[[ConfigT], Path], name: 
     args = parser.parse_intermixed_args(list(words))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        result = train(load_config(schema, args.config, args.overrides))
+        result = train(load(args.config, args.overrides))
     except RunStopped as stop:
         logger.info("%s", stop)
         raise SystemExit(EXIT_CODE_STOPPED) from None

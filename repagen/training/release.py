@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from repagen.data import SampleDataset
 from repagen.errors import UserError
-from repagen.files import replace_folder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.grid import save_image_grid
 from repagen.pipelines.provenance import TRAINING_FILE
 from repagen.randomness import generator_for
 from repagen.schedulers.presets import SAMPLER_PRESETS, sampler_preset
-from repagen.training.generator_config import GeneratorConfig, SamplerConfig
+from repagen.training.generator_config import GeneratorConfig, GeneratorRunConfig, SamplerConfig
 from repagen.training.run import Run
+from repagen.training.run_release import release_and_publish
 
 
 def build_pipeline(
@@ -60,13 +61,26 @@ def build_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     with _naming_keys("sampler.preset"):
         pipeline.check_options({})
-    if config.sample.every_steps:
-        with _naming_keys("sampler.preset", "sample"):
-            pipeline.check_options({"guidance_scale": config.sample.guidance_scale})
-    if config.evaluation.every_images:
-        with _naming_keys("sampler.preset", "evaluation"):
-            pipeline.check_options(config.evaluation.options)
+    check_samplings(config, pipeline, "sampler.preset")
     return pipeline
+
+
+def check_samplings(config: GeneratorRunConfig, pipeline: Any, key: str) -> None:
+    """Refuse sample grids and evaluations that the pipeline cannot draw.
+
+    Args:
+        config: says which there are; the release always has a grid.
+        pipeline: as in training.
+        key: where its sampler comes from, for messages that are about no option.
+
+    Raises:
+        UserError: that names the key.
+    """
+    with _naming_keys(key, "sample"):
+        pipeline.check_options({"guidance_scale": config.sample.guidance_scale})
+    if config.evaluation.every_images:
+        with _naming_keys(key, "evaluation"):
+            pipeline.check_options(config.evaluation.options)
 
 
 @contextmanager
@@ -87,20 +101,20 @@ def _naming_keys(otherwise: str, section: str = "sampler") -> Iterator[None]:
         raise UserError(f"{key}: {error}") from None
 
 
-def write_sample_grid(config: GeneratorConfig, pipeline: Any, num_classes: int, path: Path) -> None:
+def write_sample_grid(config: GeneratorRunConfig, pipeline: Any, classes: Sequence[int], path: Path) -> None:
     """Sample a grid with noise keyed by (seed, image) and write it as PNG; no running random stream is touched.
 
     Args:
         config: size of the grid, sampler and guidance.
         pipeline: holds the weights to sample from.
-        num_classes: classes take turns; 0 = unconditional.
+        classes: take turns; none = unconditional.
         path: the PNG.
     """
     count = config.sample.num_images
-    labels = [index % num_classes for index in range(count)] if num_classes else None
+    labels = [classes[index % len(classes)] for index in range(count)] if classes else None
     images = pipeline(
         class_labels=labels,
-        num_images_per_prompt=1 if num_classes else count,
+        num_images_per_prompt=1 if classes else count,
         guidance_scale=config.sample.guidance_scale,
         generator=[generator_for(config.seed, "sample grid", index) for index in range(count)],
         output_type="pt",
@@ -120,18 +134,51 @@ def training_facts(run: Run, step: int, dataset: SampleDataset) -> dict[str, Any
     }
 
 
-def write_release(pipeline: Any, folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Save the pipeline into `folder` in one rename; the encoder is referred to, not needed.
+def save_with_facts(save: Callable[[Path], Any], facts: Mapping[str, Any], folder: Path) -> None:
+    """Let `save` write into a folder, and put the facts of the training beside it; see `training_facts`."""
+    save(folder)
+    (folder / TRAINING_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def release_pipeline(
+    run: Run,
+    config: GeneratorRunConfig,
+    pipeline: Any,
+    step: int,
+    dataset: SampleDataset,
+    *,
+    name: str,
+    save: Callable[[Path], Any],
+    classes: Sequence[int],
+    base_model: str | None,
+    base_revision: str | None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a pipeline, or what belongs to one, with its card and a sample grid, and push it.
 
     Args:
+        run: of the training; it has the folder.
+        config: of the sample grid.
         pipeline: as it stands.
-        folder: of the release.
-        facts: of the training; see `training_facts`.
+        step: optimiser steps done.
+        dataset: of the training.
+        name: of the release's folder in the run's.
+        save: writes it into a folder.
+        classes: of the sample grid; none = unconditional.
+        base_model, base_revision: what the training went on from.
+        facts: that stand beside those of the training.
+
+    Raises:
+        UserError: see `release_and_publish`.
     """
-
-    def fill(temporary: Path) -> None:
-        pipeline.save_pretrained(temporary)
-        (temporary / TRAINING_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-    replace_folder(folder, fill)
-    return folder
+    return release_and_publish(
+        run,
+        step,
+        dataset,
+        folder=run.folder / name,
+        save=partial(save_with_facts, save, {**training_facts(run, step, dataset), **(facts or {})}),
+        draw=partial(write_sample_grid, config, pipeline, classes),
+        licences=pipeline.part_licences(),
+        base_model=base_model,
+        base_revision=base_revision,
+    )

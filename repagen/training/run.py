@@ -38,8 +38,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from repagen.config import flatten, save_config, to_plain
-from repagen.data import SampleDataset, StreamBatchSampler, load_batches
-from repagen.errors import UserError
+from repagen.data import SampleDataset, StreamBatchSampler, load_batches, sample_indices
+from repagen.errors import UserError, naming
+from repagen.hub.publishing import open_repository
 from repagen.randomness import derived_seed, generator_for
 from repagen.training.checkpoint import Checkpoint, CheckpointFolder, folder_lock, read_checkpoint
 from repagen.training.launch import RunStopped, StopFlag, environment, start_accelerator, stop_signals
@@ -67,11 +68,14 @@ _MAY_CHANGE = (
     "sampler",
     "log_with",
     "progress_bar",
+    "push_to_hub",
+    "hub_private",
+    "hub_revision",
     "recipe",
 )
 # Where data and frozen models lie; the facts that the program compares say whether they are the same.
 _PLACES = re.compile(
-    r"data\.path|autoencoder\.(path|subfolder|revision)|transformer\.(pretrained|revision)"
+    r"data\.path|pipeline|revision|autoencoder\.(path|subfolder|revision)|transformer\.(pretrained|revision)"
     r"|alignment\.(targets\.\d+|attention|class_token)\.(encoder|revision)"
 )
 
@@ -179,6 +183,7 @@ class Run:
     def start(self) -> None:
         """Sweep what killed saves left, seed the initial weights, and start the trackers."""
         self.on_main(self.checkpoints.sweep)
+        self.on_main(self._open_repository)
         torch.manual_seed(derived_seed(self.config.seed, "initial weights"))
         if self.config.log_with and self.is_main:
             flat = {key: value for key, value in flatten(to_plain(self.config)).items() if value not in ({}, [], None)}
@@ -186,6 +191,14 @@ class Run:
         threads = torch.get_num_threads()
         self.notice("%s on %s, %s, %d threads", self.program, self.device, self.config.precision, threads)
         self.notice("%s", self.plan)
+
+    def _open_repository(self) -> None:
+        """Find out before the training what would keep its result from the Hub."""
+        config = self.config
+        if config.push_to_hub is not None:
+            private = config.hub_private or None
+            with naming({"": "push_to_hub: "}):
+                open_repository(config.push_to_hub, private=private, revision=config.hub_revision)
 
     def close(self) -> None:
         """Close the log and the progress bar."""
@@ -349,6 +362,12 @@ class Run:
             disable=not (self.is_main and self.config.progress_bar),
             dynamic_ncols=True,
         )
+
+    def first_samples(self, dataset: SampleDataset, count: int) -> Batch:
+        """The first samples of the stream, as one micro-batch on the device."""
+        indices = sample_indices(0, count, len(dataset), self.config.seed)
+        [batch] = load_batches(dataset, [list(zip(indices, range(count), strict=True))], self.config.seed)
+        return self._to_device(batch)
 
     def _to_device(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

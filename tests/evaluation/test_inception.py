@@ -71,7 +71,9 @@ def test_weights_in_the_cache_must_be_the_published_ones(
     inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"Inception weights not found: .*6726825d\.pth; download https://"):
+    with pytest.raises(
+        UserError, match=r"Inception weights not found: .*6726825d\.pth; get them with `repagen download inception"
+    ):
         InceptionExtractor()
     cached = tmp_path / "hub" / "checkpoints" / INCEPTION_FILE
     cached.parent.mkdir(parents=True)

@@ -87,6 +87,11 @@ class Bundle:
     spoil: Callable[[Folder], Any]
     hangs_others: bool = False  # libraries that do not look first would wait for ever
 
+    @property
+    def is_of_weights(self) -> bool:
+        """Whether what is bad is the safetensors file itself, whatever folder it is in."""
+        return self in BUNDLES[next(n for n, other in enumerate(BUNDLES) if other.name == FIRST_OF_WEIGHTS) :]
+
 
 BUNDLES: list[Bundle] = []
 
@@ -215,7 +220,7 @@ def huge_json(folder: Folder) -> None:
     folder.config(padding=" " * (17 << 20))
 
 
-@bundle("not valid JSON")
+@bundle("cannot be read as JSON")
 def json_of_other_bytes(folder: Folder) -> None:
     (folder.component / "config.json").write_bytes(b'{"_class_name": "\xff\xfe"}')
 
@@ -344,6 +349,9 @@ def pipe_in_place_of_weights(folder: Folder) -> None:
 
 
 # --- headers of safetensors ----------------------------------------------------------------------------------------
+
+
+FIRST_OF_WEIGHTS = "header_longer_than_the_file"
 
 
 @bundle("header claims")

@@ -67,7 +67,7 @@ def put_into_cache(folder: Path, cache: Path) -> None:
             os.mkfifo(path)
         elif not original.is_symlink():
             blob = repository / "blobs" / str(number)
-            shutil.copy(original, blob)
+            blob.hardlink_to(original)
             path.unlink()
             path.symlink_to(Path(*[".."] * len(path.relative_to(repository).parts[:-1]), "blobs", str(number)))
 
@@ -127,6 +127,7 @@ def test_nothing_runs_and_the_reason_is_said(spoilt: Any, bundle: Bundle, door: 
     assert not folder.marker.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("bundle", [b for b in BUNDLES if not b.hangs_others], ids=lambda bundle: bundle.name)
 def test_nothing_runs_at_the_doors_of_diffusers(spoilt: Any, bundle: Bundle) -> None:
@@ -180,6 +181,17 @@ def test_another_librarys_autoencoder_is_looked_at_too(innocent: Path, tmp_path:
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bundle", [b for b in BUNDLES if b.is_of_weights], ids=lambda bundle: bundle.name)
+def test_an_adapter_is_looked_at_before_it_is_read(spoilt: Any, bundle: Bundle) -> None:
+    folder = spoilt(bundle, "transformer")
+    adapter = folder.root.with_name("adapter")
+    adapter.mkdir()
+    folder.weights.rename(adapter / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UserError) as caught:
+        tiny_pipeline().load_lora_weights(adapter)
+    assert bundle.reason in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pkl"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,20 +160,3 @@ def test_decodes_under_group_offload_to_disk(options: dict[str, Any], tmp_path: 
     expected = model.decode(latents).sample
     model.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path), **options)
     assert torch.equal(model.decode(latents).sample, expected)
-
-
-def test_the_encoder_is_saved_before_the_folder_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def upload(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
-        seen.extend(path.name for path in Path(folder).rglob("*.safetensors"))
-
-    hub = "diffusers.models.modeling_utils"
-    monkeypatch.setattr(RepresentationAutoencoder, "_upload_folder", upload)
-    monkeypatch.setattr(f"{hub}.create_repo", lambda *args, **kwargs: SimpleNamespace(repo_id="org/model"))
-    monkeypatch.setattr(
-        f"{hub}.load_or_create_model_card", lambda *args, **kwargs: SimpleNamespace(save=lambda path: None)
-    )
-    monkeypatch.setattr(f"{hub}.populate_model_card", lambda card: card)
-    tiny_autoencoder().save_pretrained(str(tmp_path), push_to_hub=True, repo_id="org/model")
-    assert "model.frozen.safetensors" in seen

@@ -326,12 +326,12 @@ class TestRefusals:
     @pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"\xff" * 64, b"\x08\0\0\0\0\0\0\0{}      "[:12]])
     def test_broken_files(self, tmp_path, content):
         (tmp_path / FILE).write_bytes(content)
-        self.assert_refused(tmp_path, "its header|it has|cannot be read")
+        self.assert_refused(tmp_path, "the file is damaged")
 
     def test_truncated_file(self, tmp_path):
         path = make_adapter(SIT, tmp_path) / FILE
         path.write_bytes(path.read_bytes()[:-10])
-        self.assert_refused(tmp_path, "its header|it has|cannot be read")
+        self.assert_refused(tmp_path, "the file is damaged")
 
     @pytest.mark.parametrize("name", ["adapter.pt", "adapter"])
     def test_other_formats_are_never_opened(self, tmp_path, name):

@@ -113,7 +113,7 @@ class OneStep:
     def __init__(self, config: EndToEndConfig) -> None:
         with open_run(config, "end_to_end") as run:
             dataset = open_dataset(config.data)
-            frozen = FrozenParts(config, dataset, run)
+            frozen = FrozenParts.open(config, dataset, run)
             objective = build_objective(config, frozen, dataset.num_classes)
             step = EndToEndStep(run, config, frozen, objective, dataset)
             _, micro_batches = next(run.steps(dataset, 0))

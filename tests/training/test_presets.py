@@ -17,8 +17,9 @@ from repagen.layers.embeddings import FourierTimeEmbedding
 from repagen.pipelines.sampling_options import SamplingOptions
 from repagen.schedulers.presets import SAMPLER_PRESETS
 from repagen.training import recipes_command
-from repagen.training.generator import time_distribution, train
+from repagen.training.generator import train
 from repagen.training.generator_config import GeneratorConfig
+from repagen.training.generator_loop import time_distribution
 from repagen.training.generator_model import build_model
 from repagen.training.log import read_metrics
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from repagen.errors import UserError
+from repagen.hub.places import published_file_command, torch_checkpoint
 
 Backbone = Literal["vgg", "alex"]
 
@@ -29,7 +30,7 @@ PUBLISHED_SHA256 = {
     "alex.pth": "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
 }
 # Backbone => torchvision's name of the network, and of its file in the torch cache.
-_TRUNKS = {"vgg": ("vgg16", "vgg16-397923af.pth"), "alex": ("alexnet", "alexnet-owt-7be5be79.pth")}
+TRUNKS = {"vgg": ("vgg16", "vgg16-397923af.pth"), "alex": ("alexnet", "alexnet-owt-7be5be79.pth")}
 _OR_WITHOUT = "or do without LPIPS (in training lpips.weight=0)"
 
 # LPIPS's own normalisation of images in [-1, 1]; it is not ImageNet's.
@@ -132,7 +133,7 @@ def _build_stages(state: Mapping[str, Tensor], backbone: Backbone) -> list[nn.Se
     """Build the convolution stages that the keys of a state dict describe, each with its weights."""
     indices = sorted(int(m[1]) for key in state if (m := re.fullmatch(r"features\.(\d+)\.weight", key)))
     if not indices or indices[0] != 0 or any(state[f"features.{i}.weight"].ndim != 4 for i in indices):
-        network = _TRUNKS[backbone][0]
+        network = TRUNKS[backbone][0]
         raise UserError(
             f"LPIPS trunk: the file holds no plain {network} (keys features.0.weight, features.2.weight, ... of "
             f"convolutions, no batch norm); give torchvision's {network} state dict"
@@ -177,15 +178,13 @@ def _head_weights(state: Mapping[str, Tensor], widths: list[int]) -> list[Tensor
 
 
 def _cached_trunk(backbone: Backbone) -> Path:
-    """Return where torch keeps torchvision's network (TORCH_HOME, else XDG_CACHE_HOME/torch, else ~/.cache/torch)."""
-    network, name = _TRUNKS[backbone]
-    cache = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch")
-    path = Path(cache).expanduser() / "hub" / "checkpoints" / name
+    """Return torchvision's network in torch's cache."""
+    network, name = TRUNKS[backbone]
+    path = torch_checkpoint(name)
     if not path.is_file():
-        command = f"python -c \"import torchvision; torchvision.models.{network}(weights='IMAGENET1K_V1')\""
         raise UserError(
-            f"LPIPS trunk: no {network} weights at {path}; `{command}` downloads them there; or give a local file, "
-            f"{_OR_WITHOUT}"
+            f"LPIPS trunk: no {network} weights at {path}; get them with "
+            f"{published_file_command(f'lpips-{backbone}')}, or give a local file, {_OR_WITHOUT}"
         )
     return path
 

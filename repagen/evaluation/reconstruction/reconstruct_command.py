@@ -236,7 +236,7 @@ def _open(args: argparse.Namespace) -> tuple[Any, str | None]:
     place["subfolder"] = args.subfolder or place["subfolder"]
     where = f"{name}, subfolder {place['subfolder']}" if place["subfolder"] else name
     with refusing(f"--autoencoder: {where} cannot be loaded; allowed: a folder or Hub id of an autoencoder"):
-        autoencoder = load_model(name, **place).eval()
+        autoencoder = load_model(name, "--autoencoder: model", **place).eval()
     require_autoencoder(autoencoder, f"--autoencoder {where} holds no autoencoder")
     require_independent_latents(autoencoder, "--autoencoder")
     return autoencoder, place["revision"]

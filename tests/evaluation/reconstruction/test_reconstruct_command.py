@@ -76,7 +76,7 @@ def test_a_reconstruction_is_that_of_the_autoencoder(rae_folder: Path, photos: P
     reconstruct(
         "--autoencoder", str(rae_folder), "--images", str(photos / "exact.png"), "--output", str(tmp_path / "out")
     )
-    autoencoder = load_model(str(rae_folder)).eval()
+    autoencoder = load_model(str(rae_folder), "model").eval()
     image = torch.from_numpy(pixels(photos / "exact.png")).float().permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         expected = autoencoder.decode(autoencoder.encode(image).latent).sample.clamp(0, 1) * 255

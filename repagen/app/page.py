@@ -1,0 +1,201 @@
+"""The page itself, made with gradio; imported only where the page is served."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from repagen.app.drawing import MAX_IMAGES, Drawing, DrawingRequest, draw, numbered_images
+from repagen.errors import UserError
+from repagen.pipelines.png import save_png
+
+STYLE = """
+.pictures div {display: flex; flex-wrap: wrap; gap: 6px}
+.pictures img {min-width: 112px; max-width: 100%; image-rendering: pixelated}
+.on-the-way img {min-width: 0; width: 72px}
+"""
+"""Pictures of few pixels are enlarged without a blur."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model on the page.
+
+    Attributes:
+        title: stands above its images.
+        pipe: a `ClassToImagePipeline`.
+        origin: facts of all its images, for their metadata.
+    """
+
+    title: str
+    pipe: Any
+    origin: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What changes on the page: words, and by a side's number its images and the states on the way, as HTML."""
+
+    words: str
+    images: Mapping[int, str]
+    trajectories: Mapping[int, str]
+
+
+class Page:
+    """What happens on the page; gradio lets one visitor draw at a time.
+
+    Args:
+        sides: one model, or two that draw the same request one after the other.
+        folder: where the pictures are written that the page shows.
+    """
+
+    def __init__(self, sides: Sequence[Side], folder: Path) -> None:
+        self.sides = list(sides)
+        self.folder = folder
+        self._numbers = itertools.count()
+        self._stops: dict[str, threading.Event] = {}  # of visitors that have drawn
+
+    def class_names(self) -> list[str]:
+        """Names of the classes of all models, ids where they have no names; empty if none has classes."""
+        names: dict[str, None] = {}
+        for side in self.sides:
+            id2label = side.pipe.config["id2label"] or {}
+            classes = range(side.pipe.transformer.config.num_classes)
+            names |= {id2label.get(str(label), str(label)): None for label in classes}
+        return list(names)
+
+    def draw(self, visitor: str, request: DrawingRequest) -> Iterator[Update]:
+        """Draw a request with every model and yield what changes on the page.
+
+        Raises:
+            UserError: a model refuses the request; nothing is drawn then.
+        """
+        stop = self._stops[visitor] = threading.Event()
+        sides = [numbered_images(side.pipe, side.origin, request) for side in self.sides]
+        for number, numbered in enumerate(sides):
+            shown: list[str] = []
+            finished = False
+            for drawing in draw(numbered, request.trajectory_images, stop):
+                fresh = drawing.trajectory[len(shown) :]
+                facts = {**numbered.facts(0), "kind": "state"}
+                shown += [self._write(picture, {**facts, "step": drawing.step}, "on the way") for picture in fresh]
+                images = self._write_images(numbered, drawing)
+                finished = bool(images)
+                yield Update(
+                    f"{self.sides[number].title}: step {drawing.step} of {drawing.num_steps}",
+                    {number: "".join(images)} if images else {},
+                    {number: "".join(shown)} if fresh else {},
+                )
+            if not finished:
+                yield Update("stopped", {}, {})
+                return
+        yield Update("done", {}, {})
+
+    def stop(self, visitor: str) -> None:
+        """Let a visitor's drawing end with its running step."""
+        if visitor in self._stops:
+            self._stops[visitor].set()
+
+    def _write_images(self, numbered: Any, drawing: Drawing) -> list[str]:
+        return [
+            self._write(picture, numbered.facts(index), numbered.describe(index))
+            for index, picture in enumerate(drawing.images or ())
+        ]
+
+    def _write(self, picture: Any, facts: Mapping[str, Any], description: str) -> str:
+        """Write a picture and return it as HTML, a link to the file around it."""
+        path = self.folder / f"{next(self._numbers):08d}.png"  # a name of its own: browsers keep what they have seen
+        save_png(picture, path, facts, description)
+        address = f"gradio_api/file={path}"
+        return f'<a href="{address}" target="_blank"><img src="{address}" title="{html.escape(description)}"></a>'
+
+
+def build_page(page: Page) -> gr.Blocks:
+    """Lay the page out; nothing on it is fetched from elsewhere."""
+    gr.set_static_paths([page.folder])
+    with gr.Blocks(title="repagen", analytics_enabled=False, fill_width=True) as blocks:
+        with gr.Row():
+            with gr.Column(scale=1, min_width=240):
+                inputs = _settings(page)
+                with gr.Row():
+                    start = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
+                    end = gr.Button("Stop", elem_id="stop", min_width=80)
+                status = gr.Textbox(label="state", interactive=False, elem_id="state", lines=2)
+            pictures: list[gr.HTML] = []
+            for number, side in enumerate(page.sides):
+                with gr.Column(scale=3):
+                    gr.Markdown(f"**{side.title}**")
+                    pictures.append(gr.HTML(elem_id=f"images-{number}", elem_classes="pictures"))
+                    gr.Markdown("the first one on its way from noise")
+                    pictures.append(gr.HTML(elem_id=f"trajectory-{number}", elem_classes="pictures on-the-way"))
+
+        def on_draw(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+            try:
+                for update in page.draw(str(request.session_hash), _request_of(*values)):
+                    yield [update.words, *_pictures_of(update, len(page.sides))]
+            except UserError as error:
+                gr.Warning(str(error))
+                yield [f"not drawn: {error}", *(gr.skip() for _ in pictures)]
+
+        def on_stop(request: gr.Request) -> None:
+            page.stop(str(request.session_hash))
+
+        start.click(on_draw, inputs, [status, *pictures], concurrency_limit=1, show_progress="hidden", api_name="draw")
+        end.click(on_stop, None, None, queue=False, api_name="stop")
+    return blocks
+
+
+def _settings(page: Page) -> list[Any]:
+    """The fields in the order of `_request_of`, filled with what the first pipeline does by itself."""
+    defaults = page.sides[0].pipe.sampling_options({})
+    names = page.class_names()
+    low, high = defaults.guidance_interval
+    return [
+        gr.Dropdown(
+            names,
+            value=names[0] if names else "",
+            label="class",
+            allow_custom_value=True,
+            visible=bool(names),
+            elem_id="class",
+        ),
+        gr.Slider(1, MAX_IMAGES, 4, step=1, label="images"),
+        gr.Number(defaults.num_inference_steps, precision=0, label="steps", elem_id="steps"),
+        gr.Slider(1.0, 10.0, defaults.guidance_scale, step=0.1, label="guidance"),
+        gr.Number(low, label="guided from t (0 is data)", step=0.05),
+        gr.Number(high, label="guided to t (1 is noise)", step=0.05),
+        gr.Number(0, precision=0, label="seed", elem_id="seed"),
+        gr.Slider(0, MAX_IMAGES, 8, step=1, label="states on the way"),
+    ]
+
+
+def _pictures_of(update: Update, num_sides: int) -> Iterator[Any]:
+    """New contents of the fields with pictures, two a side; the others keep theirs."""
+    for number in range(num_sides):
+        yield update.images.get(number, gr.skip())
+        yield update.trajectories.get(number, gr.skip())
+
+
+def _request_of(
+    label: str | None, number: Any, steps: Any, scale: Any, low: Any, high: Any, seed: Any, trajectory: Any
+) -> DrawingRequest:
+    """What the fields of the page say.
+
+    Raises:
+        UserError: a field is empty or holds no number.
+    """
+    fields = {"images": number, "steps": steps, "seed": seed, "states on the way": trajectory}
+    fields |= {"guidance": scale, "guided from t": low, "guided to t": high}
+    for name, value in fields.items():
+        if not isinstance(value, int | float):
+            raise UserError(f"{name} is empty; give a number")
+    return DrawingRequest(
+        str(label or ""), int(number), int(steps), float(scale), (float(low), float(high)), int(seed), int(trajectory)
+    )

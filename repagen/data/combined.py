@@ -1,0 +1,56 @@
+"""Several datasets as one, each with labels of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from repagen.data.dataset import SampleDataset
+
+
+class CombinedDataset(SampleDataset):
+    """The samples of several datasets, one after the other, under the labels of the whole.
+
+    Args:
+        parts: datasets, each with the label of the whole that each of its own labels becomes; none for one without
+            classes.
+        class_names: of the labels of the whole; empty without classes, which all parts are then.
+    """
+
+    def __init__(self, parts: Sequence[tuple[SampleDataset, Sequence[int]]], class_names: Sequence[str]) -> None:
+        self.class_names = list(class_names)
+        self._parts = [(dataset, list(labels)) for dataset, labels in parts]
+        self._ends = list(accumulate(len(dataset) for dataset, _ in parts))
+        for dataset, labels in self._parts:
+            assert len(labels) == dataset.num_classes, "a label of the whole for each label of the part"
+            assert bool(labels) == bool(self.class_names), "all parts have classes, or none has"
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> Any:
+        """Return sample `index` of the whole, with its label and index there."""
+        dataset, labels, own = self._place(index)
+        sample = dataset.load(own, generator)
+        return {**sample, "label": labels[sample["label"]] if labels else sample["label"], "index": index}
+
+    def describe(self, index: int) -> str:
+        """Return where sample `index` comes from."""
+        dataset, _, own = self._place(index)
+        return dataset.describe(own)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the parts, in their order, and of what their labels become."""
+        facts = [[dataset.fingerprint(), labels] for dataset, labels in self._parts]
+        return hashlib.sha256(repr([facts, self.class_names]).encode()).hexdigest()
+
+    def _place(self, index: int) -> tuple[SampleDataset, list[int], int]:
+        """=> the part that holds a sample, what its labels become, the sample's index there."""
+        number = bisect_right(self._ends, index)
+        dataset, labels = self._parts[number]
+        return dataset, labels, index - (self._ends[number] - len(dataset))

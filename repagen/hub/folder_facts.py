@@ -1,0 +1,168 @@
+"""What a saved folder says about itself: the facts of a model card that need no training run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from repagen.errors import UserError
+from repagen.hub.card import CardFacts, CardKind, LicenceFact, without_local_paths
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+_PIPELINE_FILE = "model_index.json"
+
+
+def facts_of_folder(folder: Path, licences: Sequence[LicenceFact] = ()) -> CardFacts:
+    """Read what kind of thing a folder holds and what its configs say.
+
+    Args:
+        folder: as `save_pretrained` or `save_lora_weights` wrote it.
+        licences: of its parts, which its files do not say.
+
+    Raises:
+        UserError: it holds nothing that can be published, or a config cannot be read.
+    """
+    if (folder / _PIPELINE_FILE).is_file():
+        return _pipeline_facts(folder, licences)
+    if (folder / "config.json").is_file():
+        return _model_facts(folder, licences)
+    if (folder / ADAPTER_FILE).is_file():
+        return _adapter_facts(folder)
+    raise UserError(
+        f"{folder}: holds neither {_PIPELINE_FILE} nor config.json nor {ADAPTER_FILE}; give the folder of a saved "
+        "pipeline, autoencoder, transformer or adapter"
+    )
+
+
+def carries_code(folder: Path) -> bool:
+    """Whether a folder holds a pipeline with its own code, as `repagen export --remote-code` writes it."""
+    if not (folder / _PIPELINE_FILE).is_file():
+        return False
+    kind = _read(folder / _PIPELINE_FILE).get("_class_name")
+    return isinstance(kind, list) and kind[-1:] == ["ClassToImagePipeline"]
+
+
+def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
+    index = _read(folder / _PIPELINE_FILE)
+    if index.get("_class_name") != "ClassToImagePipeline" and not carries_code(folder):
+        raise _unknown_class(index, folder / _PIPELINE_FILE)
+    transformer = _config(folder / "transformer")
+    autoencoder = _config(folder / "vae")
+    num_classes = transformer.get("num_classes", 0)
+    parts = {name: _part(folder / name) for name in ("transformer", "guidance_transformer", "vae", "scheduler")}
+    defaults = {key: value for key, value in (index.get("sampling_defaults") or {}).items() if value is not None}
+    if defaults:
+        parts["sampling"] = ", ".join(f"{key} {value}" for key, value in defaults.items())
+    id2label = index.get("id2label") or {}
+    names = [name for _, name in sorted(id2label.items(), key=lambda entry: int(entry[0]))]
+    of_classes = f"images of {num_classes} classes" if num_classes else "images"
+    return CardFacts(
+        kind="class_to_image",
+        class_name="ClassToImagePipeline",
+        summary=f"Draws {of_classes} in the latents of an autoencoder: a diffusers pipeline of repagen.",
+        parts={name: text for name, text in parts.items() if text},
+        class_names=names,
+        num_classes=num_classes,
+        licences=licences or _unstated_encoder(autoencoder),
+        encoder_outside=_encoder_outside(autoencoder),
+        limits=_class_limits(num_classes),
+    )
+
+
+def _model_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
+    config = _config(folder)
+    name = str(config.get("_class_name"))
+    kind: CardKind = "autoencoder" if "Autoencoder" in name else "transformer"
+    if not name.endswith(("Autoencoder", "Transformer2DModel", "AutoencoderKL")):
+        raise _unknown_class(config, folder / "config.json")
+    summary = {
+        "autoencoder": "An autoencoder for image generators in its latents, of",
+        "transformer": "A generator in the latents of an autoencoder, of",
+    }[kind]
+    outside = _encoder_outside(config)
+    return CardFacts(
+        kind=kind,
+        class_name=name,
+        library="diffusers" if name == "AutoencoderKL" else "repagen",
+        summary=f"{summary} repagen.",
+        parts={kind: _part(folder)},
+        num_classes=config.get("num_classes", 0),
+        licences=licences or _unstated_encoder(config),
+        encoder_outside=outside,
+        limits=_class_limits(config["num_classes"]) if "num_classes" in config else (),
+    )
+
+
+def _adapter_facts(folder: Path) -> CardFacts:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(folder / ADAPTER_FILE, framework="np") as file:
+            names = json.loads((file.metadata() or {}).get("class_names") or "[]")
+    except Exception as error:
+        raise UserError(f"{folder / ADAPTER_FILE}: cannot be read as safetensors ({error})") from error
+    return CardFacts(
+        kind="adapter",
+        class_name="ClassToImagePipeline",
+        summary="An adapter (LoRA) for a pipeline of repagen.",
+        parts={"adapter": _size(folder)},
+        class_names=[str(name) for name in names],
+        num_classes=len(names),
+    )
+
+
+def _class_limits(num_classes: int) -> tuple[str, ...]:
+    known = f"It knows its {num_classes} classes and nothing else; it takes no text." if num_classes else (
+        "It draws without being asked for anything in particular."
+    )  # fmt: skip
+    return (known, "What it draws is as one-sided as the images it was trained on; nothing filters it.")
+
+
+def _unstated_encoder(config: Mapping[str, Any]) -> tuple[LicenceFact, ...]:
+    """The encoder that a config names, where nobody said its licence."""
+    encoder = config.get("encoder")
+    if not encoder:
+        return ()
+    name = str(without_local_paths(encoder.get("name_or_path") or encoder.get("family")))
+    return (LicenceFact(part="encoder", name=name, licence="unknown here", consequence="see the encoder's own card"),)
+
+
+def _encoder_outside(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("encoder")) and not config.get("encoder_stored")
+
+
+def _part(folder: Path) -> str:
+    """Class and size of a component; empty where there is none."""
+    if not folder.is_dir():
+        return ""
+    name = _config(folder).get("_class_name", "unknown class")
+    return f"{name}, {_size(folder)}" if any(folder.rglob("*.safetensors")) else str(name)
+
+
+def _size(folder: Path) -> str:
+    total = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    return f"{total / 1e6:.3g} MB of weights"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    name = next((name for name in ("config.json", "scheduler_config.json") if (folder / name).is_file()), None)
+    return _read(folder / name) if name else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _unknown_class(config: Mapping[str, Any], path: Path) -> UserError:
+    return UserError(
+        f"{path}: holds a {config.get('_class_name')}; published are ClassToImagePipeline, autoencoders and "
+        "transformers of repagen, AutoencoderKL, and LoRA adapters"
+    )

@@ -1,0 +1,226 @@
+"""Publishing a saved folder on the Hub, in one commit; each way of failing is one line with its cause.
+
+Nothing is written into the folder: what differs on the Hub (the name in the card, paths of this machine in configs) is
+changed on the way. A failed upload leaves the folder as it was, and the repository too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from repagen.errors import UserError
+from repagen.files import TEMPORARY_PREFIX
+from repagen.hub.card import (
+    CardKind,
+    LicenceFact,
+    addressed,
+    carried_folder,
+    render_card,
+    without_local_paths,
+)
+from repagen.hub.folder_facts import carries_code, facts_of_folder
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+
+# Weights of an earlier push that this one does not have: diffusers would prefer them, or load them as a variant.
+_WEIGHTS = "diffusion_pytorch_model"
+_UNPUBLISHED = ("__pycache__", ".git", ".cache", ".DS_Store", "run.lock")
+_LARGEST_CONFIG_BYTES = 1 << 22
+_OFFLINE = "cannot be published while HF_HUB_OFFLINE is set; unset it where there is a network"
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
+
+
+def publish_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    licences: Sequence[LicenceFact] = (),
+    subfolder: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a saved pipeline, autoencoder, transformer or adapter in one commit; return the commit's address.
+
+    Where neither the folder nor the repository has a `README.md`, a card is made from the configs. Weights of an
+    earlier push that the folder no longer has are removed by the same commit; other files of the repository stay.
+
+    Args:
+        folder: as `save_pretrained` or a training program wrote it.
+        repo_id: as "org/name"; created if needed.
+        private: whether only its owner sees the repository; None leaves it to the Hub. An open repository is refused
+            where it is True.
+        revision: branch to commit to, made from the main one if needed; None is the main branch.
+        commit_message: first line of the commit.
+        token: of the Hub; None is the one that is logged in.
+        licences: of the parts, for a card made here.
+        subfolder: place in the repository; no card is written then.
+        create_pr: open a pull request instead of committing to the branch.
+
+    Raises:
+        UserError: the folder cannot be published, or the Hub refuses or cannot be reached; it names the cause.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    folder = Path(folder)
+    facts = facts_of_folder(folder, licences)
+    files = _files_to_publish(folder)
+    repo_id = open_repository(repo_id, private=private, revision=None if create_pr else revision, token=token)
+    with hub_failures(repo_id):
+        api = HfApi(token=token)
+        present = set(api.list_repo_files(repo_id, revision=None if create_pr else revision))
+        stale: set[str] = set()
+        if subfolder is not None:
+            files = {f"{subfolder.strip('/')}/{name}": content for name, content in files.items()}
+        else:
+            own_code = carries_code(folder)
+            files = files if own_code else {**_carried_files(facts.kind), **files}
+            if CARD_FILE not in files and CARD_FILE not in present:
+                files[CARD_FILE] = render_card(facts).encode()
+            if CARD_FILE in files:
+                files[CARD_FILE] = addressed(_text(files[CARD_FILE]), repo_id, revision).encode()
+            # Code of an earlier push would be read by nobody but who must decide whether to trust it.
+            stale = {
+                name for name in present - files.keys() if _WEIGHTS in name or (own_code and name.endswith(".py"))
+            }
+        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+        commit = api.create_commit(
+            repo_id,
+            [*additions, *map(CommitOperationDelete, sorted(stale))],
+            commit_message=commit_message or f"Upload {'adapter' if facts.kind == 'adapter' else facts.class_name}",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def open_repository(
+    repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
+) -> str:
+    """Make sure that a repository, and the branch, is there and may be written to; return its whole id.
+
+    Called before a long training too, so that nothing of what can be known is found out after it.
+
+    Args:
+        repo_id, private, revision, token: see `publish_folder`.
+
+    Raises:
+        UserError: offline, no token or one that may not write, a wrong name, an open repository that shall be
+            private, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{repo_id}: cannot be published while HF_HUB_OFFLINE is set; unset it where there is a network"
+        )
+    if token is None and get_token() is None:
+        raise UserError(f"{repo_id}: no token for the Hub; {_LOG_IN}")
+    api = HfApi(token=token)
+    with hub_failures(repo_id):
+        api.whoami()
+        full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.auth_check(full_id, write=True)
+        if private and not api.model_info(full_id).private:
+            raise UserError(
+                f"{full_id}: is open to everybody already, but shall be private; make it private in its settings on "
+                "the Hub, or choose another name"
+            )
+        if revision not in (None, "main"):
+            api.create_branch(full_id, branch=str(revision), exist_ok=True)
+    return full_id
+
+
+@contextmanager
+def hub_failures(repo_id: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises over writing to a repository into one line; other errors pass.
+
+    Raises:
+        UserError: naming the repository, the cause and what to do about it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        causes = [error]
+        while (cause := causes[-1].__cause__) is not None and isinstance(cause, Exception):
+            causes.append(cause)
+        reason = next(filter(None, map(_reason, causes)), None)
+        if reason is None:
+            raise
+        raise UserError(f"{repo_id}: {reason}") from error
+
+
+def _reason(error: Exception) -> str | None:
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if isinstance(error, HFValidationError):
+        return f"no name for a repository ({first_line}); give it as org/name"
+    if isinstance(error, OfflineModeIsEnabled):
+        return _OFFLINE
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"no token for the Hub; {_LOG_IN}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        advice = {
+            401: f"the token is not valid; {_LOG_IN}",
+            403: "the token may not write there; give it the right to, or publish under a name of your own",
+            404: "there is no such repository or organisation, or the token may not see it; check the name",
+            429: "too many requests; try again later",
+        }.get(status, "try again later" if status >= 500 else f"it says: {_server_message(error, first_line)}")
+        return f"the Hub answered {status}; {advice}"
+    # By name: huggingface_hub speaks through httpx or httpx2, by its version.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "TransportError" in names or isinstance(error, ConnectionError):
+        return f"the Hub cannot be reached ({type(error).__name__}: {first_line}); check the network and try again"
+    return None
+
+
+def _server_message(error: Exception, otherwise: str) -> str:
+    return (getattr(error, "server_message", None) or otherwise).splitlines()[0][:300]
+
+
+def _files_to_publish(folder: Path) -> dict[str, str | bytes]:
+    """Name in the repository => path, or content where it differs from the file; temporary files are left out."""
+    found: dict[str, str | bytes] = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part in _UNPUBLISHED or part.startswith(TEMPORARY_PREFIX) for part in parts)
+        if hidden or not path.is_file():
+            continue
+        changed = _published_json(path) if path.suffix == ".json" else None
+        found["/".join(parts)] = str(path) if changed is None else changed
+    return found
+
+
+def _published_json(path: Path) -> bytes | None:
+    """A config without paths of this machine; None where it has none and goes as it is."""
+    if not (path.name.endswith("config.json") or path.name in ("model_index.json", "training.json")):
+        return None
+    if path.stat().st_size > _LARGEST_CONFIG_BYTES:
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    cleaned = without_local_paths(content)
+    if cleaned == content:
+        return None
+    logger.info("%s: paths of this machine are cut to their last part in what is published", path)
+    return (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _carried_files(kind: CardKind) -> dict[str, str | bytes]:
+    """Scripts that a repository of a kind carries beside weights and card."""
+    return {path.name: str(path) for path in sorted(carried_folder(kind).glob("*.py"))}
+
+
+def _text(content: str | bytes) -> str:
+    return content.decode() if isinstance(content, bytes) else Path(content).read_text(encoding="utf-8")

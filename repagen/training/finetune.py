@@ -1,0 +1,187 @@
+"""Fine-tune a saved pipeline on images of one's own: all of its generator, adapters, new classes, or its decoder.
+
+    accelerate launch -m repagen.training.finetune --config NAME_OR_PATH pipeline=FOLDER_OR_ID data.path=FOLDER [...]
+
+The same command again continues an interrupted run, and writes the result again after a finished one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from repagen.data import CombinedDataset, SampleDataset, open_dataset
+from repagen.errors import UserError, run_as_program
+from repagen.models.autoencoder_representation import RepresentationAutoencoder
+from repagen.models.fingerprint import hash_tensors
+from repagen.models.identity import describe_autoencoder, describe_transformer
+from repagen.models.latents import require_independent_latents
+from repagen.pipelines.guided_prediction import class_token_dim
+from repagen.training.decoder import AutoencoderTraining
+from repagen.training.decoder_representation import RepresentationKind, refuse_other_size
+from repagen.training.finetune_classes import ClassPlan, plan_classes
+from repagen.training.finetune_config import (
+    AnyFinetuneConfig,
+    FinetuneConfig,
+    FinetuneDecoderConfig,
+    load_finetune_config,
+)
+from repagen.training.finetune_model import (
+    TrainedParameters,
+    open_pipeline,
+    pinned_pipeline,
+    prepare_pipeline,
+    release_of,
+)
+from repagen.training.finetune_prior import prior_dataset
+from repagen.training.frozen import FrozenParts
+from repagen.training.generator_alignment import refuse_single_samples
+from repagen.training.generator_loop import GeneratorTraining, noise_process
+from repagen.training.generator_model import refuse_idle_settings
+from repagen.training.launch import program_main
+from repagen.training.optimizer import resolve_optimizer
+from repagen.training.rehearsal import FoundMicroBatch, Rehearsal
+from repagen.training.release import check_samplings, save_with_facts, training_facts
+from repagen.training.run import Run, open_run
+
+
+def train(config: AnyFinetuneConfig) -> Path:
+    """Fine-tune, or continue, and release the result.
+
+    Returns:
+        The folder of the result: `output_dir/pipeline`, or `output_dir/adapter` in the modes `lora` and `labels`.
+
+    Raises:
+        UserError: for whatever the user can repair; see the message.
+        RunStopped: when a signal stopped the run after a checkpoint.
+    """
+    config = replace(config, optimizer=resolve_optimizer(config.optimizer, config.device))
+    with open_run(config, "finetune") as run:
+        config.revision = run.on_main(partial(pinned_pipeline, config.pipeline, config.revision))
+        dataset = open_dataset(config.data)
+        pipeline = open_pipeline(config.pipeline, config.revision)
+        if isinstance(config, FinetuneDecoderConfig):
+            return _train_decoder(config, run, pipeline, dataset)
+        return _train_generator(config, run, pipeline, dataset)
+
+
+# --- generator -----------------------------------------------------------------------------------------------------
+
+
+def _train_generator(config: FinetuneConfig, run: Run, pipeline: Any, data: SampleDataset) -> Path:
+    model = pipeline.transformer
+    plan = plan_classes(config, model.config.num_classes, pipeline.config["id2label"], data.class_names)
+    if config.evaluation.every_images and config.evaluation.reference is None and plan.num_classes > len(plan.of_data):
+        raise UserError(
+            f"evaluation.reference: needed, since {plan.num_classes} classes are sampled and the data has "
+            f"{len(plan.of_data)} of them"
+        )
+    frozen = _open_frozen(config, run, pipeline, data)
+    facts = {
+        "pretrained": describe_transformer(model)["weights"],
+        "time shift": pipeline.scheduler.config.get("shift"),
+        "classes": plan.class_names,
+    }
+    dataset = _with_prior(config, run, pipeline, plan, data, [facts["pretrained"], frozen.fingerprints])
+    prepare_pipeline(config, pipeline, plan)
+    check_samplings(config, pipeline, "pipeline")
+    training = GeneratorTraining(
+        run,
+        config,
+        pipeline,
+        noise_process(config, model, frozen.latent_shape, facts["time shift"]),
+        frozen,
+        dataset,
+        trained=None if config.mode == "full" else TrainedParameters(model),
+        shown_classes=sorted(plan.of_data),
+    )
+    found = FoundMicroBatch()
+    start_step = training.restore(facts, {"micro_batch": found})
+    trained = training.step.objective
+    networks = [trained, *frozen.networks]
+    Rehearsal(run, dataset, training.rehearse, trained, networks, config.optimizer, training.ema)(start_step, found)
+    refuse_single_samples(config.alignment, run.plan.micro_size)
+    training.train(start_step)
+    name, save = release_of(config, pipeline, plan)
+    told = {"mode": config.mode, "pipeline": config.pipeline, "pipeline_transformer": facts["pretrained"]}
+    base = {"base_model": config.pipeline, "base_revision": config.revision}
+    return training.release(start_step, name, save, facts=told, **base)
+
+
+def _open_frozen(config: FinetuneConfig, run: Run, pipeline: Any, data: SampleDataset) -> FrozenParts:
+    """The pipeline's autoencoder and the encoders of the alignment; refused where data or generator do not fit."""
+    model = pipeline.transformer
+    require_independent_latents(pipeline.vae, "pipeline")
+    frozen = FrozenParts(config, pipeline.vae, lambda shape: model.token_grid, data, run)
+    size = model.config.sample_size
+    own = (model.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    if tuple(own) != tuple(frozen.latent_shape):
+        raise UserError(
+            f"data.image_size: {config.data.image_size} px give latents {frozen.latent_shape}, but the generator of "
+            f"{config.pipeline} makes {own}; set data.image_size to what its images have"
+        )
+    width = class_token_dim(model)
+    if width != frozen.class_token_dim:
+        given = f"one of width {frozen.class_token_dim}" if config.alignment.class_token else "none"
+        wanted = f"one of width {width}, of the encoder it was trained with (REG)" if width else "none"
+        raise UserError(
+            f"alignment.class_token: {given}, but the generator of {config.pipeline} denoises {wanted}; "
+            + ("set alignment.class_token.encoder to that encoder" if width else "leave it out")
+        )
+    refuse_idle_settings(config, model)
+    return frozen
+
+
+def _with_prior(
+    config: FinetuneConfig, run: Run, pipeline: Any, plan: ClassPlan, data: SampleDataset, networks: Any
+) -> SampleDataset:
+    """The data under the generator's labels, with the pipeline's own images of the classes that the data lacks."""
+    parts: list[tuple[SampleDataset, Sequence[int]]] = [(data, plan.of_data)]
+    lacking = [label for label in range(len(plan.kept)) if label not in plan.of_data]
+    if config.prior.images_per_class and lacking:
+        pipeline.to(run.device)
+        parts.append((prior_dataset(run, config, pipeline, [plan.kept[k] for k in lacking], networks), lacking))
+    return CombinedDataset(parts, plan.class_names)
+
+
+# --- decoder -------------------------------------------------------------------------------------------------------
+
+
+def _train_decoder(config: FinetuneDecoderConfig, run: Run, pipeline: Any, dataset: SampleDataset) -> Path:
+    autoencoder = pipeline.vae
+    if not isinstance(autoencoder, RepresentationAutoencoder):
+        raise UserError(
+            f"mode: the autoencoder of {config.pipeline} is a {type(autoencoder).__name__}, and only the decoder of a "
+            "RepresentationAutoencoder can be trained without a change of the latents; take another mode"
+        )
+    refuse_other_size(autoencoder, config.data.image_size)
+    facts = {
+        "autoencoder": {key: value for key, value in describe_autoencoder(autoencoder).items() if key != "name"},
+        "pretrained": hash_tensors(autoencoder.decoder.state_dict().values()),
+    }
+    decoder_config = config.of_decoder(autoencoder.config["noise_tau"])
+    autoencoder.register_to_config(noise_tau=decoder_config.autoencoder.noise_tau)
+    training = AutoencoderTraining(run, decoder_config, RepresentationKind(autoencoder, decoder_config, run), dataset)
+    start_step = training.restore(facts)
+    step = training.step
+    networks = [autoencoder, *(part for part in (step.perceptual, step.discriminator) if part is not None)]
+    rehearsal = Rehearsal(run, dataset, step.rehearse, training.kind.trained, networks, config.optimizer, training.ema)
+    rehearsal(start_step, FoundMicroBatch())
+    training.train(start_step)
+    seen = training_facts(run, max(start_step, config.max_steps), dataset)
+    told = {"mode": config.mode, "pipeline": config.pipeline, "pipeline_decoder": facts["pretrained"]}
+    save = partial(save_with_facts, pipeline.save_pretrained, {**seen, **told})
+    base = {"base_model": config.pipeline, "base_revision": config.revision}
+    return training.release(start_step, "pipeline", save, **base)
+
+
+def main(words: Sequence[str]) -> None:
+    """The command line; see the module's docstring."""
+    program_main(load_finetune_config, train, "finetune", words)
+
+
+if __name__ == "__main__":
+    run_as_program(main)

@@ -1,0 +1,186 @@
+"""The pipeline that is fine-tuned: opening it, giving it its classes and adapters, and what of it is released."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from repagen.config import nearest
+from repagen.errors import UserError
+from repagen.hub.fetching import resolve_commit
+from repagen.models.opening import refuse_missing_folder
+from repagen.pipelines.class_to_image import ClassToImagePipeline
+from repagen.pipelines.lora import default_lora_targets
+from repagen.randomness import derived_seed
+from repagen.training.finetune_classes import ClassPlan, new_rows
+from repagen.training.finetune_config import FinetuneConfig
+
+logger = logging.getLogger(__name__)
+
+_ALLOWED = "a folder or Hub id of a saved ClassToImagePipeline"
+
+
+def pinned_pipeline(name: str, revision: str | None) -> str | None:
+    """Return the commit of a pipeline on the Hub; `revision` as it is for a folder.
+
+    Raises:
+        UserError: it is neither, or cannot be reached.
+    """
+    refuse_missing_folder(name, "pipeline", _ALLOWED)
+    return revision if Path(name).is_dir() else resolve_commit(name, revision, what="pipeline")
+
+
+def open_pipeline(name: str, revision: str | None) -> Any:
+    """Load a saved pipeline in float32.
+
+    Args:
+        name: folder or Hub id, given as the key `pipeline`.
+        revision: of `pinned_pipeline`.
+
+    Raises:
+        UserError: nothing that can be loaded is there, or a pipeline of another kind.
+    """
+    try:
+        pipeline = ClassToImagePipeline.from_pretrained(name, revision=revision)
+    except UserError as error:
+        raise UserError(f"pipeline: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class TrainedParameters:
+    """The parameters of a model that are trained, by name: what is averaged and saved where the rest is frozen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self, *, keep_vars: bool = False) -> dict[str, Any]:
+        """=> name => parameter, detached unless `keep_vars`."""
+        trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        return trained if keep_vars else {name: p.detach() for name, p in trained.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], /) -> None:
+        """Take over saved values.
+
+        Raises:
+            UserError: they are of other parameters.
+        """
+        own = self.state_dict()
+        for name in own.keys() ^ state.keys():
+            raise UserError(f"the weights in the checkpoint do not fit this fine-tuning: {name} is on one side only")
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+class NewRows(nn.Module):
+    """Makes the label table of a frozen one and of trained rows for the new classes."""
+
+    def __init__(self, rows: torch.Tensor, first: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(rows.clone())
+        self.first = first
+
+    def forward(self, table: torch.Tensor) -> torch.Tensor:
+        """=> the table with these rows in the place of its own."""
+        return torch.cat([table[: self.first], self.rows, table[self.first + len(self.rows) :]])
+
+
+def prepare_pipeline(config: FinetuneConfig, pipeline: Any, plan: ClassPlan) -> None:
+    """Give the generator its classes, and let train what the mode trains.
+
+    Raises:
+        UserError: names the key: adapters of layers that are not there; labels to drop, without a null class.
+    """
+    model = pipeline.transformer
+    if plan.num_classes and config.label_dropout and not model.config.class_dropout_prob:
+        raise UserError(f"label_dropout: {config.label_dropout}, but {config.pipeline} has no null class; set it to 0")
+    if plan.num_classes:
+        table = model.label_embedder.table.weight.detach()
+        model.choose_classes(plan.kept, new_rows(table, plan, model.config.num_classes))
+    model.float().train()
+    if config.mode != "full":
+        model.requires_grad_(False)
+        if config.mode == "lora":
+            _add_adapter(config, model)
+        if plan.new:
+            table = model.label_embedder.table
+            rows = NewRows(table.weight.detach()[list(plan.new_ids)], plan.new_ids.start)
+            register_parametrization(table, "weight", rows)
+    _settle(pipeline, plan)
+
+
+def _add_adapter(config: FinetuneConfig, model: Any) -> None:
+    from peft import LoraConfig
+
+    lora = config.lora
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = lora.target_modules or default_lora_targets(model)
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            ends = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(
+                f"lora.target_modules: {target} is the end of no linear layer's name{nearest(target, ends)}; their "
+                f"names end in {', '.join(ends)}"
+            )
+    torch.manual_seed(derived_seed(config.seed, "lora weights"))
+    model.add_adapter(
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha or lora.rank,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            use_dora=lora.use_dora,
+        )
+    )
+
+
+def _settle(pipeline: Any, plan: ClassPlan) -> None:
+    """Make the pipeline's other parts and its sampling defaults fit its generator."""
+    defaults = dict(pipeline.config["sampling_defaults"] or {})
+    pipeline.register_to_config(id2label=plan.id2label)
+    weaker = pipeline.guidance_transformer
+    if weaker is not None and weaker.config.num_classes != plan.num_classes:
+        logger.warning(
+            "the pipeline's guidance_transformer has %d classes, the generator now %d: it is left out, and guidance "
+            "is by the null class",
+            weaker.config.num_classes,
+            plan.num_classes,
+        )
+        pipeline.register_modules(guidance_transformer=None)
+        if defaults.get("guidance_method") == "autoguidance":
+            defaults["guidance_method"] = None
+        if not (plan.num_classes and pipeline.transformer.config.class_dropout_prob):
+            defaults["guidance_scale"] = 1.0
+    pipeline.register_to_config(sampling_defaults=defaults or None)
+    pipeline.check_options({})
+
+
+def release_of(config: FinetuneConfig, pipeline: Any, plan: ClassPlan) -> tuple[str, Any]:
+    """=> name of the released folder, and what writes it: the pipeline, or the adapter with its classes."""
+    if config.mode == "full":
+        return "pipeline", pipeline.save_pretrained
+    return "adapter", partial(_save_adapter, pipeline, plan)
+
+
+def _save_adapter(pipeline: Any, plan: ClassPlan, folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    model = pipeline.transformer
+    configs = getattr(model, "peft_config", {})
+    layers = get_peft_model_state_dict(model, adapter_name="default") if configs else None
+    metadata = configs["default"].to_dict() if configs else None
+    rows = None
+    if plan.new:
+        table = model.label_embedder.table.weight.detach()
+        rows = {name: table[label] for name, label in zip(plan.new, plan.new_ids, strict=True)}
+    pipeline.save_lora_weights(
+        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata, label_rows=rows
+    )

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from repagen.app.drawing import DrawingRequest
+from repagen.app.page import Page, Side, _request_of
+from repagen.cli import _parse, _run
+from repagen.errors import UserError
+from repagen.pipelines.png import read_png_facts
+
+ORIGIN = {"recipe": None, "training_step": None, "dtype": "float32"}
+REQUEST = DrawingRequest("tabby", 2, 5, 1.5, (0.0, 1.0), 3, 3)
+
+
+@pytest.fixture
+def page(pipe: Any, tmp_path: Path) -> Page:
+    from tiny_pipelines import tiny_pipeline
+
+    return Page([Side("one", pipe, ORIGIN), Side("other", tiny_pipeline(id2label={"0": "tabby"}), ORIGIN)], tmp_path)
+
+
+def files(content: str) -> list[Path]:
+    return [Path(html.unescape(name)) for name in re.findall(r'src="gradio_api/file=([^"]+)"', content)]
+
+
+def test_both_sides_draw_and_every_file_is_written_once(page: Page) -> None:
+    updates = list(page.draw("visitor", REQUEST))
+    words = [update.words for update in updates]
+    assert words[0] == "one: step 1 of 5" and words[-2:] == ["other: step 5 of 5", "done"]
+    images = {number: files(content) for update in updates for number, content in update.images.items()}
+    states = {number: files(content) for update in updates for number, content in update.trajectories.items()}
+    assert [len(images[number]) for number in (0, 1)] == [2, 2] and [len(states[number]) for number in (0, 1)] == [
+        3,
+        3,
+    ]
+    shown = [path for side in (*images.values(), *states.values()) for path in side]
+    assert sorted(shown) == sorted(page.folder.iterdir())
+    assert sum(bool(update.trajectories) for update in updates) == 6  # only when there is a new one
+
+
+def test_pictures_carry_their_facts(page: Page) -> None:
+    *_, update = (update for update in page.draw("visitor", REQUEST) if update.images)
+    facts = [read_png_facts(path) for path in files(update.images[1])]
+    assert [(fact["kind"], fact["index"], fact["seed"], fact["class_name"]) for fact in facts] == [
+        ("sample", 0, 3, "tabby"),
+        ("sample", 1, 3, "tabby"),
+    ]
+
+
+def test_stop_concerns_one_visitor(page: Page) -> None:
+    words = []
+    for update in page.draw("a", DrawingRequest("tabby", 1, 300, 1.0, (0.0, 1.0), 0, 0)):
+        page.stop("b")
+        if len(words) == 3:
+            page.stop("a")
+        words.append(update.words)
+    assert words[-1] == "stopped" and 5 <= len(words) < 250 and not any("other" in word for word in words)
+
+
+def test_a_class_that_one_model_lacks_is_refused_before_either_draws(page: Page) -> None:
+    with pytest.raises(UserError, match="'forklift', which is no class"):
+        next(page.draw("visitor", DrawingRequest("forklift", 1, 5, 1.0, (0.0, 1.0), 0, 0)))
+
+
+def test_classes_of_both_models_are_offered_once(page: Page) -> None:
+    assert page.class_names() == [
+        "tabby, tabby cat",
+        "Golden Retriever",
+        "crane",
+        "forklift, crane",
+        "tabby",
+        "1",
+        "2",
+        "3",
+    ]
+
+
+def test_empty_fields_are_named() -> None:
+    with pytest.raises(UserError, match="seed is empty; give a number"):
+        _request_of("3", 4, 50, 1.0, 0.0, 1.0, None, 8)
+
+
+def test_command_line() -> None:
+    args = _parse(["app", "--model", "m", "--lora", "a=0.5", "--beside-lora", "b", "--port", "1"])
+    assert (args.lora, args.beside, args.beside_lora, args.host, args.port) == (["a=0.5"], None, ["b"], "127.0.0.1", 1)
+
+
+def test_a_model_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--model"):
+        _run(["app", "--model", str(tmp_path)])

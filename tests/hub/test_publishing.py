@@ -1,0 +1,290 @@
+"""Publishing folders and objects: one commit, our card, flags that arrive, failures that break nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from hub_uploads import UPLOAD_WARNING, UploadHub, reach, serve_uploads
+from huggingface_hub import ModelCard
+from pipelines.tiny_pipelines import ID2LABEL, inputs, tiny_pipeline, tiny_transformer
+from safetensors.torch import save_file
+
+from repagen import ClassToImagePipeline, RepresentationAutoencoder, SiTTransformer2DModel, UserError, VisionEncoder
+from repagen.export.remote_code import export_remote_code
+from repagen.hub import push_command
+from repagen.hub.publishing import open_repository, publish_folder
+
+pytestmark = UPLOAD_WARNING
+
+
+@pytest.fixture
+def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
+    with serve_uploads(tmp_path / "hub", monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    tiny_pipeline(id2label=ID2LABEL).save_pretrained(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def card(uploads: UploadHub, repo_id: str = "org/model", branch: str = "main") -> ModelCard:
+    return ModelCard.load(uploads.branch(repo_id, branch) / "README.md")
+
+
+def autoencoder_with_encoder() -> RepresentationAutoencoder:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    encoder = VisionEncoder.from_config(
+        {"family": "vit_mae", "config": {"model_type": "vit_mae", "intermediate_size": 32, **sizes}}
+    )
+    return RepresentationAutoencoder.from_encoder(
+        encoder, decoder={**decoder, "decoder_intermediate_size": 32}, image_size=32
+    ).eval()
+
+
+# --- what arrives --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_pushed_pipeline_is_there_whole_in_one_commit_and_draws_the_same(uploads: UploadHub) -> None:
+    pipe = tiny_pipeline(id2label=ID2LABEL)
+    address = pipe.push_to_hub("org/model", commit_message="First", private=True)
+    assert uploads.commits == [("org/model", "main", "First")] and uploads.private["org/model"]
+    assert address == f"{uploads.endpoint}/org/model/commit/{uploads.commit_of('org/model', 'main')}"
+    loaded = ClassToImagePipeline.from_pretrained(uploads.branch("org/model"))
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(loaded(**inputs()).images, pipe(**inputs()).images)
+    assert {"sample.py", "README.md"} <= uploads.files("org/model").keys()
+
+
+def test_the_card_of_a_pipeline_is_ours(uploads: UploadHub, saved: Path) -> None:
+    publish_folder(saved, "org/model")
+    found = card(uploads)
+    assert found.data.library_name == "repagen" and found.data.pipeline_tag == "unconditional-image-generation"
+    assert found.data.license == "unknown" and "diffusers" in found.data.tags
+    assert 'repagen.ClassToImagePipeline.from_pretrained("org/model")' in found.text
+    assert "class_labels=['tabby']" in found.text and "Golden Retriever" in found.text
+    assert "ORG/NAME" not in found.content
+    assert not (saved / "README.md").exists()
+
+
+@torch.no_grad()
+def test_a_saved_and_pushed_autoencoder_has_its_encoder_and_statistics(uploads: UploadHub, tmp_path: Path) -> None:
+    model = autoencoder_with_encoder()
+    model.set_statistics(torch.randn(model.latent_shape), 1 + torch.rand(model.latent_shape))
+    model.save_pretrained(tmp_path / "rae", push_to_hub=True, repo_id="org/rae", private=True)
+    assert uploads.private["org/rae"] and len(uploads.commits) == 1
+    loaded = RepresentationAutoencoder.from_pretrained(uploads.branch("org/rae"))
+    images = torch.rand(1, 3, 32, 32)
+    latents = model.encode(images).latent
+    assert torch.equal(loaded.encode(images).latent, latents)
+    assert torch.equal(loaded.decode(latents).sample, model.decode(latents).sample)
+    text = card(uploads, "org/rae").text
+    assert "vit_mae" in text and "non-commercial" in text and "no commercial use" in text
+    assert "repagen.RepresentationAutoencoder.from_pretrained" in text
+
+
+def test_a_pushed_transformer_loads_and_names_its_repository_by_its_folder(uploads: UploadHub, tmp_path: Path) -> None:
+    model = tiny_transformer()
+    model.save_pretrained(tmp_path / "sit", push_to_hub=True)
+    loaded = SiTTransformer2DModel.from_pretrained(uploads.branch("me/sit"))
+    assert all(torch.equal(one, loaded.state_dict()[name]) for name, one in model.state_dict().items())
+    assert 'repagen.SiTTransformer2DModel.from_pretrained("me/sit")' in card(uploads, "me/sit").text
+
+
+def test_a_revision_is_a_branch_and_the_card_names_it(uploads: UploadHub, saved: Path) -> None:
+    publish_folder(saved, "org/model", revision="v1")
+    assert list(uploads.files("org/model")) == [".gitattributes"]
+    assert 'from_pretrained("org/model", revision="v1")' in card(uploads, branch="v1").text
+    publish_folder(saved, "org/model", revision="v1")
+    assert [branch for _, branch, _ in uploads.commits] == ["v1"] * 2
+
+
+def test_a_folder_with_its_own_code_replaces_that_of_an_earlier_push(
+    uploads: UploadHub, saved: Path, tmp_path: Path
+) -> None:
+    folder = export_remote_code(saved, tmp_path / "code")
+    publish_folder(saved, "org/model")
+    main = set(uploads.files("org/model"))
+    publish_folder(folder, "org/model", revision="remote-code")
+    uploads.write("org/model", "remote-code", "repagen_00000000/errors.py", b"old")
+    publish_folder(folder, "org/model", revision="remote-code")
+    there = set(uploads.files("org/model", "remote-code"))
+    assert {name for name in there if name.endswith(".py")} - main == {n for n in contents(folder) if n[-3:] == ".py"}
+    assert set(uploads.files("org/model")) == main
+    assert "trust_remote_code=True" in card(uploads, branch="remote-code").text
+
+
+def test_weights_of_an_earlier_push_go_and_other_files_stay(uploads: UploadHub, tmp_path: Path) -> None:
+    uploads.open("org/sit")
+    stale = ["diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-00001-of-00002.safetensors"]
+    for name in (*stale, "notes.md", "pytorch_lora_weights.safetensors"):
+        uploads.write("org/sit", "main", name, b"old")
+    tiny_transformer().push_to_hub("org/sit")
+    names = uploads.files("org/sit").keys()
+    assert not names & set(stale)
+    assert {"notes.md", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors"} <= names
+
+
+def test_an_object_leaves_a_card_that_is_there_and_a_folder_brings_its_own(uploads: UploadHub, tmp_path: Path) -> None:
+    uploads.open("org/sit")
+    uploads.write("org/sit", "main", "README.md", b"mine")
+    tiny_transformer().push_to_hub("org/sit")
+    assert uploads.files("org/sit")["README.md"] == b"mine"
+    tiny_transformer().save_pretrained(tmp_path / "sit")
+    (tmp_path / "sit" / "README.md").write_text("another, of ORG/NAME")
+    publish_folder(tmp_path / "sit", "org/sit")
+    assert uploads.files("org/sit")["README.md"] == b"another, of org/sit"
+
+
+def test_paths_of_this_machine_and_temporary_files_stay_here(uploads: UploadHub, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    ClassToImagePipeline.from_pretrained(saved).save_pretrained(folder)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_name_or_path": str(saved)}))  # as diffusers would
+    (folder / ".tmp-half.safetensors").write_bytes(b"half")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "x.pyc").write_bytes(b"")
+    publish_folder(folder, "org/model")
+    files = uploads.files("org/model")
+    assert not [name for name, content in files.items() if str(saved.parent).encode() in content]
+    assert not [name for name in files if "tmp" in name or "pyc" in name]
+    ClassToImagePipeline.from_pretrained(uploads.branch("org/model"))
+
+
+def test_an_adapter_is_published_with_the_classes_it_adds(uploads: UploadHub, tmp_path: Path) -> None:
+    tensors = {"transformer.label_embedder.rows": torch.zeros(2, 4)}
+    metadata = {"class_names": json.dumps(["tapir", "okapi | giraffe"])}
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors", metadata)
+    publish_folder(tmp_path, "org/adapter")
+    text = card(uploads, "org/adapter").text
+    assert 'pipe.load_lora_weights("org/adapter")' in text and "class_labels=['tapir']" in text
+    assert "okapi \\| giraffe" in text and "lora" in card(uploads, "org/adapter").data.tags
+
+
+def test_the_command_pushes_a_folder(uploads: UploadHub, saved: Path) -> None:
+    parser = argparse.ArgumentParser()
+    push_command.add_arguments(parser)
+    words = [str(saved), "--to", "org/model", "--private", "--revision", "v2", "--message", "Second"]
+    assert "/org/model/commit/" in push_command.run(parser.parse_args(words))
+    assert uploads.private["org/model"] and uploads.commits == [("org/model", "v2", "Second")]
+    with pytest.raises(UserError, match="no such folder"):
+        push_command.run(parser.parse_args([str(saved / "absent"), "--to", "org/model"]))
+
+
+@pytest.mark.slow
+def test_the_lines_of_every_card_run_as_they_are_copied(uploads: UploadHub, saved: Path, tmp_path: Path) -> None:
+    kl = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, sample_size=32)
+    kl.save_pretrained(tmp_path / "kl")
+    publish_folder(saved, "org/pipeline", revision="v1")
+    publish_folder(tmp_path / "kl", "org/kl")
+    autoencoder_with_encoder().push_to_hub("org/rae")
+    tiny_transformer().push_to_hub("org/sit")
+    code = ""
+    for repo_id, branch in {"org/pipeline": "v1", "org/kl": "main", "org/rae": "main", "org/sit": "main"}.items():
+        code += "".join(re.findall(r"```python\n(.*?)```", card(uploads, repo_id, branch).text, re.DOTALL))
+    code += "print(image.size, images.shape, type(transformer).__name__)\n"
+    environment = {
+        **os.environ, "HF_ENDPOINT": uploads.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n")[-2] == "(16, 16) torch.Size([1, 3, 32, 32]) SiTTransformer2DModel"
+    assert (tmp_path / "image.png").is_file()
+
+
+# --- what fails ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "status", "expected"),
+    [
+        ("GET /api/whoami", 401, "answered 401; the token is not valid; log in with `hf auth login`"),
+        ("POST /api/repos/create", 403, "answered 403; the token may not write there"),
+        ("GET .*/auth-check/write", 403, "answered 403; the token may not write there"),
+        ("POST .*/commit/", 403, "answered 403; the token may not write there"),
+        ("POST .*/commit/", 413, "answered 413; it says: as the test asks"),
+        ("POST .*/commit/", 503, "answered 503; try again later"),
+        ("GET .*/tree/", 404, "answered 404; there is no such repository"),
+        ("POST .*/batch", 401, "answered 401; the token is not valid"),
+        ("PUT /lfs/", 403, "answered 403"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_and_nothing_half(
+    uploads: UploadHub, saved: Path, pattern: str, status: int, expected: str
+) -> None:
+    before = contents(saved)
+    uploads.faults[pattern] = status
+    with pytest.raises(UserError) as raised:
+        publish_folder(saved, "org/model")
+    assert str(raised.value).startswith("org/model: ") and expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert contents(saved) == before and not uploads.commits
+    uploads.faults.clear()
+    publish_folder(saved, "org/model")
+    assert len(uploads.commits) == 1
+
+
+def test_without_token_or_network_it_says_so(uploads: UploadHub, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    reach(uploads, monkeypatch, token=None)
+    with pytest.raises(UserError, match=r"^org/model: no token for the Hub; log in with `hf auth login`"):
+        publish_folder(saved, "org/model")
+    reach(uploads, monkeypatch, token="hf_wrong")
+    with pytest.raises(UserError, match=r"^org/model: the Hub answered 401; the token is not valid"):
+        publish_folder(saved, "org/model")
+    reach(uploads, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^org/model: cannot be published while HF_HUB_OFFLINE is set"):
+        publish_folder(saved, "org/model")
+    reach(uploads, monkeypatch)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"^org/model: the Hub cannot be reached \(ConnectError: "):
+        publish_folder(saved, "org/model")
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "org/--model", "org/mo del", ""])
+def test_a_wrong_name_is_refused(uploads: UploadHub, saved: Path, name: str) -> None:
+    with pytest.raises(UserError, match="give it as org/name"):
+        publish_folder(saved, name)
+
+
+def test_an_open_repository_is_not_taken_for_a_private_one(uploads: UploadHub, saved: Path) -> None:
+    publish_folder(saved, "org/model")
+    with pytest.raises(UserError, match="is open to everybody already, but shall be private"):
+        publish_folder(saved, "org/model", private=True)
+    assert len(uploads.commits) == 1
+    assert open_repository("org/model", private=False) == "org/model"
+
+
+def test_a_folder_of_something_else_is_refused_before_anything_is_asked(uploads: UploadHub, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds neither model_index\.json nor config\.json"):
+        publish_folder(tmp_path, "org/model")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UserError, match="holds a FluxPipeline; published are"):
+        publish_folder(tmp_path, "org/model")
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match=r"model_index\.json: cannot be read as JSON"):
+        publish_folder(tmp_path, "org/model")
+    assert not uploads.requests
