@@ -130,5 +130,5 @@ def test_bitsandbytes_is_refused_where_there_is_no_gpu(make_pipe: PipelineMaker,
         pytest.skip("bitsandbytes may run here")
     make_pipe().save_pretrained(tmp_path)
     config = PipelineQuantizationConfig(quant_mapping={"transformer": diffusers.BitsAndBytesConfig(load_in_8bit=True)})
-    with pytest.raises(RuntimeError, match="A GPU is needed for quantization"):
+    with pytest.raises(UserError, match="A GPU is needed for quantization"):
         ClassToImagePipeline.from_pretrained(tmp_path, quantization_config=config)
