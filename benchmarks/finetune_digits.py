@@ -79,21 +79,24 @@ class Mode:
     keeps_digits: bool = True
 
 
-_LINEAR = "optimizer.schedule.kind=linear"
+# Times by the law of the pipeline's own training, and a learning rate that falls to 0.
+_SHARED = ["flow.time=logit_normal", "optimizer.schedule.kind=linear", "optimizer.beta2=0.99", "ema.decay=0.99"]
+_TARGETS = (
+    "[to_q, to_k, to_v, to_out.0, ff.linear_in, ff.linear_out, modulation, modulation_out, condition_proj, proj_out]"
+)
 MODES = {
-    "full": Mode(
-        "finetune_full", ["max_steps=1200", "optimizer.learning_rate=1.5e-3", _LINEAR, "prior.images_per_class=10"]
-    ),
-    "full_alone": Mode(
-        "finetune_full", ["max_steps=600", "optimizer.learning_rate=1.5e-3", _LINEAR], keeps_digits=False
-    ),
+    "full": Mode("finetune_full", ["max_steps=1200", "optimizer.learning_rate=1.5e-3", "prior.images_per_class=10"]),
+    "full_alone": Mode("finetune_full", ["max_steps=600", "optimizer.learning_rate=1.5e-3"], keeps_digits=False),
     "lora": Mode(
         "finetune_lora",
-        ["max_steps=1200", "optimizer.learning_rate=5e-3", _LINEAR, "prior.images_per_class=10", "lora.rank=4"],
+        [
+            "max_steps=1500", "optimizer.learning_rate=1e-2", "prior.images_per_class=10",
+            "lora.rank=4", "lora.alpha=16", f"lora.target_modules={_TARGETS}",
+        ],
     ),
-    "labels": Mode("finetune_labels", ["max_steps=300", "optimizer.learning_rate=0.1", _LINEAR]),
-    "labels_familiar": Mode("finetune_labels", ["max_steps=300", "optimizer.learning_rate=0.1", _LINEAR], FAMILIAR),
-}
+    "labels": Mode("finetune_labels", ["max_steps=300", "optimizer.learning_rate=0.05"]),
+    "labels_familiar": Mode("finetune_labels", ["max_steps=300", "optimizer.learning_rate=0.05"], FAMILIAR),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -211,10 +214,11 @@ def run_mode(
     words = [
         f"pipeline={pipeline}", f"data.path={drawings}", "data.image_size=32", f"output_dir={output / name}",
         "device=cpu", "precision=fp32", "gradient_checkpointing=false", "num_workers=0", "sample.every_steps=0",
-        "micro_batch_size=null", *mode.words, *more,
+        "micro_batch_size=null", *_SHARED, *mode.words, *more,
     ]  # fmt: skip
+    settings = dict(word.split("=", 1) for word in words)  # the last word about a key counts
     started = time.perf_counter()
-    released = finetune.train(load_finetune_config(mode.preset, words))
+    released = finetune.train(load_finetune_config(mode.preset, [f"{key}={value}" for key, value in settings.items()]))
     seconds = time.perf_counter() - started
     adapter = released / "pytorch_lora_weights.safetensors"
     tuned: Any = repagen.ClassToImagePipeline.from_pretrained(pipeline if adapter.is_file() else released)
