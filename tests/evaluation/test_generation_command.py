@@ -185,7 +185,7 @@ def test_bad_images_are_listed_or_left_out(
             "nothing can be written in /proc",
         ),
         (["--model", "missing", "--reference", *DIGITS], "--model needs --num-samples"),
-        (["--model", "missing", "--num-samples", "9", "--reference", *DIGITS], "--model missing: no pipeline folder"),
+        (["--model", "missing", "--num-samples", "9", "--reference", *DIGITS], "--model: pipeline 'missing': neither a folder"),
         (
             ["--samples", *DIGITS, "--reference", "data.kind=digits", "data.image_size=16"],
             "samples: images are 32x32, those of the reference 16x16",

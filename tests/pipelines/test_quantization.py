@@ -123,12 +123,3 @@ def test_eight_bits_combine_with(quantized: ClassToImagePipeline, what: str) -> 
         torch.compiler.reset()
         quantized.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
     torch.testing.assert_close(quantized(**inputs()).images, expected, rtol=0, atol=1e-5)
-
-
-def test_bitsandbytes_is_refused_where_there_is_no_gpu(make_pipe: PipelineMaker, tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("bitsandbytes may run here")
-    make_pipe().save_pretrained(tmp_path)
-    config = PipelineQuantizationConfig(quant_mapping={"transformer": diffusers.BitsAndBytesConfig(load_in_8bit=True)})
-    with pytest.raises(UserError, match="A GPU is needed for quantization"):
-        ClassToImagePipeline.from_pretrained(tmp_path, quantization_config=config)

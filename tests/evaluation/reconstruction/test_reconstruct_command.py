@@ -169,7 +169,7 @@ def test_mistakes_are_one_line(rae_folder: Path, encoder_folder: Path, photos: P
         ([*rae, *images, "--metrics", "lpips"], "LPIPS trunk"),
         ([*rae, *images, "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--autoencoder", "missing", *images], "--autoencoder: no such folder: missing"),
-        (["--autoencoder", str(tmp_path / "damaged"), *images], "damaged cannot be loaded"),
+        (["--autoencoder", str(tmp_path / "damaged"), *images], "damaged/config.json: it cannot be read as JSON"),
         (["--autoencoder", str(encoder_folder), *images], "holds no autoencoder: Dinov2Model is none of"),
     ):
         with pytest.raises(UserError) as caught:

@@ -129,7 +129,7 @@ def test_the_library_speaks_of_no_options() -> None:
     ("words", "message"),
     [
         *ARGUMENTS.values(),
-        (["--model", "missing", *DIGITS], "--model missing: no pipeline folder"),
+        (["--model", "missing", *DIGITS], "--model: pipeline 'missing': neither a folder"),
         (["--encoder", "./missing", *DIGITS], "--encoder './missing': no such folder"),
         (["--model", "PIPELINE", "--data", "data.path=missing"], "--data data.path"),
         (["--model", "PIPELINE", "--data", "photos"], "--data photos: give settings of a dataset, such as data.path="),
