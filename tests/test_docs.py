@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 from repagen import cli
-from repagen.config import load_config, preset_names
+from repagen.config import preset_names
 from repagen.conversion import FAMILIES as CONVERSION_FAMILIES
 from repagen.conversion.recipes import OFFICIAL_FAMILIES
 from repagen.data import DataConfig, data_config_from_words
 from repagen.encoders import FAMILIES
+from repagen.offline.recipes import PROGRAMS
 from repagen.schedulers.presets import SAMPLER_PRESETS
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.end_to_end_config import EndToEndConfig
@@ -33,7 +34,7 @@ PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 DOORS = {"reference": ["reference"]}  # scripts of eval/ that are no subject of `repagen evaluate`
-SCHEMAS = {"decoder": DecoderConfig, "generator": GeneratorConfig, "end_to_end": EndToEndConfig}
+SCHEMAS = (DecoderConfig, GeneratorConfig, EndToEndConfig)  # of docs/training.md
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
@@ -185,7 +186,7 @@ def check_training(program: str, words: list[str]) -> None:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args(words)
     if args.config in preset_names():
-        load_config(SCHEMAS[program], args.config, args.overrides)
+        PROGRAMS[program](args.config, args.overrides)
     else:
         assert args.config.endswith(".yaml")
 
@@ -199,7 +200,7 @@ def check_repagen(words: list[str]) -> None:
 
 def check(program: str, words: list[str]) -> None:
     """Parse a command as its program does, without running it."""
-    training = re.fullmatch(r"(?:repagen\.training\.|train/)(decoder|generator|end_to_end)(?:\.py)?", program)
+    training = re.fullmatch(r"(?:repagen\.training\.|train/)(decoder|generator|end_to_end|finetune)(?:\.py)?", program)
     if training:
         check_training(training[1], words)
     elif program in ("repagen", "repagen.cli"):
@@ -268,7 +269,7 @@ def test_the_table_of_samplers_is_that_of_the_code(name: str) -> None:
     [
         ("conversion.md", list(CONVERSION_FAMILIES)),
         ("training.md", preset_names()),
-        ("training.md", [field.name for schema in SCHEMAS.values() for field in dataclasses.fields(schema)]),
+        ("training.md", [field.name for schema in SCHEMAS for field in dataclasses.fields(schema)]),
         ("data.md", [field.name for field in dataclasses.fields(DataConfig) if field.name != "kind"]),
     ],
     ids=["families", "presets", "run keys", "data keys"],

@@ -218,7 +218,7 @@ def _not_cached(error: BaseException, repo_id: str, revision: str | None, local_
         return None
     incomplete = next((link for link in links if isinstance(link, IncompleteSnapshotError)), None)
     names = re.search(r"missing \((.+?)\)\. [A-Z]", str(incomplete))
-    found = f"in the local cache without {names[1]}" if names else "not in the local cache"
+    found = f"in the local cache without {names[1]}" if names else "no such folder here, and not in the local cache"
     return (
         f"{found}{'' if local_files_only else ' and the Hub is out of reach'}; fetch it once with "
         f"{repository_command(repo_id, revision)} on a machine that is online, or pass a local folder"

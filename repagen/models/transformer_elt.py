@@ -144,11 +144,9 @@ class ELTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
         self._check_loops("return_loops", return_loops or (), num_loops)
         network_time = self._network_time(timestep, hidden_states.shape[0])
         tokens, conditioning = self._embed(hidden_states, network_time, class_labels)
-        states = self._states(tokens, conditioning, {num_loops, *(return_loops or ())})
-        sample = self._predict(states[num_loops], conditioning, hidden_states)
-        loop_samples = None
-        if return_loops is not None:
-            loop_samples = tuple(self._predict(states[loop], conditioning, hidden_states) for loop in return_loops)
+        predictions = self._predictions(tokens, conditioning, hidden_states, {num_loops, *(return_loops or ())})
+        sample = predictions[num_loops]
+        loop_samples = None if return_loops is None else tuple(predictions[loop] for loop in return_loops)
         if return_dict:
             return ELTTransformerOutput(sample=sample, loop_samples=loop_samples)
         return (sample,) if loop_samples is None else (sample, loop_samples)
@@ -159,15 +157,17 @@ class ELTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
         if wrong:
             raise UserError(f"{name}: {wrong[0]!r} is out of range; allowed are 1..{most}")
 
-    def _states(self, tokens: torch.Tensor, conditioning: torch.Tensor, loops: set[int]) -> dict[int, torch.Tensor]:
-        """Tokens (B, N, D) after some loops."""
-        states = {}
+    def _predictions(
+        self, tokens: torch.Tensor, conditioning: torch.Tensor, hidden_states: torch.Tensor, loops: set[int]
+    ) -> dict[int, torch.Tensor]:
+        """What is predicted after some loops, from tokens (B, N, D)."""
+        predictions = {}
         for loop in range(1, max(loops) + 1):
             with self._context_of_loop(loop):
                 tokens = self._run_blocks(self.blocks, tokens, conditioning)
-            if loop in loops:
-                states[loop] = tokens
-        return states
+                if loop in loops:
+                    predictions[loop] = self._predict(tokens, conditioning, hidden_states)
+        return predictions
 
     # Caches of diffusers remember a block's last call; a block of ours is called once per loop.
 

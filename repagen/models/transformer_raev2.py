@@ -186,10 +186,12 @@ class RAEv2Transformer2DModel(  # type: ignore[misc]  # diffusers' own bases dis
                 cache that skips blocks, after which the base head has nothing to predict from.
         """
         self._check_latents(hidden_states)
-        if return_base and isinstance(self._cache_config, _SKIP_BLOCKS):
+        lite = getattr(self._cache_config, "use_lite_mode", False)  # TaylorSeer's: blocks return zeros
+        if return_base and (lite or isinstance(self._cache_config, _SKIP_BLOCKS)):
             raise UserError(
                 f"return_base: {type(self._cache_config).__name__} skips the blocks that the base head predicts from; "
-                "call disable_cache(), or take a cache that keeps them (pyramid attention broadcast, TaylorSeer)"
+                "call disable_cache(), or take a cache that keeps them (pyramid attention broadcast, TaylorSeer "
+                "without use_lite_mode)"
             )
         time = self.time_embedder(self._network_time(timestep, hidden_states.shape[0]))
         early, deep = self._deep_tokens(hidden_states, time, class_labels)

@@ -100,11 +100,14 @@ class SiTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
         """Cache parts of the network between sampling steps, with one of diffusers' cache configs.
 
         Raises:
-            UserError: FasterCache, where the model denoises a class token: it extrapolates one prediction, not two.
+            UserError: FasterCache and TaylorSeer's lite mode, where the model denoises a class token: they extrapolate
+                one prediction, not two.
         """
-        if self.config.class_token_dim and isinstance(config, FasterCacheConfig):
+        one_prediction = isinstance(config, FasterCacheConfig) or getattr(config, "use_lite_mode", False)
+        if self.config.class_token_dim and one_prediction:
             raise UserError(
-                "FasterCache: not for a model with class_token_dim, whose predictions are two; take another"
+                f"{type(config).__name__}: not for a model with class_token_dim, whose predictions are two; take "
+                "another, or TaylorSeer without use_lite_mode"
             )
         super().enable_cache(config)
 

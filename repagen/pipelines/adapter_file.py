@@ -1,7 +1,11 @@
-"""Files of adapters: LoRA layers, rows of new classes, or both; found, read, checked and written, never unpickled."""
+"""Files of adapters: LoRA layers, rows of new classes, or both; found, read, checked and written.
+
+A `.bin` of `torch.save` is read where the user names it, never found by itself, and by `weights_only=True` alone.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +14,12 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 from repagen.errors import UserError, refusing
 from repagen.files import put_file
+from repagen.hub.fetching import fetch_snapshot
 from repagen.hub.inspection import inspect_weights_file
 
 COMPONENT = "transformer"
@@ -54,46 +58,54 @@ def find_adapter_file(source: str | Path, weight_name: str | None, subfolder: st
         source: a file, a folder that holds one, or a Hub repository ("org/name").
         weight_name: name of the file in the folder or repository; None: `pytorch_lora_weights.safetensors`.
         subfolder: of the folder or repository.
-        hub: `revision`, `token`, `local_files_only`, `cache_dir` and `force_download` of `hf_hub_download`.
+        hub: `revision`, `token`, `local_files_only`, `cache_dir` and `force_download` of `fetch_snapshot`.
 
     Raises:
-        UserError: no such file, no safetensors file, or a repository that is closed, unknown or out of reach.
+        UserError: no such file, or a repository that is closed, unknown or out of reach.
     """
     name = weight_name or LORA_WEIGHT_NAME_SAFE
     path = Path(source).expanduser()
-    given = path.name if path.is_file() else name
-    if not given.endswith(".safetensors"):
-        raise UserError(f"adapter file {given!r}: only .safetensors files are read; convert it, or save it anew")
     if path.is_file():
         return path
-    if path.is_dir():
-        folder = path / (subfolder or "")
-        if not (folder / name).is_file():
-            found = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "none"
-            raise UserError(f"{folder}: no adapter file {name}; safetensors files there: {found}; give weight_name")
-        return folder / name
-    with refusing(f"adapter {str(source)!r}: no such file or folder here, and {name} is not to be had from the Hub"):
-        return Path(hf_hub_download(str(source), name, subfolder=subfolder, **hub))
+    if not path.is_dir():
+        pattern = f"{subfolder}/{name}" if subfolder else name
+        path = fetch_snapshot(str(source), patterns=[pattern], what="adapter", **{"revision": None, **hub})
+    folder = path / (subfolder or "")
+    if not (folder / name).is_file():
+        found = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "none"
+        raise UserError(f"{folder}: no adapter file {name}; safetensors files there: {found}; give weight_name")
+    return folder / name
 
 
 def read_adapter_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, list[str] | None]:
-    """Read all tensors of a file, its LoRA metadata and its class names (None: none).
+    """Read all tensors of a file, its LoRA metadata and its class names (None: none, as in every `.bin`).
 
     Raises:
-        UserError: broken, refused by `inspect_weights_file`, or with metadata of another form.
+        UserError: another format, broken, with metadata of another form, or a `.bin` of more than tensors by name.
     """
     inspect_weights_file(path, "adapter")
+    header: dict[str, str] = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: no readable safetensors file ({' '.join(str(error).split())[:200]})") from error
+        if path.suffix == ".bin":
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:  # whatever strange bytes make of the readers
+        raise UserError(f"adapter {path} cannot be read ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(tensors, dict) or not all(_is_named_tensor(*item) for item in tensors.items()):
+        raise UserError(f"adapter {path} holds more than dense tensors and their names; save it as safetensors")
     metadata = _from_json(path, header, LORA_ADAPTER_METADATA_KEY, dict)
     names = _from_json(path, header, CLASS_NAMES_KEY, list)
     if ROWS_KEY in tensors and names is None:
         raise UserError(f"{path}: has {ROWS_KEY}, but its metadata has no {CLASS_NAMES_KEY}; save it anew")
     return tensors, metadata, names
+
+
+def _is_named_tensor(name: object, tensor: object) -> bool:
+    dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+    return isinstance(name, str) and dense
 
 
 def _from_json(path: Path, header: Mapping[str, str], key: str, kind: type) -> Any:
@@ -161,9 +173,14 @@ def _check_metadata(metadata: Mapping[str, Any] | None) -> None:
 
 
 def write_adapter_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write an adapter file in one rename; equal content gives equal bytes."""
-    content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, dict(metadata))
-    put_file(path, _with_sorted_metadata(content))
+    """Write an adapter file in one rename; equal content gives equal bytes. A `.bin` has no place for metadata."""
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    if path.suffix == ".bin":
+        buffer = io.BytesIO()
+        torch.save(plain, buffer)
+        put_file(path, buffer.getvalue())
+    else:
+        put_file(path, _with_sorted_metadata(save(plain, dict(metadata))))
 
 
 def _with_sorted_metadata(content: bytes) -> bytes:

@@ -162,5 +162,6 @@ def _refuse_missing(folder: Path, name: str, index: Mapping[str, Any], kind: Any
     variant = given.get("variant")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(
-            f"{name} cannot be loaded: no weights of variant={variant}; leave it out, or name one that is there"
+            f"{name} cannot be loaded: You are trying to load the model files of the `variant={variant}`, but there "
+            f"are no weights of variant={variant}; leave it out, or name one that is there"
         )

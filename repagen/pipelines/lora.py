@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
@@ -81,7 +81,7 @@ class AdapterMixin(LoraBaseMixin):
             hub: `subfolder`, `revision`, `token`, `local_files_only`, `cache_dir`, `force_download`.
 
         Raises:
-            UserError: no such file, or not a readable safetensors file.
+            UserError: no such file, or none of tensors alone.
         """
         tensors, metadata, _ = cls._read(pretrained_model_name_or_path_or_dict, weight_name, **hub)
         return (tensors, metadata) if return_lora_metadata else tensors
@@ -179,17 +179,20 @@ class AdapterMixin(LoraBaseMixin):
             save_directory: folder, made where it is missing.
             transformer_lora_layers: as `peft.get_peft_model_state_dict(transformer)` returns them.
             is_main_process: False writes nothing.
-            weight_name: name of the file; None: `pytorch_lora_weights.safetensors`.
-            safe_serialization: True; nothing else is written.
+            weight_name: name of the file; None: `pytorch_lora_weights.safetensors`, or `.bin`.
+            safe_serialization: False writes a `.bin` of `torch.save`, which holds LoRA layers alone.
             transformer_lora_adapter_metadata: `transformer.peft_config[name].to_dict()`; keeps ranks and alphas.
             label_rows: class name => its embedding (D,); in this order the classes are appended on loading.
 
         Raises:
-            UserError: nothing to save, another format asked for, or rows of different widths.
+            UserError: nothing to save, a name of another format, rows of different widths, or metadata or rows for a
+                `.bin`.
         """
-        name = weight_name or LORA_WEIGHT_NAME_SAFE
-        if not safe_serialization or not name.endswith(".safetensors"):
-            raise UserError(f"adapter file {name!r}: only .safetensors is written; leave safe_serialization=True")
+        name = weight_name or (LORA_WEIGHT_NAME_SAFE if safe_serialization else LORA_WEIGHT_NAME)
+        if not name.endswith(".safetensors" if safe_serialization else ".bin"):
+            raise UserError(f"weight_name={name!r} does not go with safe_serialization={safe_serialization}")
+        if not safe_serialization and (transformer_lora_adapter_metadata or label_rows):
+            raise UserError("save_lora_weights: a .bin keeps no metadata and no classes; set safe_serialization=True")
         if not transformer_lora_layers and not label_rows:
             raise UserError("save_lora_weights: give transformer_lora_layers, label_rows, or both")
         if not is_main_process:
@@ -218,7 +221,15 @@ class AdapterMixin(LoraBaseMixin):
 
         `fuse_lora()`, `unload_lora_weights()` and `save_pretrained(folder)` make a pipeline that needs no adapter.
         See `LoraBaseMixin.fuse_lora`.
+
+        Raises:
+            UserError: quantised weights, whose few values cannot hold the sum; peft would also leave out DoRA's part.
         """
+        if getattr(unwrap_module(self.transformer), "hf_quantizer", None) is not None:
+            raise UserError(
+                "fuse_lora: the transformer is quantised, and the sum would be rounded to its few values; leave the "
+                "adapter unfused, or fuse it in a pipeline that was loaded without quantisation"
+            )
         rows_only = set(self.adapter_classes) - set(self.get_list_adapters().get(COMPONENT, []))
         named = rows_only if adapter_names is None else rows_only & set(adapter_names)
         layered = None if adapter_names is None else [name for name in adapter_names if name not in named]

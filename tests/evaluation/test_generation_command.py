@@ -187,7 +187,7 @@ def test_bad_images_are_listed_or_left_out(
         (["--model", "missing", "--reference", *DIGITS], "--model needs --num-samples"),
         (
             ["--model", "missing", "--num-samples", "9", "--reference", *DIGITS],
-            "--model: pipeline 'missing': not in the local cache",
+            "--model: pipeline 'missing': no such folder here, and not in the local cache",
         ),
         (
             ["--samples", *DIGITS, "--reference", "data.kind=digits", "data.image_size=16"],

@@ -35,6 +35,9 @@ CACHES: dict[str, Any] = {
     ),
     "mag": lambda: MagCacheConfig(num_inference_steps=2, retention_ratio=0.0, threshold=100.0, mag_ratios=[1.0, 1.0]),
     "taylor_seer": lambda: TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1, max_order=1),
+    "taylor_seer_lite": lambda: TaylorSeerCacheConfig(
+        cache_interval=3, disable_cache_before_step=1, max_order=1, use_lite_mode=True
+    ),
 }
 pytestmark = [all_generators, pytest.mark.parametrize("cache", CACHES)]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import FasterCacheConfig
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 from diffusers.models.attention_processor import AttnProcessor
@@ -380,6 +381,52 @@ def test_lora_refuses_wrong_name_and_metadata(case: Case, tmp_path: Path) -> Non
     model.unload_lora()
     with pytest.raises(TypeError, match="LoraConfig"):
         model.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "compiled"])
+def test_lora_hot_swap_compiles_nothing_again(case: Case, compiled: bool, tmp_path: Path) -> None:
+    expected = []
+    for rank in (3, 5):
+        model = build(case)
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=["to_q", "linear_in", "proj_out"], init_lora_weights=False
+        )
+        model.add_adapter(config, adapter_name="x")
+        expected.append(output(model, case))
+        model.save_lora_adapter(tmp_path / str(rank), adapter_name="x")
+    assert not torch.allclose(*expected, atol=1e-3)
+    model = build(case)
+    model.enable_lora_hotswap(target_rank=5)
+    options = {"prefix": None, "use_safetensors": True}
+    model.load_lora_adapter(tmp_path / "3", adapter_name="x", **options)
+    torch.compiler.reset()
+    if compiled:
+        model.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.allclose(output(model, case), expected[0], atol=1e-5)
+        model.load_lora_adapter(tmp_path / "5", adapter_name="x", hotswap=True, **options)
+        assert torch.allclose(output(model, case), expected[1], atol=1e-5)
+    with pytest.raises(ValueError, match="no existing adapter by that name"):
+        model.load_lora_adapter(tmp_path / "5", adapter_name="y", hotswap=True, **options)
+
+
+# Caches, beside test_transformer_caches.py
+
+
+def test_faster_cache_takes_images_and_says_what_it_assumes(caplog: pytest.LogCaptureFixture, case: Case) -> None:
+    if "faster" in case.refused_caches:
+        pytest.skip("this model refuses this cache")
+    model = build(case)
+    with pytest.raises(ValueError, match="tensor_format"):
+        model.enable_cache(FasterCacheConfig(spatial_attention_block_skip_range=2, tensor_format="BFHWC"))
+    assert not model.is_cache_enabled
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        model.enable_cache(FasterCacheConfig(spatial_attention_block_skip_range=2, tensor_format="BCHW"))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "No `attention_weight_callback` provided" in caplog.text and model.is_cache_enabled
 
 
 # What the generators promise beside

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, SeaCacheConfig
+from diffusers.hooks import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+)
 from golden_cases import GoldenCase
 from torch.testing import assert_close
 from transformer_cases import RAEV2, build, inputs, output
@@ -136,8 +142,13 @@ def test_base_head_beyond_the_deep_part_is_refused(base_depth: int) -> None:
 
 @pytest.mark.parametrize(
     "cache",
-    [FirstBlockCacheConfig(), MagCacheConfig(num_inference_steps=2, mag_ratios=[1.0, 1.0]), SeaCacheConfig()],
-    ids=["first_block", "mag", "sea"],
+    [
+        FirstBlockCacheConfig(),
+        MagCacheConfig(num_inference_steps=2, mag_ratios=[1.0, 1.0]),
+        SeaCacheConfig(),
+        TaylorSeerCacheConfig(use_lite_mode=True),
+    ],
+    ids=["first_block", "mag", "sea", "taylor_seer_lite"],
 )
 def test_base_head_refuses_caches_that_skip_its_blocks(cache: object) -> None:
     model = build(RAEV2)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig
+from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, TaylorSeerCacheConfig
 from torch.testing import assert_close
 from transformer_cases import SIT, build, inputs
 
@@ -113,8 +113,10 @@ def test_caches() -> None:
         for one, two in zip(predict(model), expected, strict=True):
             assert_close(one, two)
     model.disable_cache()
-    with pytest.raises(ValueError, match="FasterCache: not for a model with class_token_dim"):
-        model.enable_cache(FasterCacheConfig())
+    for config in (FasterCacheConfig(), TaylorSeerCacheConfig(use_lite_mode=True)):
+        with pytest.raises(ValueError, match="not for a model with class_token_dim"):
+            model.enable_cache(config)
+    model.enable_cache(TaylorSeerCacheConfig())
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tiny_pipelines import (
     NUM_CLASSES,
     PATCH,
     SIDE,
+    PipelineMaker,
     inputs,
     tiny_components,
     tiny_pipeline,
@@ -27,6 +28,7 @@ from tiny_pipelines import (
 
 from repagen import (
     ClassToImagePipeline,
+    ELTTransformer2DModel,
     PixelAutoencoder,
     SiTTransformer2DModel,
     SVGAutoencoder,
@@ -314,9 +316,15 @@ class TestCaches:
 
     # diffusers' FasterCache calls torch.meshgrid without `indexing`.
     @pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
-    @pytest.mark.parametrize("name", ["first_block", "taylorseer", "mag", "pyramid", "faster"])
+    @pytest.mark.parametrize("name", ["first_block", "taylorseer", "taylorseer_lite", "mag", "pyramid", "faster"])
     def test_cache_inference(self, make_pipe, name):
-        pipe = make_pipe()
+        self.check_inference(make_pipe(), name)
+
+    @pytest.mark.parametrize("name", ["first_block", "taylorseer", "taylorseer_lite", "mag"])
+    def test_cache_inference_of_loops(self, name):
+        self.check_inference(PipelineMaker(ELTTransformer2DModel)(), name)
+
+    def check_inference(self, pipe, name):
         call = {"num_inference_steps": 4, "guidance_interval": (0.2, 0.9)}
         expected = pipe(**inputs(**call)).images
         pipe.transformer.enable_cache(self.config(name, pipe))
@@ -326,21 +334,25 @@ class TestCaches:
         pipe.transformer.disable_cache()
         torch.testing.assert_close(pipe(**inputs(**call)).images, expected, rtol=0, atol=1e-5)
 
-    def test_state_advances_with_the_steps_and_is_reset(self, make_pipe):
+    @pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
+    @pytest.mark.parametrize(("name", "call"), [("pyramid", {"guidance_interval": (0.0, 0.7)}), ("faster", {})])
+    def test_state_advances_with_the_steps_and_is_reset(self, make_pipe, name, call):
         """As diffusers' own check: one iteration of every hook per step, guided or not, none left afterwards."""
         pipe = make_pipe()
-        pipe.transformer.enable_cache(self.config("pyramid", pipe))
+        pipe.transformer.enable_cache(self.config(name, pipe))
         registries = [m._diffusers_hook for m in pipe.transformer.modules() if hasattr(m, "_diffusers_hook")]
-        hooks = [hook for hook in (r.get_hook("pyramid_attention_broadcast") for r in registries) if hook is not None]
-        iterations = []
+        hooks = [hook for registry in registries for hook in registry.hooks.values() if hasattr(hook, "state")]
+        steps = []
 
         def look(pipeline, index, timestep, tensors):
-            iterations.append({hook.state.iteration for hook in hooks})
+            steps.append([(hook.state.iteration, getattr(hook.state, "cache", "none") is not None) for hook in hooks])
             return tensors
 
-        pipe(**inputs(callback_on_step_end=look, guidance_interval=(0.0, 0.7)))
-        assert len(hooks) >= 2 and iterations == [{1}, {2}]
-        assert all(hook.state.iteration == 0 and hook.state.cache is None for hook in hooks)
+        pipe(**inputs(callback_on_step_end=look, **call))
+        assert len(hooks) >= 2 and steps == [[(1, True)] * len(hooks), [(2, True)] * len(hooks)]
+        for hook in hooks:
+            left = {key: value for key, value in vars(hook.state).items() if key != "iteration"}
+            assert hook.state.iteration == 0 and all(value is None for value in left.values()), left
 
     @staticmethod
     def config(name, pipe):
@@ -348,8 +360,10 @@ class TestCaches:
 
         if name == "first_block":
             return diffusers.FirstBlockCacheConfig(threshold=0.1)
-        if name == "taylorseer":
-            return diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1)
+        if name.startswith("taylorseer"):
+            return diffusers.TaylorSeerCacheConfig(
+                cache_interval=2, disable_cache_before_step=1, max_order=1, use_lite_mode=name.endswith("lite")
+            )
         if name == "mag":
             return diffusers.MagCacheConfig(num_inference_steps=4, mag_ratios=torch.ones(4))
         attention = {

@@ -18,6 +18,7 @@ from tiny_pipelines import PipelineMaker
 from repagen import ClassToImagePipeline, RAEv2Transformer2DModel, SiTTransformer2DModel, UserError
 from repagen.pipelines.lora import default_lora_targets
 
+BIN = "pytorch_lora_weights.bin"
 SIT = PipelineMaker(SiTTransformer2DModel)
 KINDS = {
     "plain": {},
@@ -75,6 +76,25 @@ class TestEveryGenerator:
         assert pipe.get_active_adapters() == ["default_0"]
         loaded = get_peft_model_state_dict(pipe.transformer, adapter_name="default_0")
         assert loaded.keys() == stored.keys() and all(torch.equal(loaded[key], stored[key]) for key in stored)
+
+    def test_saves_and_loads_a_bin_that_is_named(self, make_any_pipe, tmp_path):
+        pipe = make_any_pipe()
+        add_adapter(pipe)
+        adapted, stored = latents(pipe), get_peft_model_state_dict(pipe.transformer)
+        pipe.save_lora_weights(tmp_path, stored, safe_serialization=False)
+        assert [path.name for path in tmp_path.iterdir()] == [BIN]
+        read = torch.load(tmp_path / BIN, weights_only=True)
+        assert read.keys() == {f"transformer.{key}" for key in stored}
+        for source, options in (
+            (tmp_path / BIN, {"low_cpu_mem_usage": False}),
+            (str(tmp_path / BIN), {"low_cpu_mem_usage": True}),
+            (tmp_path, {"weight_name": BIN}),
+        ):
+            pipe.unload_lora_weights()
+            pipe.load_lora_weights(source, **options)
+            assert torch.equal(latents(pipe), adapted)
+        with pytest.raises(UserError, match="no adapter file"):
+            pipe.load_lora_weights(tmp_path, adapter_name="x")
 
     def test_fused_equals_unfused(self, make_any_pipe):
         pipe = make_any_pipe()
@@ -220,11 +240,24 @@ class TestFile:
         SIT().save_lora_weights(tmp_path / "x", {"a.lora_A.weight": torch.ones(1)}, is_main_process=False)
         assert not (tmp_path / "x").exists()
 
-    @pytest.mark.parametrize("given", [{}, {"safe_serialization": False}, {"weight_name": "adapter.bin"}])
-    def test_refuses_to_save(self, tmp_path, given):
-        layers = {"a.lora_A.weight": torch.ones(1)} if given else None
-        with pytest.raises(UserError, match=r"save_lora_weights: give|only \.safetensors is written"):
-            SIT().save_lora_weights(tmp_path, layers, **given)
+    @pytest.mark.parametrize(
+        ("given", "reason"),
+        [
+            ({"transformer_lora_layers": None}, "save_lora_weights: give"),
+            ({"weight_name": "adapter.bin"}, "'adapter.bin' does not go with safe_serialization=True"),
+            ({"weight_name": "a.pt", "safe_serialization": False}, "'a.pt' does not go with safe_serialization=False"),
+            ({"safe_serialization": False, "label_rows": {"cat": torch.ones(16)}}, "keeps no metadata and no classes"),
+            (
+                {"safe_serialization": False, "transformer_lora_adapter_metadata": {"r": 4}},
+                "keeps no metadata and no classes",
+            ),
+        ],
+    )
+    def test_refuses_to_save(self, tmp_path, given, reason):
+        with pytest.raises(UserError, match=reason):
+            SIT().save_lora_weights(
+                tmp_path, **{"transformer_lora_layers": {"a.lora_A.weight": torch.ones(1)}, **given}
+            )
         assert not list(tmp_path.iterdir())
 
 
@@ -448,6 +481,9 @@ class TestHotSwap:
         add_adapter(pipe)
         with pytest.raises(RuntimeError, match="before loading the first adapter"):
             pipe.enable_lora_hotswap(target_rank=8)
+        with pytest.raises(ValueError, match="one of 'error', 'warn', or 'ignore'"):
+            pipe.enable_lora_hotswap(target_rank=8, check_compiled="maybe")
+        pipe.enable_lora_hotswap(target_rank=8, check_compiled="ignore")
 
     @pytest.mark.parametrize(
         ("config", "reason"),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from hub_stand_in import COMMIT, serve_repository
 from lora_parts import FILE, WIDTH, add_adapter, close, latents, make_adapter, rows, save_adapter, state_of
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import ID2LABEL, NUM_CLASSES, PipelineMaker, tiny_transformer
@@ -259,6 +259,16 @@ LORA_KEY = "transformer.blocks.0.attn.to_q.lora_A.weight"
 NAMES = {"class_names": '["axolotl"]'}
 
 
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self):
+        return Path.touch, (self.proof,)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "reason"),
@@ -323,18 +333,47 @@ class TestRefusals:
         path.write_bytes(path.read_bytes()[:-10])
         self.assert_refused(tmp_path, "the file is damaged")
 
-    @pytest.mark.parametrize("name", ["adapter.bin", "adapter.pt", "adapter"])
+    @pytest.mark.parametrize("name", ["adapter.pt", "adapter"])
     def test_other_formats_are_never_opened(self, tmp_path, name):
         torch.save({LORA_KEY: torch.ones(4, WIDTH)}, tmp_path / name)
-        self.assert_refused(tmp_path / name, "only .safetensors")
-        self.assert_refused(tmp_path, "only .safetensors", weight_name=name)
+        self.assert_refused(tmp_path / name, "ask its author for safetensors")
+        self.assert_refused(tmp_path, "ask its author for safetensors", weight_name=name)
         self.assert_refused(tmp_path, "no adapter file pytorch_lora_weights.safetensors")
+
+    @pytest.mark.parametrize("holds", ["code in the archive", "code in a bare pickle"])
+    def test_code_in_a_bin_never_runs(self, tmp_path, holds):
+        trap = Trap(tmp_path / "ran")
+        path = tmp_path / "pytorch_lora_weights.bin"
+        if holds == "code in the archive":
+            torch.save({LORA_KEY: torch.ones(4, WIDTH), "x": trap}, path)
+        else:
+            path.write_bytes(pickle.dumps({LORA_KEY: trap}))
+        self.assert_refused(path, "holds code, not only tensors|no archive of tensors")
+        self.assert_refused(tmp_path, "holds code, not only tensors|no archive of tensors", weight_name=path.name)
+        with pytest.raises(UserError, match=r"holds code|no archive"):
+            ClassToImagePipeline.lora_state_dict(path)
+        assert not trap.proof.exists()
+        pickle.loads(pickle.dumps(trap))
+        assert trap.proof.exists()  # the trap works
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            [torch.ones(1)],
+            {"a": 1},
+            {"a": {"b": torch.ones(1)}},
+            {1: torch.ones(1)},
+            {LORA_KEY: torch.ones(1).to("meta")},
+        ],
+    )
+    def test_a_bin_of_more_than_named_tensors(self, tmp_path, content):
+        torch.save(content, tmp_path / "x.bin")
+        self.assert_refused(tmp_path / "x.bin", "more than dense tensors and their names")
 
     def test_missing_files(self, tmp_path):
         (tmp_path / "other.safetensors").touch()
         self.assert_refused(tmp_path, "files there: other.safetensors; give weight_name")
-        self.assert_refused(tmp_path / "x" / "y", "no such file or folder here")
-        self.assert_refused("org/nowhere", "no such file or folder here")
+        self.assert_refused(tmp_path / "x" / "y", "neither a folder on this machine nor a Hub id")
 
     def test_adapter_of_another_generator(self, tmp_path):
         make_adapter(Named(LightningDiTTransformer2DModel), tmp_path, target_modules=["ff.linear_in"])
@@ -385,34 +424,6 @@ class TestRefusals:
         assert "\n" not in str(error.value)
         assert_same(state(pipe), before)
         assert not any(name.endswith(".base_layer") for name, _ in pipe.transformer.named_modules())
-
-
-class TestHub:
-    def test_from_a_repository(self, tmp_path, monkeypatch):
-        make_adapter(SIT, tmp_path / "repo" / "sub", rows("axolotl"))
-        make_adapter(SIT, tmp_path / "repo", rows("okapi"))
-        local = SIT()
-        local.load_lora_weights(tmp_path / "repo" / "sub")
-        with serve_repository("org/zoo", tmp_path / "repo") as endpoint:
-            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-            monkeypatch.setattr(
-                "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-                endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            )
-            pipe = SIT()
-            pipe.load_lora_weights(
-                "org/zoo", subfolder="sub", revision=COMMIT, cache_dir=tmp_path / "cache", token=False
-            )
-            assert pipe.config["id2label"]["4"] == "axolotl"
-            assert torch.equal(latents(pipe, class_labels=4), latents(local, class_labels=4))
-            with pytest.raises(UserError, match="not to be had from the Hub"):
-                SIT().load_lora_weights("org/zoo", weight_name="no.safetensors", cache_dir=tmp_path / "cache")
-        again = SIT()
-        again.load_lora_weights(
-            "org/zoo", subfolder="sub", revision=COMMIT, cache_dir=tmp_path / "cache", local_files_only=True
-        )
-        assert torch.equal(latents(again, class_labels=4), latents(local, class_labels=4))
 
 
 def test_state_of_a_saved_adapter_is_that_of_the_loaded_one(tmp_path):

@@ -9,11 +9,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import PipelineQuantizationConfig, TorchAoConfig
-from peft import LoraConfig
+from lora_parts import latents, make_adapter, rows
 from tiny_pipelines import PipelineMaker, inputs
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
-from repagen import ClassToImagePipeline
+from repagen import ClassToImagePipeline, UserError
 
 
 def load(folder: Path, quantization: Any, *parts: str) -> ClassToImagePipeline:
@@ -75,11 +75,39 @@ def test_eight_bits_are_saved_and_loaded(quantized: ClassToImagePipeline, tmp_pa
     assert torch.equal(loaded(**inputs(**call)).images, quantized(**inputs(**call)).images)
 
 
-def test_lora_works_on_eight_bits(quantized: ClassToImagePipeline) -> None:
-    base = quantized(**inputs()).images
-    quantized.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    assert not torch.equal(quantized(**inputs()).images, base)
-    assert torch.equal(quantized(**inputs(attention_kwargs={"scale": 0.0})).images, base)
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_adapters_on_eight_bits(
+    make_pipe: PipelineMaker, quantized: ClassToImagePipeline, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    exact, base = make_pipe(), latents(quantized)
+    make_adapter(make_pipe, tmp_path / "a", rows("okapi"), **config)
+    make_adapter(make_pipe, tmp_path / "b", seed=2, r=2, **config)
+    for pipe in (exact, quantized):
+        pipe.load_lora_weights(tmp_path / "a", adapter_name="a")
+        pipe.load_lora_weights(tmp_path / "b", adapter_name="b")
+        pipe.set_adapters(["a", "b"], [0.7, 0.4])
+    for call in ({"class_labels": 4}, {"class_labels": 4, "attention_kwargs": {"scale": 0.5}}):
+        expected = latents(exact, **call)
+        plain = latents(exact, class_labels=4, attention_kwargs={"scale": 0.0})
+        error, change = latents(quantized, **call) - expected, expected - plain
+        assert error.norm() < 0.6 * change.norm()
+    if not config:
+        assert torch.equal(latents(quantized, attention_kwargs={"scale": 0.0}), base)
+    quantized.delete_adapters("a")
+    quantized.unload_lora_weights()
+    assert quantized.transformer.config.num_classes == 4 and torch.equal(latents(quantized), base)
+
+
+def test_eight_bits_cannot_hold_a_fused_adapter(
+    make_pipe: PipelineMaker, quantized: ClassToImagePipeline, tmp_path: Path
+) -> None:
+    make_adapter(make_pipe, tmp_path / "adapter")
+    quantized.load_lora_weights(tmp_path / "adapter")
+    adapted = latents(quantized)
+    with pytest.raises(UserError, match="fuse_lora: the transformer is quantised") as error:
+        quantized.fuse_lora()
+    assert "\n" not in str(error.value)
+    assert torch.equal(latents(quantized), adapted) and quantized.num_fused_loras == 0
 
 
 @pytest.mark.parametrize("what", ["model offload", "group offload", "cache", "compile"])

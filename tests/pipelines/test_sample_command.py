@@ -135,7 +135,7 @@ def test_a_name_made_of_digits_is_a_name(tmp_path, monkeypatch):
         (("--num-loops", "2"), "the transformer is not looped"),
         (("--guidance-method", "internal", "--guidance-scale", "2"), "has no base head"),
         (("--model", "no/such/folder"), "--model: pipeline 'no/such/folder': neither a folder"),
-        (("--model", "org/absent"), "--model: pipeline 'org/absent': not in the local cache"),
+        (("--model", "org/absent"), "--model: pipeline 'org/absent': no such folder here, and not in the local cache"),
         (("--output", "."), "is no empty folder"),
         (
             ("--attention-backend", "eager"),

@@ -34,10 +34,10 @@ from repagen.config import load_config
 from repagen.errors import UserError
 from repagen.evaluation import PipelineImages
 from repagen.evaluation.generation import evaluate_generation, open_extractors
-from repagen.evaluation.pipeline_images import TRAINING_FILE
 from repagen.evaluation.protocol import encoder_protocol
 from repagen.evaluation.reference import open_reference
 from repagen.pipelines.class_to_image import ClassToImagePipeline
+from repagen.pipelines.provenance import TRAINING_FILE
 from repagen.training.evaluation import KEYS, TrainingEvaluation
 from repagen.training.evaluation_config import EvaluationConfig
 from repagen.training.generator_config import GeneratorConfig

@@ -235,7 +235,8 @@ def test_a_relative_folder_that_is_not_there_is_one_line(
     words = ["stats", "data.kind=digits", "data.image_size=32", "--autoencoder", name, "--output", "x"]
     with pytest.raises(SystemExit, match="2"):  # a warning would be an error here
         run_command(words, monkeypatch)
-    assert capsys.readouterr().err.startswith(f"repagen: error: --autoencoder: {'no' if name == 'nope' else name}")
+    said = "no such folder: nope" if name == "nope" else f"model '{name}': no such folder here, and not in the local"
+    assert capsys.readouterr().err.startswith(f"repagen: error: --autoencoder: {said}")
 
 
 def test_batch_size_does_not_matter_beyond_the_encoders_rounding(autoencoder: object, photos: Path) -> None:

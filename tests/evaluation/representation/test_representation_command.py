@@ -129,7 +129,10 @@ def test_the_library_speaks_of_no_options() -> None:
     ("words", "message"),
     [
         *ARGUMENTS.values(),
-        (["--model", "missing", *DIGITS], "--model: pipeline 'missing': not in the local cache"),
+        (
+            ["--model", "missing", *DIGITS],
+            "--model: pipeline 'missing': no such folder here, and not in the local cache",
+        ),
         (["--encoder", "./missing", *DIGITS], "--encoder './missing': no such folder"),
         (["--model", "PIPELINE", "--data", "data.path=missing"], "--data data.path"),
         (["--model", "PIPELINE", "--data", "photos"], "--data photos: give settings of a dataset, such as data.path="),

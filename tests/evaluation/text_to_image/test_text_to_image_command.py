@@ -162,7 +162,10 @@ def test_a_dpg_export_gives_every_prompt_its_own_images(evaluate: Any, tmp_path:
         (["--metrics", "clip_score", "--clip", "x", "--pick", "y"], "--pick is for --metrics pick_score"),
         (["--metrics", "clip_score", "--clip", "x", "--pick-processor", "y"], "--pick-processor is for --metrics"),
         (["--metrics", "clip_score", "--clip", "x", "--resume"], "--resume is for --export"),
-        (["--metrics", "clip_score", "--clip", "no/model"], "error: --clip no/model: not in the local cache"),
+        (
+            ["--metrics", "clip_score", "--clip", "no/model"],
+            "error: --clip no/model: no such folder here, and not in the local cache",
+        ),
         (["--metrics", "clip_score", "--clip", "x", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--metrics", "clip_score", "--images-per-prompt", "3"], "6 images, but 3 prompts x 3 = 9 are needed"),
         (["--metrics", "clip_score", "--clip", "/nope"], "error: --clip /nope: no such folder"),
