@@ -11,7 +11,8 @@ pipeline is fine-tuned by the program that users run:
 - `lora`: adapters and the new rows of the label table, with prior images;
 - `labels`: the new rows alone;
 - `labels_familiar`: the same for four drawn classes whose forms the generator has: an oval (0), a stick (1), a zed (2)
-  and a hook (7). They are no other than digits to a judge, so they are told from one another alone.
+  and a hook (7), begun with the rows of these digits (`labels.start_from`). They are no other than digits to a judge,
+  so they are told from one another alone.
 
 The judge is the quickstart's classifier, trained on the real training digits and on 150 further drawings of each new
 class: it has seen none of the 20 images, and shares nothing with encoder, autoencoder and generator. It says what
@@ -85,7 +86,7 @@ _TARGETS = (
     "[to_q, to_k, to_v, to_out.0, ff.linear_in, ff.linear_out, modulation, modulation_out, condition_proj, proj_out]"
 )
 MODES = {
-    "full": Mode("finetune_full", ["max_steps=1200", "optimizer.learning_rate=1.5e-3", "prior.images_per_class=10"]),
+    "full": Mode("finetune_full", ["max_steps=1800", "optimizer.learning_rate=1.5e-3", "prior.images_per_class=10"]),
     "full_alone": Mode("finetune_full", ["max_steps=600", "optimizer.learning_rate=1.5e-3"], keeps_digits=False),
     "lora": Mode(
         "finetune_lora",
@@ -95,7 +96,15 @@ MODES = {
         ],
     ),
     "labels": Mode("finetune_labels", ["max_steps=300", "optimizer.learning_rate=0.05"]),
-    "labels_familiar": Mode("finetune_labels", ["max_steps=300", "optimizer.learning_rate=0.05"], FAMILIAR),
+    "labels_familiar": Mode(
+        "finetune_labels",
+        [
+            "max_steps=200", "optimizer.learning_rate=0.01",
+            "labels.start_from.oval='0'", "labels.start_from.stick='1'",
+            "labels.start_from.zed='2'", "labels.start_from.hook='7'",
+        ],
+        FAMILIAR,
+    ),
 }  # fmt: skip
 
 
