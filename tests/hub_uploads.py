@@ -242,9 +242,7 @@ def reach(hub: UploadHub, patch: pytest.MonkeyPatch, token: str | None = TOKEN) 
 
     patch.setattr(constants, "ENDPOINT", hub.endpoint)
     patch.setattr(hf_api.api, "endpoint", hub.endpoint)
-    patch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_CACHE", str(hub.folder.with_name("hub cache")))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)

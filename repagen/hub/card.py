@@ -286,8 +286,9 @@ def _classes(facts: CardFacts) -> str:
     shown = [f"`{name}`" for name in map(_cell, facts.class_names[:_LISTED_CLASSES])]
     more = len(facts.class_names) - len(shown)
     listed = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-    where = "the adapter adds them" if facts.kind == "adapter" else "all are in `model_index.json`, by id"
-    return f"## Classes\n\n{len(facts.class_names)} classes ({where}): {listed}."
+    where = "added by the adapter" if facts.kind == "adapter" else "all are in `model_index.json`, by id"
+    title = "1 class" if len(facts.class_names) == 1 else f"{len(facts.class_names)} classes"
+    return f"## Classes\n\n{title} ({where}): {listed}."
 
 
 def _recipe(facts: CardFacts) -> str:

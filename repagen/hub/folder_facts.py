@@ -108,18 +108,22 @@ def _adapter_facts(folder: Path) -> CardFacts:
     except Exception as error:
         raise UserError(f"{folder / ADAPTER_FILE}: cannot be read as safetensors ({error})") from error
     held = ["LoRA layers of its generator"] if has_layers else []
-    held += [f"the label rows of {len(names)} new classes"] if names else []
-    held += [] if has_layers else ["no change of the others"]
+    held += [f"label rows of {_new_classes(len(names))}"] if names else []
+    alone = "" if has_layers else "; the generator and its own classes stay as they are"
     return CardFacts(
         kind="adapter",
         class_name="ClassToImagePipeline",
-        summary=f"An adapter for a pipeline of repagen: {' and '.join(held)}.",
+        summary=f"An adapter for a pipeline of repagen: {' and '.join(held)}{alone}.",
         parts={"adapter": _size(folder)},
         class_names=names,
         num_classes=len(names) or None,
         example=class_to_ask_for(names),
         tags=("adapter", "lora") if has_layers else ("adapter",),
     )
+
+
+def _new_classes(count: int) -> str:
+    return f"{count} new class" + ("es" if count > 1 else "")
 
 
 def _class_limits(num_classes: int) -> tuple[str, ...]:

@@ -176,7 +176,7 @@ def test_an_adapter_is_published_with_the_classes_it_adds(uploads: UploadHub, tm
     publish_folder(tmp_path, "org/adapter")
     text = card(uploads, "org/adapter").text
     assert 'pipe.load_lora_weights("org/adapter")' in text and "class_labels=['tapir']" in text
-    assert "okapi \\| giraffe" in text and "the label rows of 2 new classes" in text and "LoRA" not in text
+    assert "okapi \\| giraffe" in text and "label rows of 2 new classes; the generator" in text and "LoRA" not in text
     assert card(uploads, "org/adapter").data.tags == ["diffusers", "repagen", "adapter"]
 
 

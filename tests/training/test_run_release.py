@@ -231,7 +231,7 @@ def test_the_cards_of_fine_tuning_are_right_and_their_lines_run(uploads: UploadH
     assert "| classes | 2 |" in text and "LoRA layers of its generator." in text and "class_labels=['dog']" in of_lora
     assert f'"org/base", revision="{uploads.commit_of("org/base", "main")}"' in of_lora and "ORG/BASE" not in text
     text, of_labels = tuned(uploads, mixed, tmp_path, "labels")
-    assert "| images | 6 |" in text and "the label rows of 1 new classes" in text and "['bird']" in of_labels
+    assert "| images | 6 |" in text and "label rows of 1 new class; the generator" in text and "['bird']" in of_labels
     text, of_full = tuned(uploads, mixed, tmp_path, "full")
     assert "| classes | 2 |" in text and "['bird']" in of_full and "Images of this model:" in text
     text, of_decoder = tuned(uploads, mixed, tmp_path, "decoder")
