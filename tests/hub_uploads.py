@@ -237,10 +237,13 @@ def serve_uploads(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[UploadHub
 
 
 def reach(hub: UploadHub, patch: pytest.MonkeyPatch, token: str | None = TOKEN) -> None:
-    """Let this process reach the server as the Hub, logged in."""
-    from huggingface_hub import constants
+    """Let this process reach the server as the Hub, logged in, with a cache of its own."""
+    from huggingface_hub import constants, hf_api
 
     patch.setattr(constants, "ENDPOINT", hub.endpoint)
+    patch.setattr(hf_api.api, "endpoint", hub.endpoint)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(hub.folder.with_name("hub cache")))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     patch.setattr(constants, "HF_TOKEN_PATH", str(hub.folder / "no token"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from repagen.errors import UserError
-from repagen.hub.card import CardFacts, CardKind, LicenceFact, without_local_paths
+from repagen.hub.card import CardFacts, CardKind, LicenceFact, class_to_ask_for, without_local_paths
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 _PIPELINE_FILE = "model_index.json"
@@ -65,6 +65,8 @@ def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         parts={name: text for name, text in parts.items() if text},
         class_names=names,
         num_classes=num_classes,
+        example=class_to_ask_for(names),
+        tags=("class-conditional",) if num_classes else (),
         licences=licences or _unstated_encoder(autoencoder),
         encoder_outside=_encoder_outside(autoencoder),
         limits=_class_limits(num_classes),
@@ -89,6 +91,7 @@ def _model_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         summary=f"{summary} repagen.",
         parts={kind: _part(folder)},
         num_classes=config.get("num_classes", 0),
+        tags=("autoencoder" if kind == "autoencoder" else "generator",),
         licences=licences or _unstated_encoder(config),
         encoder_outside=outside,
         limits=_class_limits(config["num_classes"]) if "num_classes" in config else (),
@@ -100,17 +103,27 @@ def _adapter_facts(folder: Path) -> CardFacts:
 
     try:
         with safe_open(folder / ADAPTER_FILE, framework="np") as file:
-            names = json.loads((file.metadata() or {}).get("class_names") or "[]")
+            names = [str(name) for name in json.loads((file.metadata() or {}).get("class_names") or "[]")]
+            has_layers = any(".lora_" in key for key in file.keys())  # noqa: SIM118
     except Exception as error:
         raise UserError(f"{folder / ADAPTER_FILE}: cannot be read as safetensors ({error})") from error
+    held = ["LoRA layers of its generator"] if has_layers else []
+    held += [f"label rows of {_new_classes(len(names))}"] if names else []
+    alone = "" if has_layers else "; the generator and its own classes stay as they are"
     return CardFacts(
         kind="adapter",
         class_name="ClassToImagePipeline",
-        summary="An adapter (LoRA) for a pipeline of repagen.",
+        summary=f"An adapter for a pipeline of repagen: {' and '.join(held)}{alone}.",
         parts={"adapter": _size(folder)},
-        class_names=[str(name) for name in names],
-        num_classes=len(names),
+        class_names=names,
+        num_classes=len(names) or None,
+        example=class_to_ask_for(names),
+        tags=("adapter", "lora") if has_layers else ("adapter",),
     )
+
+
+def _new_classes(count: int) -> str:
+    return f"{count} new class" + ("es" if count > 1 else "")
 
 
 def _class_limits(num_classes: int) -> tuple[str, ...]:

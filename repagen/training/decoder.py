@@ -153,6 +153,7 @@ class AutoencoderTraining:
                 folder=run.folder / name,
                 save=save,
                 draw=partial(write_reconstructions, self.config.sample.num_images, run, reconstruct, self.dataset),
+                shows="images above their reconstructions",
                 licences=kind.licences(),
                 **options,
             )

@@ -8,7 +8,16 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from repagen.hub.card import CardFacts, CardKind, Figure, LicenceFact, addressed, render_card, without_local_paths
+from repagen.hub.card import (
+    CardFacts,
+    CardKind,
+    Figure,
+    LicenceFact,
+    addressed,
+    class_to_ask_for,
+    render_card,
+    without_local_paths,
+)
 
 FIGURE = Figure(
     metric="fid",
@@ -66,8 +75,10 @@ def test_a_figure_that_is_not_comparable_says_so() -> None:
 
 
 def test_an_example_is_a_name_that_is_no_other_class_and_else_an_id() -> None:
-    assert "class_labels=['a|b']" in render_card(facts())
-    assert "class_labels=[0]" in render_card(facts(class_names=["Crane", "crane, bird"]))
+    names = ["a|b", "crane, bird", "crane, machine", "", "4"]
+    assert [class_to_ask_for(names, label) for label in range(5)] == ["a|b", 1, 2, 3, 4]
+    assert class_to_ask_for([], 7) == 7
+    assert "class_labels=['a|b']" in render_card(facts(example="a|b"))
     assert "pipe().images" in render_card(facts(num_classes=0, class_names=()))
 
 

@@ -176,7 +176,16 @@ def test_an_adapter_is_published_with_the_classes_it_adds(uploads: UploadHub, tm
     publish_folder(tmp_path, "org/adapter")
     text = card(uploads, "org/adapter").text
     assert 'pipe.load_lora_weights("org/adapter")' in text and "class_labels=['tapir']" in text
-    assert "okapi \\| giraffe" in text and "lora" in card(uploads, "org/adapter").data.tags
+    assert "okapi \\| giraffe" in text and "label rows of 2 new classes; the generator" in text and "LoRA" not in text
+    assert card(uploads, "org/adapter").data.tags == ["diffusers", "repagen", "adapter"]
+
+
+def test_an_adapter_without_classes_asks_for_one_of_the_pipeline(uploads: UploadHub, tmp_path: Path) -> None:
+    save_file({"transformer.x.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "pytorch_lora_weights.safetensors")
+    publish_folder(tmp_path, "org/adapter")
+    found = card(uploads, "org/adapter")
+    assert "LoRA layers of its generator" in found.text and "lora" in found.data.tags
+    assert "class_labels=[0]" in found.text and "the place of `ORG/BASE`; one\nwithout classes takes no" in found.text
 
 
 def test_the_command_pushes_a_folder(uploads: UploadHub, saved: Path) -> None:
