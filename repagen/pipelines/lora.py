@@ -45,7 +45,7 @@ class AdapterMixin(LoraBaseMixin):
     """Loads, saves, fuses and removes adapters of `transformer`.
 
     An adapter holds LoRA layers, rows of new classes, or both. Its classes follow those that the pipeline has, with
-    their names in `id2label`, and leave with it, unless it is fused then. LoRA layers are peft's; `set_adapters`,
+    their names in `id2label`, and leave with it, unless it is fused then. LoRA layers are peft's;
     `get_active_adapters`, `get_list_adapters`, `enable_lora`, `disable_lora`, `set_lora_device` and
     `enable_lora_hotswap` are diffusers', and know nothing of adapters without LoRA layers, which are always active.
     """
@@ -115,7 +115,8 @@ class AdapterMixin(LoraBaseMixin):
             hub: `subfolder`, `revision`, `token`, `local_files_only`, `cache_dir`, `force_download`.
 
         Raises:
-            UserError: (a ValueError) nothing to load, or nothing that fits; the pipeline is then as it was.
+            UserError: (a ValueError) nothing to load, nothing that fits, or LoRA layers beside fused ones; the pipeline
+                is then as it was.
         """
         tensors, metadata, class_names = self._read(pretrained_model_name_or_path_or_dict, weight_name, **hub)
         if tensors and not any("." in key for key in tensors):  # names no layer of any model: diffusers warns
@@ -124,6 +125,8 @@ class AdapterMixin(LoraBaseMixin):
         adapter = split_adapter(tensors, metadata, class_names)
         name = adapter_name or self._free_name()
         self._check_name(adapter, name, hotswap)
+        if adapter.layers:
+            self._require_unfused(f"adapter {name!r}")
         self._check_rows(adapter, name, hotswap)
         self._check_layers(adapter, name, hotswap)
         if adapter.layers:
@@ -209,6 +212,19 @@ class AdapterMixin(LoraBaseMixin):
             path, tensors, metadata_of(transformer_lora_adapter_metadata, list(label_rows) if label_rows else None)
         )
 
+    def set_adapters(
+        self,
+        adapter_names: list[str] | str,
+        adapter_weights: float | dict[str, Any] | list[float] | list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Choose the active adapters and their weights, 1 by default; see `LoraBaseMixin.set_adapters`.
+
+        Raises:
+            UserError: adapters are fused; others would have no effect, and unfusing would take out the new weights.
+        """
+        self._require_unfused("set_adapters")
+        super().set_adapters(adapter_names, adapter_weights)
+
     def fuse_lora(
         self,
         components: list[str] | None = None,
@@ -290,6 +306,18 @@ class AdapterMixin(LoraBaseMixin):
         if bool(adapter.layers) != (name in layered):
             ours, theirs = ("LoRA layers", "none") if name in layered else ("no LoRA layers", "some")
             raise UserError(f"adapter {name!r} has {ours} and its hot swap {theirs}; unload it and load the other")
+
+    def _require_unfused(self, what: str) -> None:
+        """Refuse a change of LoRA layers while some are in the weights: peft takes them out, or leaves out the rest."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [module for module in self.transformer.modules() if isinstance(module, BaseTunerLayer)]
+        fused = sorted({name for layer in layers for name in layer.merged_adapters})
+        if fused:
+            raise UserError(
+                f"{what}: adapters are fused ({', '.join(fused)}); call unload_lora_weights(), which keeps "
+                "what is fused, and load the others again, or call unfuse_lora() first"
+            )
 
     def _check_rows(self, adapter: Adapter, name: str, hotswap: bool) -> None:
         replaced = len(self.adapter_classes.get(name, [])) if hotswap else 0

@@ -337,6 +337,43 @@ class TestAdapters:
         pipe.unfuse_lora()
         assert pipe.num_fused_loras == 0 and close(latents(pipe), only_a)
 
+    def test_fused_ones_stay_fused(self, tmp_path):
+        for seed, name in enumerate("ab"):
+            make_adapter(SIT, tmp_path / name, {f"class {name}": torch.ones(16)}, seed=seed)
+        pipe = SIT()
+        pipe.load_lora_weights(tmp_path / "a", adapter_name="a")
+        only_a = latents(pipe)
+        pipe.fuse_lora()
+        for change in (
+            lambda: pipe.load_lora_weights(tmp_path / "b", adapter_name="b"),
+            lambda: pipe.set_adapters("a", 0.5),
+        ):
+            with pytest.raises(UserError, match=r"adapters are fused \(a\); call unload_lora_weights\(\)"):
+                change()
+            assert pipe.get_list_adapters() == {"transformer": ["a"]} and close(latents(pipe), only_a)
+        pipe.save_lora_weights(tmp_path / "rows", label_rows={"cat": torch.ones(16)})
+        pipe.load_lora_weights(tmp_path / "rows", adapter_name="rows")  # has no LoRA layers
+        assert close(latents(pipe), only_a)
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(tmp_path / "b", adapter_name="b")
+        expected = SIT()
+        for name in "ab":
+            expected.load_lora_weights(tmp_path / name, adapter_name=name)
+        expected.set_adapters(["a", "b"])
+        assert close(latents(pipe), latents(expected)) and pipe.transformer.config.num_classes == 6
+        pipe.unload_lora_weights()
+        assert close(latents(pipe), only_a)
+
+    def test_fusing_one_of_two_leaves_the_other_to_unfuse_lora(self):
+        pipe = two_adapters(SIT)
+        only_b = latents(pipe)
+        pipe.fuse_lora(adapter_names=["a"])
+        with pytest.raises(UserError, match=r"set_adapters: adapters are fused \(a\)"):
+            pipe.set_adapters("b")
+        pipe.unfuse_lora()
+        pipe.set_adapters("b")
+        assert close(latents(pipe), only_b)
+
     @pytest.mark.parametrize("scale", [1.0, 0.8])
     def test_scale_of_a_call_equals_scale_of_a_fusion(self, scale):
         pipe = SIT()
