@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -348,6 +349,12 @@ class AdapterMixin(LoraBaseMixin):
         from peft import get_peft_model_state_dict
 
         transformer = unwrap_module(self.transformer)
+        magnitudes = any(".lora_magnitude_vector" in key for key in adapter.layers)
+        if hotswap and (magnitudes or transformer.peft_config[name].use_dora):
+            raise UserError(
+                f"adapter {name!r}: DoRA (use_dora) cannot be hot-swapped, as peft exchanges no magnitudes; "
+                f"call delete_adapters({name!r}) and load the other"
+            )
         unfit = f"adapter {name!r} does not fit this {type(transformer).__name__}"
         with refusing(unfit), _quiet_loader(), _without_needless_warnings():
             copy = _without_weights(transformer)
@@ -356,10 +363,8 @@ class AdapterMixin(LoraBaseMixin):
             expected = get_peft_model_state_dict(copy, adapter_name=name)
             if hotswap:
                 copy = _without_weights(transformer)
-                loaded = get_peft_model_state_dict(transformer, adapter_name=name)
-                config = transformer.peft_config[name].to_dict()
-                same = {key: tensor.detach().to("cpu", copy=True) for key, tensor in loaded.items()}
-                copy.load_lora_adapter(same, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
+                # Of the first adapter's rank: earlier swaps may have left another, which the next one may change again.
+                copy.add_adapter(deepcopy(transformer.peft_config[name]), name)
                 load(copy, name, hotswap=True)
         keys = {key.removeprefix(f"{COMPONENT}.") for key in adapter.layers}
         wrong = sorted(keys ^ set(expected))

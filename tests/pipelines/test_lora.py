@@ -496,6 +496,19 @@ class TestHotSwap:
         assert pipe.get_list_adapters() == {"transformer": ["x"]}
         assert close(latents(pipe), latents(expected))
 
+    def test_ranks_change_again_and_again(self, tmp_path):
+        expected = {}
+        for rank in (2, 4):
+            make_adapter(SIT, tmp_path / str(rank), r=rank, lora_alpha=3, seed=rank)
+            plain = SIT()
+            plain.load_lora_weights(tmp_path / str(rank))
+            expected[rank] = latents(plain)
+        pipe = SIT()
+        pipe.load_lora_weights(tmp_path / "2", adapter_name="x")
+        for rank in (4, 2, 4):
+            pipe.load_lora_weights(tmp_path / str(rank), adapter_name="x", hotswap=True)
+            assert close(latents(pipe), expected[rank])
+
     def test_compiled_without_recompiling(self, tmp_path):
         for i, rank in enumerate((2, 6)):
             row = {f"class {i}": torch.full((16,), float(i))}
@@ -524,7 +537,7 @@ class TestHotSwap:
 
     @pytest.mark.parametrize(
         ("config", "reason"),
-        [({"target_modules": ["to_q", "ff.linear_in"]}, "unexpected keys"), ({"use_dora": True}, "use_dora")],
+        [({"target_modules": ["to_q", "ff.linear_in"]}, "unexpected keys"), ({"use_dora": True}, "DoRA .* cannot be hot-swapped")],
     )
     def test_refusals_change_nothing(self, tmp_path, config, reason):
         make_adapter(SIT, tmp_path / "0")
@@ -541,3 +554,12 @@ class TestHotSwap:
         with pytest.raises(UserError, match="fused"):
             pipe.load_lora_weights(tmp_path / "0", adapter_name="x", hotswap=True)
         assert close(latents(pipe), before)
+
+    def test_dora_is_not_swapped_for_dora(self, tmp_path):
+        make_adapter(SIT, tmp_path, use_dora=True)
+        pipe = SIT()
+        pipe.load_lora_weights(tmp_path, adapter_name="x")
+        before = latents(pipe)
+        with pytest.raises(UserError, match=r"DoRA .* cannot be hot-swapped"):
+            pipe.load_lora_weights(tmp_path, adapter_name="x", hotswap=True)
+        assert torch.equal(latents(pipe), before)
