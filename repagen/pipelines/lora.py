@@ -116,8 +116,8 @@ class AdapterMixin(LoraBaseMixin):
             hub: `subfolder`, `revision`, `token`, `local_files_only`, `cache_dir`, `force_download`.
 
         Raises:
-            UserError: (a ValueError) nothing to load, nothing that fits, or LoRA layers beside fused ones; the pipeline
-                is then as it was.
+            UserError: (a ValueError) nothing to load, nothing that fits, or LoRA layers beside fused ones; the
+                pipeline is then as it was.
         """
         tensors, metadata, class_names = self._read(pretrained_model_name_or_path_or_dict, weight_name, **hub)
         if tensors and not any("." in key for key in tensors):  # names no layer of any model: diffusers warns
@@ -189,8 +189,8 @@ class AdapterMixin(LoraBaseMixin):
             label_rows: class name => its embedding (D,); in this order the classes are appended on loading.
 
         Raises:
-            UserError: nothing to save, a name of another format, rows of different widths, or metadata or rows for a
-                `.bin`.
+            UserError: nothing to save, a name of another format, a class without name, rows of different widths, or
+                metadata or rows for a `.bin`.
         """
         name = weight_name or (LORA_WEIGHT_NAME_SAFE if safe_serialization else LORA_WEIGHT_NAME)
         if not name.endswith(".safetensors" if safe_serialization else ".bin"):
@@ -199,6 +199,8 @@ class AdapterMixin(LoraBaseMixin):
             raise UserError("save_lora_weights: a .bin keeps no metadata and no classes; set safe_serialization=True")
         if not transformer_lora_layers and not label_rows:
             raise UserError("save_lora_weights: give transformer_lora_layers, label_rows, or both")
+        if any(not name.strip() for name in label_rows or ()):
+            raise UserError(f"label_rows: every class needs a name; got {list(label_rows or ())}")
         if not is_main_process:
             return
         tensors = cls.pack_weights(transformer_lora_layers or {}, cls.transformer_name)
@@ -309,7 +311,7 @@ class AdapterMixin(LoraBaseMixin):
             raise UserError(f"adapter {name!r} has {ours} and its hot swap {theirs}; unload it and load the other")
 
     def _require_unfused(self, what: str) -> None:
-        """Refuse a change of LoRA layers while some are in the weights: peft takes them out, or leaves out the rest."""
+        """Refuse to change LoRA layers while some are in the weights: peft takes them out, or leaves out the rest."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [module for module in self.transformer.modules() if isinstance(module, BaseTunerLayer)]
@@ -363,7 +365,7 @@ class AdapterMixin(LoraBaseMixin):
             expected = get_peft_model_state_dict(copy, adapter_name=name)
             if hotswap:
                 copy = _without_weights(transformer)
-                # Of the first adapter's rank: earlier swaps may have left another, which the next one may change again.
+                # Of the first adapter's rank; what earlier swaps left does not matter, as any rank takes any other's place.
                 copy.add_adapter(deepcopy(transformer.peft_config[name]), name)
                 load(copy, name, hotswap=True)
         keys = {key.removeprefix(f"{COMPONENT}.") for key in adapter.layers}

@@ -128,6 +128,19 @@ class TestEveryGenerator:
             # The weights that set_adapters gave are as they were.
             assert close(latents(pipe), latents(with_deltas(pipe, {"a": 0.5, "b": 2.0})), 1e-4)
 
+    @pytest.mark.parametrize(
+        ("given", "reason"),
+        [
+            ({"scale": "a"}, "scale is 'a'; give a finite number"),
+            ({"scale": None}, "scale is None"),
+            ({"scale": float("nan")}, "scale is nan"),
+            ({"scal": 1, "scale": 1}, "attention_kwargs has 'scal'; allowed: 'scale'"),
+        ],
+    )
+    def test_refuses_other_scales(self, given, reason):
+        with pytest.raises(UserError, match=reason):
+            latents(SIT(), attention_kwargs=given)
+
     def test_lora_reaches_every_linear_layer(self, make_any_pipe, tmp_path):
         pipe = make_any_pipe()
         base = latents(pipe)
@@ -244,6 +257,8 @@ class TestFile:
         ("given", "reason"),
         [
             ({"transformer_lora_layers": None}, "save_lora_weights: give"),
+            ({"label_rows": {"cat": torch.ones(16), " ": torch.ones(16)}}, "every class needs a name"),
+            ({"label_rows": {"": torch.ones(16)}}, "every class needs a name"),
             ({"weight_name": "adapter.bin"}, "'adapter.bin' does not go with safe_serialization=True"),
             ({"weight_name": "a.pt", "safe_serialization": False}, "'a.pt' does not go with safe_serialization=False"),
             ({"safe_serialization": False, "label_rows": {"cat": torch.ones(16)}}, "keeps no metadata and no classes"),
@@ -537,7 +552,10 @@ class TestHotSwap:
 
     @pytest.mark.parametrize(
         ("config", "reason"),
-        [({"target_modules": ["to_q", "ff.linear_in"]}, "unexpected keys"), ({"use_dora": True}, "DoRA .* cannot be hot-swapped")],
+        [
+            ({"target_modules": ["to_q", "ff.linear_in"]}, "unexpected keys"),
+            ({"use_dora": True}, "DoRA .* cannot be hot-swapped"),
+        ],
     )
     def test_refusals_change_nothing(self, tmp_path, config, reason):
         make_adapter(SIT, tmp_path / "0")
