@@ -365,7 +365,7 @@ class AdapterMixin(LoraBaseMixin):
             expected = get_peft_model_state_dict(copy, adapter_name=name)
             if hotswap:
                 copy = _without_weights(transformer)
-                # Of the first adapter's rank; what earlier swaps left does not matter, as any rank takes any other's place.
+                # Of the first adapter's rank; earlier swaps may have left another, but any takes any other's place.
                 copy.add_adapter(deepcopy(transformer.peft_config[name]), name)
                 load(copy, name, hotswap=True)
         keys = {key.removeprefix(f"{COMPONENT}.") for key in adapter.layers}
