@@ -18,6 +18,7 @@ from PIL import Image
 from repagen.errors import UserError
 from repagen.flow.guidance import GuidanceInterval, GuidanceMethod
 from repagen.hub.published import PublishedMixin
+from repagen.layers.lora import check_attention_kwargs
 from repagen.models.latents import decoded_size, latents_to_images
 from repagen.pipelines.components import Autoencoder, Scheduler, Transformer
 from repagen.pipelines.guided_prediction import GuidedPrediction, class_token_dim, is_discrete, learns_variance
@@ -189,7 +190,7 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
             sigmas: unshifted falling times in [0, 1] instead of the scheduler's own grid.
             output_type: "pil", "np", "pt" or "latent"; see `ClassToImagePipelineOutput`.
             return_dict: False returns a tuple.
-            attention_kwargs: passed to the transformers, for example {"scale": 0.5} for LoRA.
+            attention_kwargs: {"scale": factor} multiplies LoRA layers.
             callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step; what it returns under
                 "latents" replaces them.
             callback_on_step_end_tensor_inputs: names of the tensors it gets, among `_callback_tensor_inputs`.
@@ -220,7 +221,9 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
         self._attention_kwargs = attention_kwargs
         self._interrupt = False
         self._current_timestep = None
-        self.check_inputs(class_labels, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            class_labels, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs, attention_kwargs
+        )
 
         device = self._execution_device
         batch_size, labels = self.prepare_class_labels(class_labels, num_images_per_prompt, generator, device)
@@ -277,6 +280,7 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
         num_images_per_prompt: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        attention_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Refuse arguments of `__call__` that do not fit together or do not fit the models.
 
@@ -296,6 +300,7 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
             raise UserError(f"class_labels is missing; give ids from 0 to {config.num_classes - 1}, or class names")
         if class_labels is not None and config.num_classes == 0:
             raise UserError("class_labels was given to an unconditional model; leave it out")
+        check_attention_kwargs(attention_kwargs)
         self._check_guidance()
         self.check_components()
 

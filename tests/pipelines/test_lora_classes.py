@@ -165,6 +165,15 @@ class TestClasses:
         after = state(pipe)
         assert after[1:] == before[1:] and all(close(after[0][key], before[0][key]) for key in before[0])
 
+    def test_a_whole_name_outranks_synonyms(self, tmp_path):
+        SIT().save_lora_weights(tmp_path, label_rows=rows("tabby cat", "golden retriever"))
+        pipe = SIT()
+        pipe.load_lora_weights(tmp_path)
+        for name, label in (("tabby cat", 4), ("tabby", 0), ("tabby, tabby cat", 0)):
+            assert torch.equal(latents(pipe, class_labels=name), latents(pipe, class_labels=label))
+        with pytest.raises(UserError, match=r"names the classes \[1, 5\]"):
+            latents(pipe, class_labels="golden retriever")
+
     def test_without_names_of_the_old_classes(self, tmp_path):
         make_adapter(SIT, tmp_path, rows("axolotl"))
         pipe = SIT(id2label=None)

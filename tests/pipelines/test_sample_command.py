@@ -292,7 +292,9 @@ def test_adapters_that_cannot_be_used_are_named(model, tmp_path, monkeypatch, ca
     for word, message in (
         (f"{tmp_path}/none", "none: adapter"),
         (f"{tmp_path}/rows=0.5", "holds classes only, which take no weight"),
-        (f"{tmp_path}/rows=half", "'half' is no number; give PATH or PATH=WEIGHT"),
+        (f"{tmp_path}/rows=half", "'half' is no finite number; give PATH or PATH=WEIGHT"),
+        (f"{tmp_path}/foreign=nan", "'nan' is no finite number; give PATH or PATH=WEIGHT"),
+        (f"{tmp_path}/foreign=-inf", "'-inf' is no finite number; give PATH or PATH=WEIGHT"),
         (str(tmp_path), f"--lora {tmp_path}: {tmp_path}: no adapter file"),
         (f"{tmp_path}/foreign", "foreign: adapter 'adapter_0' does not fit this SiTTransformer2DModel"),
     ):
