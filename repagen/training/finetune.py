@@ -99,7 +99,7 @@ def _train_generator(config: FinetuneConfig, run: Run, pipeline: Any, data: Samp
         "time shift": pipeline.scheduler.config.get("shift"),
         "classes": plan.class_names,
     }
-    dataset = _with_prior(config, run, pipeline, plan, data, [facts["pretrained"], frozen.fingerprints])
+    dataset = _with_prior(config, run, pipeline, plan, data, facts["pretrained"])
     prepare_pipeline(config, pipeline, plan)
     check_samplings(config, pipeline, "pipeline")
     training = GeneratorTraining(
@@ -150,14 +150,14 @@ def _open_frozen(config: FinetuneConfig, run: Run, pipeline: Any, data: SampleDa
 
 
 def _with_prior(
-    config: FinetuneConfig, run: Run, pipeline: Any, plan: ClassPlan, data: SampleDataset, networks: Any
+    config: FinetuneConfig, run: Run, pipeline: Any, plan: ClassPlan, data: SampleDataset, pretrained: str
 ) -> SampleDataset:
     """The data under the generator's labels, with the pipeline's own images of the classes that the data lacks."""
     parts: list[tuple[SampleDataset, Sequence[int]]] = [(data, plan.of_data)]
     lacking = [label for label in range(len(plan.kept)) if label not in plan.of_data]
     if config.prior.images_per_class and lacking:
         pipeline.to(run.device)
-        parts.append((prior_dataset(run, config, pipeline, [plan.kept[k] for k in lacking], networks), lacking))
+        parts.append((prior_dataset(run, config, pipeline, [plan.kept[k] for k in lacking], pretrained), lacking))
     return CombinedDataset(parts, plan.class_names)
 
 

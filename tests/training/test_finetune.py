@@ -271,6 +271,46 @@ def test_interrupted_prior_images_go_on_and_are_the_same(
     assert result_bytes(again) == result_bytes(finished["lora"])
 
 
+PRIOR_WORDS = ["prior.images_per_class=2", "prior.forward_batch_size=3"]
+
+
+@pytest.mark.parametrize(
+    ("word", "key"), [("seed=1", "seed"), ("prior.guidance_scale=2", "prior.guidance_scale"), ("", "scheduler")]
+)
+def test_prior_images_of_a_run_with_checkpoints_are_never_drawn_anew(
+    parts: Path, finished: dict[str, Path], tmp_path: Path, word: str, key: str
+) -> None:
+    shutil.copytree(finished["lora"], tmp_path / "run")
+    shutil.copytree(parts, tmp_path / "parts")
+    if not word:
+        path = tmp_path / "parts" / "pipeline" / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"shift": 3.0}))
+    before = {path: path.read_bytes() for path in (tmp_path / "run" / "prior").rglob("*.*")}
+    with pytest.raises(UserError, match=rf"{key}.* when the images in .*prior were drawn .*set it back"):
+        finetune(settings(tmp_path / "parts", "lora"), tmp_path, *PRIOR_WORDS, *filter(None, [word]))
+    assert {path: path.read_bytes() for path in (tmp_path / "run" / "prior").rglob("*.*")} == before
+    shutil.rmtree(tmp_path / "run" / "prior")
+    with pytest.raises(UserError, match=r"prior.images_per_class: 2, but the run has checkpoints and no images"):
+        finetune(settings(tmp_path / "parts", "lora"), tmp_path, *PRIOR_WORDS)
+
+
+def test_changed_prior_images_are_refused_and_leftovers_swept(
+    parts: Path, finished: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(finished["lora"], tmp_path / "run")
+    image = tmp_path / "run" / "prior" / "000001" / "000001.png"
+    drawn = image.read_bytes()
+    image.write_bytes(image.with_name("000000.png").read_bytes())
+    leftover = image.with_name(".tmp-1-000002.png")
+    leftover.touch()
+    with pytest.raises(UserError, match=r"prior: 1 of the images in .*prior are not those .*000001/000001.png.*delete"):
+        finetune(settings(parts, "lora"), tmp_path, *PRIOR_WORDS)
+    assert not leftover.exists()
+    image.unlink()
+    finetune(settings(parts, "lora"), tmp_path, *PRIOR_WORDS)
+    assert image.read_bytes() == drawn
+
+
 # --- the same numbers however the work is cut ----------------------------------------------------------------------
 
 
@@ -293,6 +333,29 @@ def test_a_continued_run_is_equal_bit_for_bit(
     run = finetune(settings(parts, mode), tmp_path, *words.get(mode, []))
     assert metric_rows(run) == metric_rows(finished[mode])
     assert result_bytes(run) == result_bytes(finished[mode])
+
+
+def test_dropout_and_sample_grids_change_no_number_of_a_continued_run(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = settings(parts, "lora") | {"lora": {"rank": 2, "dropout": 0.3}}
+    whole = finetune(values, tmp_path / "whole")
+    log = Run.log
+
+    def log_and_stop(self: Run, step: int, row: Any) -> None:
+        log(self, step, row)
+        self._stop.requested = step == 3
+
+    grids = "sample.every_steps=1"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_stop)
+        with pytest.raises(RunStopped):
+            finetune(values, tmp_path, grids)
+    run = finetune(values, tmp_path, grids)
+    assert metric_rows(run) == metric_rows(whole)
+    assert result_bytes(run) == result_bytes(whole)
+    grid, other = run / "samples" / "step-00000004.png", next(iter((run / "adapter").glob("*.png")))
+    assert grid.read_bytes() == other.read_bytes()  # both without dropout
 
 
 def test_the_trial_step_changes_nothing(parts: Path, finished: dict[str, Path], tmp_path: Path) -> None:
