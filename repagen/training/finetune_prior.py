@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm.auto import tqdm
 
-from repagen.config import flatten
+from repagen.config import flatten, value_at
 from repagen.data import DataConfig, ImageDataset, open_image_dataset
 from repagen.errors import UserError
 from repagen.files import TEMPORARY_PREFIX, file_digest, put_file
@@ -102,10 +102,10 @@ def _refuse_change(folder: Path, old: dict[str, Any] | None, new: dict[str, Any]
             f"{folder}; put this folder back, set the key back, or choose another output_dir"
         )
     before, now = flatten(old), flatten(new)
-    key = next(key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))
+    key = next(key for key in sorted(before.keys() | now.keys()) if value_at(before, key) != value_at(now, key))
     raise UserError(
-        f"{key}: {before.get(key)!r} when the images in {folder} were drawn but {now.get(key)!r} now; a run with "
-        "checkpoints keeps its images: set it back, or choose another output_dir"
+        f"{key}: {value_at(before, key)!r} when the images in {folder} were drawn but {value_at(now, key)!r} now; a "
+        "run with checkpoints keeps its images: set it back, or choose another output_dir"
     )
 
 
