@@ -98,8 +98,8 @@ def _refuse_change(folder: Path, old: dict[str, Any] | None, new: dict[str, Any]
     """Name the first thing that is another one; training would go on with other images than it began with."""
     if old is None:
         raise UserError(
-            f"prior.images_per_class: {new['prior']['images_per_class']}, but the run has checkpoints and no images in "
-            f"{folder}; put this folder back, set the key back, or choose another output_dir"
+            f"prior.images_per_class: {new['prior']['images_per_class']}, but the run has checkpoints and no images "
+            f"in {folder}; put this folder back, set the key back, or choose another output_dir"
         )
     before, now = flatten(old), flatten(new)
     key = next(key for key in sorted(before.keys() | now.keys()) if value_at(before, key) != value_at(now, key))
