@@ -37,7 +37,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import nn
 from tqdm.auto import tqdm
 
-from repagen.config import flatten, save_config, to_plain
+from repagen.config import flatten, save_config, to_plain, value_at
 from repagen.data import SampleDataset, StreamBatchSampler, load_batches, sample_indices
 from repagen.errors import UserError, naming
 from repagen.hub.publishing import open_repository
@@ -274,14 +274,15 @@ class Run:
     def _compare(self, checkpoint: Checkpoint) -> None:
         old, new = flatten(checkpoint.info["config"]), flatten(to_plain(self.config))
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) == new.get(key):
+            before, now = value_at(old, key), value_at(new, key)
+            if before == now:
                 continue
             if key.split(".")[0] not in _MAY_CHANGE and not _PLACES.fullmatch(key):
                 raise UserError(
-                    f"{key}: {old.get(key)!r} in {checkpoint.path} but {new.get(key)!r} now; a run cannot continue "
+                    f"{key}: {before!r} in {checkpoint.path} but {now!r} now; a run cannot continue "
                     "with it changed: set it back, or choose another output_dir"
                 )
-            self.notice("continuing with %s=%r (was %r)", key, new.get(key), old.get(key))
+            self.notice("continuing with %s=%r (was %r)", key, now, before)
         for name, value in self._facts.items():
             if checkpoint.info["facts"].get(name) != value:
                 raise UserError(
