@@ -265,7 +265,15 @@ def test_a_failure_is_one_line_and_nothing_half_is_used(
     assert same(load().transformer, load(saved).transformer), "the next call repairs it"
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"hang": True}])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 503},
+        {"status": 429},
+        {"status": 429, "headers": {"Retry-After": "3600"}},
+        {"hang": True},
+    ],
+)
 def test_a_pipeline_in_the_cache_needs_no_hub(
     hub: StandInHub, saved: Path, fault: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
