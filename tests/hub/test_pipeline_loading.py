@@ -294,6 +294,26 @@ def test_a_pipeline_in_the_cache_while_connections_are_refused(
     assert "out of reach" in refusal(load, "org/never-seen")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        ({"transfomer": torch.bfloat16}, "'transfomer' is no component; allowed are .*transformer"),
+        ({"transformer": "blah"}, "dtype='blah'"),
+        ("blah", "dtype='blah'"),
+        ("int8", "dtype='int8'"),
+        (16, "dtype=16"),
+    ],
+)
+def test_a_dtype_that_is_none_is_refused(saved: Path, dtype: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        load(saved, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", {"default": "bfloat16"}])
+def test_a_dtype_by_its_name(saved: Path, dtype: Any) -> None:
+    assert load(saved, dtype=dtype).transformer.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "local_files_only"])
 def test_offline(hub: StandInHub, saved: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     hub.add("org/tiny", saved, COMMIT)
