@@ -187,8 +187,8 @@ def class_to_ask_for(class_names: Sequence[str], label: int = 0) -> str | int:
 def addressed(card: str, repo_id: str, revision: str | None = None) -> str:
     """Put the repository into a card: its name, and in calls that load it the branch."""
     if revision not in (None, "main"):
-        for method in ("from_pretrained", "load_lora_weights"):
-            card = card.replace(f'{method}("{PLACEHOLDER}"', f'{method}("{repo_id}", revision="{revision}"')
+        load = rf'((?:from_pretrained|load_lora_weights)\("{PLACEHOLDER}")(?:, revision="[^"\n]*")?'
+        card = re.sub(load, lambda found: f'{found[1]}, revision="{revision}"', card)
     return card.replace(PLACEHOLDER, repo_id)
 
 

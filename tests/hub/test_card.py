@@ -107,6 +107,8 @@ def test_the_branch_is_named_in_what_loads() -> None:
     text = addressed(render_card(facts("adapter", base_model="org/base")), "org/name", "v2")
     assert 'load_lora_weights("org/name", revision="v2")' in text and 'from_pretrained("org/base")' in text
     assert "revision" not in addressed(render_card(facts()), "org/name", "main")
+    named = 'X.from_pretrained("ORG/NAME", revision="old", trust_remote_code=True)'
+    assert addressed(named, "org/name", "v2") == 'X.from_pretrained("org/name", revision="v2", trust_remote_code=True)'
 
 
 @pytest.mark.parametrize(

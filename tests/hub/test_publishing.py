@@ -129,7 +129,10 @@ def test_a_folder_with_its_own_code_replaces_that_of_an_earlier_push(
     there = set(uploads.files("org/model", "remote-code"))
     assert {name for name in there if name.endswith(".py")} - main == {n for n in contents(folder) if n[-3:] == ".py"}
     assert set(uploads.files("org/model")) == main
-    assert "trust_remote_code=True" in card(uploads, branch="remote-code").text
+    text = card(uploads, branch="remote-code").text
+    assert 'from_pretrained("org/model", revision="remote-code", trust_remote_code=True)' in text
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(code, "README.md", "exec")
 
 
 def test_weights_of_an_earlier_push_go_and_other_files_stay(uploads: UploadHub, tmp_path: Path) -> None:
@@ -141,6 +144,52 @@ def test_weights_of_an_earlier_push_go_and_other_files_stay(uploads: UploadHub, 
     names = uploads.files("org/sit").keys()
     assert not names & set(stale)
     assert {"notes.md", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors"} <= names
+
+
+@pytest.mark.parametrize("subfolder", [None, "small"])
+def test_only_weights_of_the_same_component_and_variant_go(uploads: UploadHub, subfolder: str | None) -> None:
+    uploads.open("org/sit")
+    stem = "diffusion_pytorch_model"
+    place = f"{subfolder}/" if subfolder else ""
+    stale = {
+        f"{place}{stem}.safetensors.index.ema.json",
+        f"{place}{stem}.ema-00001-of-00002.safetensors",
+        f"{place}{stem}-00002-of-00002.ema.safetensors",
+    }
+    others = {
+        f"{place}{stem}.safetensors",
+        f"{place}{stem}.safetensors.index.json",
+        f"{place}{stem}-00001-of-00002.safetensors",
+        f"{place}{stem}.fp16.safetensors",
+        f"old_vae/{stem}.ema.safetensors",
+        f"my_{stem}.ema.safetensors",
+    }
+    for name in stale | others:
+        uploads.write("org/sit", "main", name, b"old")
+    tiny_transformer().push_to_hub("org/sit", variant="ema", subfolder=subfolder)
+    names = uploads.files("org/sit").keys()
+    assert others <= names and not stale & names and f"{place}{stem}.ema.safetensors" in names
+
+
+def test_a_repository_of_another_kind_is_refused_but_for_a_subfolder(
+    uploads: UploadHub, saved: Path, tmp_path: Path
+) -> None:
+    save_file({"transformer.x.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "pytorch_lora_weights.safetensors")
+    model = tiny_transformer()
+    publish_folder(saved, "org/pipeline")
+    publish_folder(tmp_path, "org/adapter")
+    model.push_to_hub("org/sit")
+    before = uploads.files("org/pipeline")
+    with pytest.raises(UserError, match=r"^org/pipeline: holds a pipeline already, but a model or adapter shall"):
+        model.push_to_hub("org/pipeline")
+    with pytest.raises(UserError, match=r"^org/pipeline: holds a pipeline already"):
+        publish_folder(tmp_path, "org/pipeline", revision="v1")
+    for repo_id in ("org/adapter", "org/sit"):
+        with pytest.raises(UserError, match=f"^{repo_id}: holds a model or adapter already, but a pipeline shall"):
+            publish_folder(saved, repo_id)
+    assert uploads.files("org/pipeline") == before and len(uploads.commits) == 3
+    model.push_to_hub("org/pipeline", subfolder="small")
+    assert before.items() <= uploads.files("org/pipeline").items()
 
 
 def test_an_object_leaves_a_card_that_is_there_and_a_folder_brings_its_own(uploads: UploadHub, tmp_path: Path) -> None:
