@@ -25,6 +25,7 @@ from repagen.hub.card import (
     without_local_paths,
 )
 from repagen.hub.folder_facts import ADAPTER_FILE, PIPELINE_FILE, carries_code, facts_of_folder
+from repagen.hub.inspection import inspect_upload
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ _WEIGHTS = re.compile(
     r"(?P<folder>(?:.*/)?)diffusion_pytorch_model(?:-\d+-of-\d+)?(?:\.(?P<variant>[^./]+?))?(?:-\d+-of-\d+)?"
     r"\.safetensors(?:\.index(?:\.(?P<variant_of_index>[^./]+))?\.json)?"
 )
+# Nobody misses these.
 _UNPUBLISHED = ("__pycache__", ".git", ".cache", ".DS_Store", "run.lock")
 _LARGEST_CONFIG_BYTES = 1 << 22
 _OFFLINE = "cannot be published while HF_HUB_OFFLINE is set; unset it where there is a network"
@@ -201,7 +203,7 @@ def _refuse_other_kind(facts: CardFacts, present: set[str], repo_id: str) -> Non
     given = "a pipeline" if facts.kind == "class_to_image" else "a model or adapter"
     if there != given and present & {PIPELINE_FILE, "config.json", ADAPTER_FILE}:
         raise UserError(
-            f"{repo_id}: holds {there} already, but {given} shall be published there; choose another name, or as "
+            f"{repo_id}: holds {there} already, but {given} shall be published there; choose another name, or "
             "subfolder=... of push_to_hub a place inside it"
         )
 
@@ -218,15 +220,23 @@ def _component_and_variant(name: str) -> tuple[str, str] | None:
 
 
 def _files_to_publish(folder: Path) -> dict[str, str | bytes]:
-    """Name in the repository => path, or content where it differs from the file; temporary files are left out."""
+    """Name in the repository => path, or content where it differs from the file; hidden files are left out."""
     found: dict[str, str | bytes] = {}
+    left_out: set[str] = set()
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        hidden = any(part in _UNPUBLISHED or part.startswith(TEMPORARY_PREFIX) for part in parts)
-        if hidden or not path.is_file():
+        if any(part in _UNPUBLISHED or part.startswith(TEMPORARY_PREFIX) for part in parts):
+            continue
+        if any(part.startswith(".") for part in parts):
+            left_out.add("/".join(parts))
+            continue
+        inspect_upload(path, folder, "push")
+        if not path.is_file():
             continue
         changed = _published_json(path) if path.suffix == ".json" else None
         found["/".join(parts)] = str(path) if changed is None else changed
+    if left_out:
+        logger.warning("%s: hidden files are not published: %s", folder, ", ".join(sorted(left_out)))
     return found
 
 

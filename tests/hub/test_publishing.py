@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -218,6 +219,59 @@ def test_paths_of_this_machine_and_temporary_files_stay_here(uploads: UploadHub,
     ClassToImagePipeline.from_pretrained(uploads.branch("org/model"))
 
 
+def test_hidden_files_stay_here_and_are_named(
+    uploads: UploadHub, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    (folder / ".env").write_text("HF_TOKEN=secret")
+    (folder / "vae" / ".notes").mkdir()
+    (folder / "vae" / ".notes" / "x").write_text("x")
+    (folder / "samples.md").symlink_to(folder / "model_index.json")
+    publish_folder(folder, "org/model")
+    names = uploads.files("org/model").keys()
+    assert "samples.md" in names and [name for name in names if "/." in f"/{name}"] == [".gitattributes"]
+    assert ".env" in caplog.text and "vae/.notes/x" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "reason"),
+    [
+        ("notes.txt", True, "it is a link to .*, outside the folder"),
+        ("vae/optimizer.pt", False, "its format can hold code"),
+        ("transformer/diffusion_pytorch_model.bin", False, "its format can hold code"),
+    ],
+)
+def test_links_out_of_the_folder_and_other_formats_are_refused(
+    uploads: UploadHub, saved: Path, tmp_path: Path, name: str, link: bool, reason: str
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    (tmp_path / "outside.txt").write_text("secret")
+    if link:
+        (folder / name).symlink_to(tmp_path / "outside.txt")
+    else:
+        (folder / name).write_text("x")
+    with pytest.raises(UserError, match=rf"^push: refused .*{name}: {reason}"):
+        publish_folder(folder, "org/model")
+    assert not uploads.requests
+
+
+def test_a_linked_folder_is_refused(uploads: UploadHub, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    (folder / "vae").rename(tmp_path / "vae")
+    (folder / "vae").symlink_to(tmp_path / "vae")
+    with pytest.raises(UserError, match="vae: it is a link to "):
+        publish_folder(folder, "org/model")
+
+
+def test_only_safetensors_of_objects_are_pushed(uploads: UploadHub, tmp_path: Path) -> None:
+    for thing in (tiny_pipeline(), tiny_transformer()):
+        with pytest.raises(UserError, match=r"^safe_serialization=False: only safetensors are published"):
+            thing.push_to_hub("org/model", safe_serialization=False)
+        with pytest.raises(UserError, match=r"^safe_serialization=False"):
+            thing.save_pretrained(tmp_path / "thing", push_to_hub=True, safe_serialization=False)
+    assert not uploads.requests and not (tmp_path / "thing").exists()
+
+
 def test_an_adapter_is_published_with_the_classes_it_adds(uploads: UploadHub, tmp_path: Path) -> None:
     tensors = {"transformer.label_embedder.rows": torch.zeros(2, 4)}
     metadata = {"class_names": json.dumps(["tapir", "okapi | giraffe"])}
@@ -227,6 +281,31 @@ def test_an_adapter_is_published_with_the_classes_it_adds(uploads: UploadHub, tm
     assert 'pipe.load_lora_weights("org/adapter")' in text and "class_labels=['tapir']" in text
     assert "okapi \\| giraffe" in text and "label rows of 2 new classes; the generator" in text and "LoRA" not in text
     assert card(uploads, "org/adapter").data.tags == ["diffusers", "repagen", "adapter"]
+
+
+def test_an_adapter_is_saved_and_pushed(uploads: UploadHub, tmp_path: Path) -> None:
+    save = tiny_pipeline().save_lora_weights
+    rows = {"okapi": torch.zeros(4)}
+    save(tmp_path / "zoo", label_rows=rows, push_to_hub=True, repo_id="org/zoo", private=True, revision="v1")
+    assert uploads.private["org/zoo"] and [branch for _, branch, _ in uploads.commits] == ["v1"]
+    there = uploads.files("org/zoo", "v1")["pytorch_lora_weights.safetensors"]
+    assert there == (tmp_path / "zoo" / "pytorch_lora_weights.safetensors").read_bytes()
+    assert 'load_lora_weights("org/zoo", revision="v1")' in card(uploads, "org/zoo", "v1").text
+    save(tmp_path / "zoo", label_rows=rows, push_to_hub=True)
+    assert "pytorch_lora_weights.safetensors" in uploads.files("me/zoo")
+
+
+def test_an_adapter_that_cannot_be_pushed_is_refused_before_it_is_saved(uploads: UploadHub, tmp_path: Path) -> None:
+    layers = {"x.lora_A.weight": torch.zeros(2, 4)}
+    save = tiny_pipeline().save_lora_weights
+    with pytest.raises(UserError, match=r"^safe_serialization=False: only safetensors are published"):
+        save(tmp_path / "zoo", layers, push_to_hub=True, safe_serialization=False)
+    with pytest.raises(UserError, match=r"^weight_name='zoo\.safetensors': an adapter is published as"):
+        save(tmp_path / "zoo", layers, push_to_hub=True, weight_name="zoo.safetensors")
+    for options in ({"repo_id": "org/zoo"}, {"push_to_hub": True, "revisoin": "v1"}):
+        with pytest.raises(TypeError, match="unexpected options"):
+            save(tmp_path / "zoo", layers, **options)
+    assert not uploads.requests and not (tmp_path / "zoo").exists()
 
 
 def test_an_adapter_without_classes_asks_for_one_of_the_pipeline(uploads: UploadHub, tmp_path: Path) -> None:
