@@ -203,8 +203,8 @@ def _refuse_other_kind(facts: CardFacts, present: set[str], repo_id: str) -> Non
     given = "a pipeline" if facts.kind == "class_to_image" else "a model or adapter"
     if there != given and present & {PIPELINE_FILE, "config.json", ADAPTER_FILE}:
         raise UserError(
-            f"{repo_id}: holds {there} already, but {given} shall be published there; choose another name, or "
-            "subfolder=... of push_to_hub a place inside it"
+            f"{repo_id}: holds {there} already, but {given} shall be published there; choose another name, or a "
+            "place inside it by push_to_hub(..., subfolder=...)"
         )
 
 
