@@ -191,7 +191,7 @@ class AdapterMixin(LoraBaseMixin):
         push_to_hub: bool = False,
         **hub: Any,
     ) -> None:
-        """Write an adapter file; equal content gives equal bytes. With `push_to_hub=True` upload the folder afterwards.
+        """Write an adapter file, and upload it where it is asked to; equal content gives equal bytes.
 
         Args:
             save_directory: folder, made where it is missing.
