@@ -30,7 +30,11 @@ SAMPLES_FILE = "samples.png"
 _IMAGE_TASK = "unconditional-image-generation"
 _LISTED_CLASSES = 20
 # An absolute path of at least two parts; not the end of a Hub id, an address or a fraction.
-_PATH = re.compile(r"(?<![\w/.:~-])~?(?:/[^\s/,;:'\"()\[\]{}|`]+){2,}/?")
+_PATH = re.compile(
+    r"(?<![\w/.:~-])~?(?:/[^\s/,;:'\"()\[\]{}|`]+){2,}/?"
+    r"|\bfile:/[^\s,;'\"()\[\]{}|`]+"
+    r"|\b[A-Za-z]:[\\/](?![\\/])[^\s,;:'\"()\[\]{}|`]+"  # of Windows
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +191,8 @@ def class_to_ask_for(class_names: Sequence[str], label: int = 0) -> str | int:
 def addressed(card: str, repo_id: str, revision: str | None = None) -> str:
     """Put the repository into a card: its name, and in calls that load it the branch."""
     if revision not in (None, "main"):
-        for method in ("from_pretrained", "load_lora_weights"):
-            card = card.replace(f'{method}("{PLACEHOLDER}"', f'{method}("{repo_id}", revision="{revision}"')
+        load = rf'((?:from_pretrained|load_lora_weights)\("{PLACEHOLDER}")(?:, revision="[^"\n]*")?'
+        card = re.sub(load, lambda found: f'{found[1]}, revision="{revision}"', card)
     return card.replace(PLACEHOLDER, repo_id)
 
 
@@ -203,10 +207,14 @@ def without_local_paths(value: Any) -> Any:
         return [without_local_paths(item) for item in value]
     if not isinstance(value, str):
         return value
-    whole = re.fullmatch(r"([\w.-]+=)?((?:~|/)[^\n]*/[^\n/]+)/?", value)
+    whole = re.fullmatch(r"([\w.-]+=)?((?:~|/|file:/|[A-Za-z]:[\\/])[^\n]*[\\/][^\n\\/]+)[\\/]?", value)
     if whole is not None:
-        return f"{whole[1] or ''}.../{whole[2].rsplit('/', 1)[1]}"
-    return _PATH.sub(lambda found: ".../" + found[0].rstrip("/").rsplit("/", 1)[1], value)
+        return (whole[1] or "") + _last_part(whole[2])
+    return _PATH.sub(lambda found: _last_part(found[0]), value)
+
+
+def _last_part(path: str) -> str:
+    return ".../" + re.split(r"[\\/]", path.rstrip("\\/"))[-1]
 
 
 def _front_matter(facts: CardFacts) -> Any:

@@ -11,7 +11,7 @@ from repagen.errors import UserError
 from repagen.hub.card import CardFacts, CardKind, LicenceFact, class_to_ask_for, without_local_paths
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-_PIPELINE_FILE = "model_index.json"
+PIPELINE_FILE = "model_index.json"
 
 
 def facts_of_folder(folder: Path, licences: Sequence[LicenceFact] = ()) -> CardFacts:
@@ -24,30 +24,30 @@ def facts_of_folder(folder: Path, licences: Sequence[LicenceFact] = ()) -> CardF
     Raises:
         UserError: it holds nothing that can be published, or a config cannot be read.
     """
-    if (folder / _PIPELINE_FILE).is_file():
+    if (folder / PIPELINE_FILE).is_file():
         return _pipeline_facts(folder, licences)
     if (folder / "config.json").is_file():
         return _model_facts(folder, licences)
     if (folder / ADAPTER_FILE).is_file():
         return _adapter_facts(folder)
     raise UserError(
-        f"{folder}: holds neither {_PIPELINE_FILE} nor config.json nor {ADAPTER_FILE}; give the folder of a saved "
+        f"{folder}: holds neither {PIPELINE_FILE} nor config.json nor {ADAPTER_FILE}; give the folder of a saved "
         "pipeline, autoencoder, transformer or adapter"
     )
 
 
 def carries_code(folder: Path) -> bool:
     """Whether a folder holds a pipeline with its own code, as `repagen export --remote-code` writes it."""
-    if not (folder / _PIPELINE_FILE).is_file():
+    if not (folder / PIPELINE_FILE).is_file():
         return False
-    kind = _read(folder / _PIPELINE_FILE).get("_class_name")
+    kind = _read(folder / PIPELINE_FILE).get("_class_name")
     return isinstance(kind, list) and kind[-1:] == ["ClassToImagePipeline"]
 
 
 def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
-    index = _read(folder / _PIPELINE_FILE)
+    index = _read(folder / PIPELINE_FILE)
     if index.get("_class_name") != "ClassToImagePipeline" and not carries_code(folder):
-        raise _unknown_class(index, folder / _PIPELINE_FILE)
+        raise _unknown_class(index, folder / PIPELINE_FILE)
     transformer = _config(folder / "transformer")
     autoencoder = _config(folder / "vae")
     num_classes = transformer.get("num_classes", 0)

@@ -184,6 +184,22 @@ def inspect_archive(path: Path, what: str, old_format: bool = False) -> None:
         _refuse(path, what, f"it holds code, not only tensors: {_line(', '.join(sorted(unsafe)))}", advice)
 
 
+def inspect_upload(path: Path, folder: Path, what: str) -> None:
+    """Refuse to publish a link that leads out of its folder, and weights in a format that can hold code.
+
+    Args:
+        path: of what lies in the folder, at any depth.
+        folder: that is published.
+        what: is done, for messages.
+
+    Raises:
+        UserError: the file, the reason, and what to do.
+    """
+    _refuse_link_outside(path, folder, what)
+    if path.suffix in _OTHER_SUFFIXES or path.suffix == ".bin":
+        _refuse(path, what, _OTHER_FORMAT, "save them as safetensors, or take the file out of the folder")
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 

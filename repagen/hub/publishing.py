@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from repagen.errors import UserError
 from repagen.files import TEMPORARY_PREFIX
 from repagen.hub.card import (
+    CardFacts,
     CardKind,
     LicenceFact,
     addressed,
@@ -22,14 +24,19 @@ from repagen.hub.card import (
     render_card,
     without_local_paths,
 )
-from repagen.hub.folder_facts import carries_code, facts_of_folder
+from repagen.hub.folder_facts import ADAPTER_FILE, PIPELINE_FILE, carries_code, facts_of_folder
+from repagen.hub.inspection import inspect_upload
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 
-# Weights of an earlier push that this one does not have: diffusers would prefer them, or load them as a variant.
-_WEIGHTS = "diffusion_pytorch_model"
+# Weights as diffusers calls them, with their folder and variant: a file, a shard, or a table of shards.
+_WEIGHTS = re.compile(
+    r"(?P<folder>(?:.*/)?)diffusion_pytorch_model(?:-\d+-of-\d+)?(?:\.(?P<variant>[^./]+?))?(?:-\d+-of-\d+)?"
+    r"\.safetensors(?:\.index(?:\.(?P<variant_of_index>[^./]+))?\.json)?"
+)
+# Nobody misses these.
 _UNPUBLISHED = ("__pycache__", ".git", ".cache", ".DS_Store", "run.lock")
 _LARGEST_CONFIG_BYTES = 1 << 22
 _OFFLINE = "cannot be published while HF_HUB_OFFLINE is set; unset it where there is a network"
@@ -51,7 +58,7 @@ def publish_folder(
     """Upload a saved pipeline, autoencoder, transformer or adapter in one commit; return the commit's address.
 
     Where neither the folder nor the repository has a `README.md`, a card is made from the configs. Weights of an
-    earlier push that the folder no longer has are removed by the same commit; other files of the repository stay.
+    earlier push that would be loaded in place of this one's are removed by the same commit; other files stay.
 
     Args:
         folder: as `save_pretrained` or a training program wrote it.
@@ -66,7 +73,8 @@ def publish_folder(
         create_pr: open a pull request instead of committing to the branch.
 
     Raises:
-        UserError: the folder cannot be published, or the Hub refuses or cannot be reached; it names the cause.
+        UserError: the folder cannot be published, the repository holds a pipeline and the folder none, or the other
+            way round, or the Hub refuses or cannot be reached; it names the cause.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -77,20 +85,19 @@ def publish_folder(
     with hub_failures(repo_id):
         api = HfApi(token=token)
         present = set(api.list_repo_files(repo_id, revision=None if create_pr else revision))
-        stale: set[str] = set()
+        own_code = subfolder is None and carries_code(folder)
         if subfolder is not None:
             files = {f"{subfolder.strip('/')}/{name}": content for name, content in files.items()}
         else:
-            own_code = carries_code(folder)
+            _refuse_other_kind(facts, present, repo_id)
             files = files if own_code else {**_carried_files(facts.kind), **files}
             if CARD_FILE not in files and CARD_FILE not in present:
                 files[CARD_FILE] = render_card(facts).encode()
             if CARD_FILE in files:
                 files[CARD_FILE] = addressed(_text(files[CARD_FILE]), repo_id, revision).encode()
-            # Code of an earlier push would be read by nobody but who must decide whether to trust it.
-            stale = {
-                name for name in present - files.keys() if _WEIGHTS in name or (own_code and name.endswith(".py"))
-            }
+        stale = _outdated_weights(present, files)
+        if own_code:  # that of an earlier push would be read by nobody but who must decide whether to trust it
+            stale |= {name for name in present - files.keys() if name.endswith(".py")}
         additions = [CommitOperationAdd(name, content) for name, content in files.items()]
         commit = api.create_commit(
             repo_id,
@@ -190,16 +197,46 @@ def _server_message(error: Exception, otherwise: str) -> str:
     return (getattr(error, "server_message", None) or otherwise).splitlines()[0][:300]
 
 
+def _refuse_other_kind(facts: CardFacts, present: set[str], repo_id: str) -> None:
+    """A pipeline and a model in one place would be read as a mixture of both, or the wrong one of them."""
+    there = "a pipeline" if PIPELINE_FILE in present else "a model or adapter"
+    given = "a pipeline" if facts.kind == "class_to_image" else "a model or adapter"
+    if there != given and present & {PIPELINE_FILE, "config.json", ADAPTER_FILE}:
+        raise UserError(
+            f"{repo_id}: holds {there} already, but {given} shall be published there; choose another name, or a "
+            "place inside it by push_to_hub(..., subfolder=...)"
+        )
+
+
+def _outdated_weights(present: set[str], files: Iterable[str]) -> set[str]:
+    """Weights of the same component and variant as pushed ones: diffusers would prefer an old table of shards."""
+    pushed = {_component_and_variant(name) for name in files} - {None}
+    return {name for name in present.difference(files) if _component_and_variant(name) in pushed}
+
+
+def _component_and_variant(name: str) -> tuple[str, str] | None:
+    found = _WEIGHTS.fullmatch(name)
+    return (found["folder"], found["variant"] or found["variant_of_index"] or "") if found else None
+
+
 def _files_to_publish(folder: Path) -> dict[str, str | bytes]:
-    """Name in the repository => path, or content where it differs from the file; temporary files are left out."""
+    """Name in the repository => path, or content where it differs from the file; hidden files are left out."""
     found: dict[str, str | bytes] = {}
+    left_out: set[str] = set()
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        hidden = any(part in _UNPUBLISHED or part.startswith(TEMPORARY_PREFIX) for part in parts)
-        if hidden or not path.is_file():
+        if any(part in _UNPUBLISHED or part.startswith(TEMPORARY_PREFIX) for part in parts):
+            continue
+        if any(part.startswith(".") for part in parts):
+            left_out.add("/".join(parts))
+            continue
+        inspect_upload(path, folder, "push")
+        if not path.is_file():
             continue
         changed = _published_json(path) if path.suffix == ".json" else None
         found["/".join(parts)] = str(path) if changed is None else changed
+    if left_out:
+        logger.warning("%s: hidden files are not published: %s", folder, ", ".join(sorted(left_out)))
     return found
 
 

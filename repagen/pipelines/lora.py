@@ -42,6 +42,18 @@ def default_lora_targets(transformer: nn.Module) -> list[str]:
     return [target for target in _TARGETS if any(name.endswith(f".{target}") for name in names)]
 
 
+def _check_push(push: bool, options: Mapping[str, Any], weight_name: str | None, safe: bool) -> None:
+    from repagen.hub.published import HUB_OPTIONS, require_safetensors
+
+    if unknown := options.keys() - (HUB_OPTIONS if push else ()):
+        raise TypeError(f"save_lora_weights: unexpected options {sorted(unknown)}, with push_to_hub={push}")
+    require_safetensors(safe)
+    if weight_name not in (None, LORA_WEIGHT_NAME_SAFE):
+        raise UserError(
+            f"weight_name={weight_name!r}: an adapter is published as {LORA_WEIGHT_NAME_SAFE}; leave it out"
+        )
+
+
 class AdapterMixin(LoraBaseMixin):
     """Loads, saves, fuses and removes adapters of `transformer`.
 
@@ -176,8 +188,10 @@ class AdapterMixin(LoraBaseMixin):
         safe_serialization: bool = True,
         transformer_lora_adapter_metadata: Mapping[str, Any] | None = None,
         label_rows: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **hub: Any,
     ) -> None:
-        """Write an adapter file; equal content gives equal bytes.
+        """Write an adapter file, and upload it where it is asked to; equal content gives equal bytes.
 
         Args:
             save_directory: folder, made where it is missing.
@@ -187,11 +201,17 @@ class AdapterMixin(LoraBaseMixin):
             safe_serialization: False writes a `.bin` of `torch.save`, which holds LoRA layers alone.
             transformer_lora_adapter_metadata: `transformer.peft_config[name].to_dict()`; keeps ranks and alphas.
             label_rows: class name => its embedding (D,); in this order the classes are appended on loading.
+            push_to_hub: publish the folder too.
+            hub: `repo_id`, by default the folder's name; `private`, `token`, `commit_message`, `create_pr` and
+                `revision` of `publish_folder`.
 
         Raises:
-            UserError: nothing to save, a name of another format, a class without name, rows of different widths, or
-                metadata or rows for a `.bin`.
+            UserError: nothing to save, a name of another format, a class without name, rows of different widths,
+                metadata or rows for a `.bin`, or a push of another file than `pytorch_lora_weights.safetensors`; the
+                Hub refuses or cannot be reached: the folder is whole then.
         """
+        if push_to_hub or hub:
+            _check_push(push_to_hub, hub, weight_name, safe_serialization)
         name = weight_name or (LORA_WEIGHT_NAME_SAFE if safe_serialization else LORA_WEIGHT_NAME)
         if not name.endswith(".safetensors" if safe_serialization else ".bin"):
             raise UserError(f"weight_name={name!r} does not go with safe_serialization={safe_serialization}")
@@ -214,6 +234,10 @@ class AdapterMixin(LoraBaseMixin):
         write_adapter_file(
             path, tensors, metadata_of(transformer_lora_adapter_metadata, list(label_rows) if label_rows else None)
         )
+        if push_to_hub:
+            from repagen.hub.publishing import publish_folder
+
+            publish_folder(path.parent, hub.pop("repo_id", path.parent.name), **hub)
 
     def set_adapters(
         self,

@@ -107,6 +107,8 @@ def test_the_branch_is_named_in_what_loads() -> None:
     text = addressed(render_card(facts("adapter", base_model="org/base")), "org/name", "v2")
     assert 'load_lora_weights("org/name", revision="v2")' in text and 'from_pretrained("org/base")' in text
     assert "revision" not in addressed(render_card(facts()), "org/name", "main")
+    named = 'X.from_pretrained("ORG/NAME", revision="old", trust_remote_code=True)'
+    assert addressed(named, "org/name", "v2") == 'X.from_pretrained("org/name", revision="v2", trust_remote_code=True)'
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,11 @@ def test_the_branch_is_named_in_what_loads() -> None:
         ("~/photos/cats/", ".../cats"),
         ("data.path=/home/my name/cats", "data.path=.../cats"),
         ("the file /home/me/x.npz, made with /opt/y/z", "the file .../x.npz, made with .../z"),
+        ("file:///home/me/photos", ".../photos"),
+        ("C:\\Users\\my name\\cats", ".../cats"),
+        ("C:\\photos", ".../photos"),
+        ("data.path=D:/photos/cats", "data.path=.../cats"),
+        ("see file:///C:/me/x.npz, C:\\Users\\me\\y or D:/me/z", "see .../x.npz, .../y or .../z"),
         ("org/name", "org/name"),
         ("https://huggingface.co/org/name", "https://huggingface.co/org/name"),
         ("runs/digits", "runs/digits"),
