@@ -296,7 +296,7 @@ def test_an_open_repository_is_not_taken_for_a_private_one(uploads: UploadHub, s
         ("other/new", "write", r"there is no such repository, and the token may make one only under me, org;"),
         ("org/new", "read", r"the token may only read; log in"),
         ("org/open", "write", r"is open to everybody already"),
-        ("org/new name", "write", r"give it as org/name"),
+        ("org/new name", "write", r"no name for a repository .*; give it as org/name"),
     ],
 )
 def test_a_check_makes_nothing(uploads: UploadHub, repo_id: str, role: str, message: str | None) -> None:
