@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
+
+# They warn of torchao as soon as it is installed, whether or not it is used.
+_CHATTER = ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
 class UserError(ValueError):
@@ -104,6 +108,8 @@ def run_as_program(main: Callable[[Sequence[str]], None], arguments: Sequence[st
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    for name in _CHATTER:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         main([word for word in words if word != "--debug"])
     except (UserError, OSError) as error:

@@ -90,3 +90,11 @@ def test_an_argument_is_named_as_the_user_wrote_it() -> None:
 def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "repagen", "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "usage: repagen" in done.stdout
+
+
+@pytest.mark.slow
+def test_libraries_that_are_installed_but_not_used_say_nothing() -> None:
+    words = [sys.executable, "-m", "repagen.cli", "sample", "--model", "/absent", "--out", "/absent/images"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert done.stderr.startswith("repagen: error: --model: ") and done.stderr.count("\n") == 1

@@ -27,6 +27,10 @@ _LOG_IN = "log in with `hf auth login` (or set HF_TOKEN), or pass a local folder
 _LATER = "try again later, or pass a local folder that holds the files"
 
 
+class NotThereError(UserError):
+    """There is no such thing on the Hub, so that asking again is in vain."""
+
+
 def resolve_commit(
     repo_id: str,
     revision: str | None = None,
@@ -133,7 +137,8 @@ def naming_hub_errors(
     Errors that are not about the Hub, the network or the cache pass.
 
     Raises:
-        UserError: naming the repository, the cause and what to do about it.
+        UserError: naming the repository, the cause and what to do about it; `NotThereError` where the Hub knows no
+            such repository or revision.
     """
     revision = getattr(revision, "resolved", revision)  # diffusers hands on what huggingface_hub has resolved
     try:
@@ -147,7 +152,20 @@ def naming_hub_errors(
         if reason is None:
             raise
         at = f" at revision {revision!r}" if revision else ""
-        raise UserError(f"{what} {repo_id!r}{at}: {reason}") from error
+        kind = NotThereError if any(map(_says_not_there, _chain(error))) else UserError
+        raise kind(f"{what} {repo_id!r}{at}: {reason}") from error
+
+
+def _says_not_there(error: BaseException) -> bool:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    unknown = isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError))
+    return unknown and not isinstance(error, GatedRepoError)
 
 
 def _chain(error: BaseException | None, *, with_contexts: bool = False) -> Iterator[BaseException]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from repagen.errors import UserError
 from repagen.files import TEMPORARY_PREFIX
@@ -26,6 +27,9 @@ from repagen.hub.card import (
 )
 from repagen.hub.folder_facts import ADAPTER_FILE, PIPELINE_FILE, carries_code, facts_of_folder
 from repagen.hub.inspection import inspect_upload
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +118,6 @@ def open_repository(
 ) -> str:
     """Make sure that a repository, and the branch, is there and may be written to; return its whole id.
 
-    Called before a long training too, so that nothing of what can be known is found out after it.
-
     Args:
         repo_id, private, revision, token: see `publish_folder`.
 
@@ -123,27 +125,72 @@ def open_repository(
         UserError: offline, no token or one that may not write, a wrong name, an open repository that shall be
             private, or the Hub cannot be reached.
     """
-    from huggingface_hub import HfApi, constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(
-            f"{repo_id}: cannot be published while HF_HUB_OFFLINE is set; unset it where there is a network"
-        )
-    if token is None and get_token() is None:
-        raise UserError(f"{repo_id}: no token for the Hub; {_LOG_IN}")
-    api = HfApi(token=token)
+    api = _api(repo_id, token)
     with hub_failures(repo_id):
         api.whoami()
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(full_id, write=True)
-        if private and not api.model_info(full_id).private:
-            raise UserError(
-                f"{full_id}: is open to everybody already, but shall be private; make it private in its settings on "
-                "the Hub, or choose another name"
-            )
+        _require_write(api, full_id, private)
         if revision not in (None, "main"):
             api.create_branch(full_id, branch=str(revision), exist_ok=True)
     return full_id
+
+
+def check_repository(repo_id: str, *, private: bool | None = None) -> None:
+    """Find out what would keep a folder from being published, without making anything on the Hub.
+
+    Called before a long training. Of a repository that is not there yet, its owner is compared with the account and
+    its organisations; a fine-grained token does not say where it may make one.
+
+    Args:
+        repo_id: as "org/name", there or not.
+        private: see `publish_folder`.
+
+    Raises:
+        UserError: as `open_repository`.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    api = _api(repo_id, None)
+    with hub_failures(repo_id):
+        validate_repo_id(repo_id)
+        account = api.whoami()
+        try:
+            _require_write(api, repo_id, private)
+        except RepositoryNotFoundError:
+            _require_owner(account, repo_id)
+
+
+def _api(repo_id: str, token: str | None) -> HfApi:
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{repo_id}: {_OFFLINE}")
+    if token is None and get_token() is None:
+        raise UserError(f"{repo_id}: no token for the Hub; {_LOG_IN}")
+    return HfApi(token=token)
+
+
+def _require_write(api: HfApi, repo_id: str, private: bool | None) -> None:
+    api.auth_check(repo_id, write=True)
+    if private and not api.model_info(repo_id).private:
+        raise UserError(
+            f"{repo_id}: is open to everybody already, but shall be private; make it private in its settings on "
+            "the Hub, or choose another name"
+        )
+
+
+def _require_owner(account: Mapping[str, Any], repo_id: str) -> None:
+    """Refuse a new repository that an account may not make."""
+    role = account.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise UserError(f"{repo_id}: the token may only read; {_LOG_IN}")
+    owners = [account["name"], *(one["name"] for one in account.get("orgs", ()) if one.get("roleInOrg") != "read")]
+    if role == "write" and repo_id.split("/")[0] not in owners:
+        raise UserError(
+            f"{repo_id}: there is no such repository, and the token may make one only under {', '.join(owners)}; "
+            "check the name, or publish under one of these"
+        )
 
 
 @contextmanager

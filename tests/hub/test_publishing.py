@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from repagen import ClassToImagePipeline, RepresentationAutoencoder, SiTTransformer2DModel, UserError, VisionEncoder
 from repagen.export.remote_code import export_remote_code
 from repagen.hub import push_command
-from repagen.hub.publishing import open_repository, publish_folder
+from repagen.hub.publishing import check_repository, open_repository, publish_folder
 
 pytestmark = UPLOAD_WARNING
 
@@ -413,6 +413,30 @@ def test_an_open_repository_is_not_taken_for_a_private_one(uploads: UploadHub, s
         publish_folder(saved, "org/model", private=True)
     assert len(uploads.commits) == 1
     assert open_repository("org/model", private=False) == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "role", "message"),
+    [
+        ("org/new", "write", None),
+        ("me/new", "write", None),
+        ("other/new", "fineGrained", None),
+        ("other/new", "write", r"there is no such repository, and the token may make one only under me, org;"),
+        ("org/new", "read", r"the token may only read; log in"),
+        ("org/open", "write", r"is open to everybody already"),
+        ("org/new name", "write", r"no name for a repository .*; give it as org/name"),
+    ],
+)
+def test_a_check_makes_nothing(uploads: UploadHub, repo_id: str, role: str, message: str | None) -> None:
+    uploads.open("org/open")
+    uploads.role = role
+    if message is None:
+        check_repository(repo_id, private=True)
+    else:
+        with pytest.raises(UserError, match=f"^{repo_id}: {message}"):
+            check_repository(repo_id, private=True)
+    assert list(uploads.private) == ["org/open"]
+    assert all(line.startswith("GET ") for line in uploads.requests)
 
 
 def test_a_folder_of_something_else_is_refused_before_anything_is_asked(uploads: UploadHub, tmp_path: Path) -> None:

@@ -179,6 +179,14 @@ def test_what_keeps_a_result_from_the_hub_is_found_before_the_training(
     assert not list(tmp_path.glob("work/run/**/*.safetensors"))
 
 
+def test_a_run_that_cannot_begin_leaves_nothing_on_the_hub(uploads: UploadHub, parts: Path, tmp_path: Path) -> None:
+    values = generator_settings(parts, tmp_path, push_to_hub="org/x", hub_revision="v1")
+    values["autoencoder"] = {"path": str(tmp_path / "absent")}
+    with pytest.raises(UserError, match="absent"):
+        train_settings(values, tmp_path / "work")
+    assert uploads.requests and not uploads.private
+
+
 def test_a_run_without_push_has_card_and_grid_and_may_be_pushed_when_it_goes_on(
     uploads: UploadHub, parts: Path, tmp_path: Path
 ) -> None:
