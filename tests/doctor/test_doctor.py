@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,19 @@ def test_access_to_gated_encoders(online: dict[str, Exception | None]) -> None:
     pixio = finding(section, "gated facebook/pixio-vitb16")
     assert "accept its licence at https://huggingface.co/facebook/pixio-vitb16" in pixio.text
     unreached = finding(section, "encoder org/encoder")
-    assert unreached.level == "problem" and "(the Hub cannot be asked (no route))" in unreached.text
+    assert unreached.level == "problem" and "(the Hub is out of reach (no route))" in unreached.text
     assert finding(section, "encoder org/open").text == "not here, and may be fetched: `hf download org/open`"
+
+
+def test_a_hub_that_refuses_or_stays_silent_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(hub, "FAMILIES", {})
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port in (9, silent.getsockname()[1]):
+            monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", f"http://127.0.0.1:{port}")
+            unreached = finding(hub.hub(["org/encoder"]), "encoder org/encoder")
+            assert unreached.level == "problem" and "the Hub is out of reach" in unreached.text
 
 
 def test_an_encoder_in_a_folder_is_here(tmp_path: Path) -> None:
