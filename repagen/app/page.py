@@ -73,7 +73,7 @@ class Page:
         return list(names)
 
     def draw(self, visitor: str, request: DrawingRequest) -> Iterator[Update]:
-        """Draw a request with every model that can, and yield what changes on the page; the sides of others are emptied.
+        """Draw a request with every model that can and yield what changes on the page; other sides are emptied.
 
         Raises:
             UserError: no model can draw it.
@@ -178,6 +178,7 @@ def _settings(page: Page) -> list[Any]:
     defaults = page.sides[0].pipe.sampling_options({})
     names = page.class_names()
     low, high = defaults.guidance_interval
+    scale = defaults.guidance_scale
     return [
         gr.Dropdown(
             names,
@@ -189,7 +190,7 @@ def _settings(page: Page) -> list[Any]:
         ),
         gr.Slider(1, MAX_IMAGES, 4, step=1, label="images"),
         gr.Number(defaults.num_inference_steps, precision=0, label="steps", elem_id="steps"),
-        gr.Slider(1.0, 10.0, defaults.guidance_scale, step=0.1, label="guidance"),
+        gr.Slider(min(1.0, scale), max(10.0, scale), scale, step=0.1, label="guidance"),
         gr.Number(low, label="guided from t (0 is data)", step=0.05),
         gr.Number(high, label="guided to t (1 is noise)", step=0.05),
         gr.Number(0, precision=0, label="seed", elem_id="seed"),

@@ -9,7 +9,7 @@ import gradio
 import pytest
 
 from repagen.app.drawing import DrawingRequest
-from repagen.app.page import Page, Side, _request_of, _warn
+from repagen.app.page import Page, Side, _request_of, _settings, _warn
 from repagen.cli import _parse, _run
 from repagen.errors import UserError
 from repagen.pipelines.png import read_png_facts
@@ -96,6 +96,15 @@ def test_classes_of_both_models_are_offered_once(page: Page) -> None:
     ]
 
 
+@pytest.mark.parametrize(("scale", "bounds"), [(0.5, (0.5, 10)), (4.0, (1, 10)), (12.5, (1, 12.5))])
+def test_the_range_of_guidance_includes_the_default(tmp_path: Path, scale: float, bounds: tuple[float, float]) -> None:
+    from tiny_pipelines import tiny_pipeline
+
+    side = Side("one", tiny_pipeline(sampling_defaults={"guidance_scale": scale}), ORIGIN)
+    slider = next(field for field in _settings(Page([side], tmp_path)) if field.label == "guidance")
+    assert (slider.minimum, slider.maximum, slider.value) == (*bounds, scale)
+
+
 def test_empty_fields_are_named() -> None:
     with pytest.raises(UserError, match="seed is empty; give a number"):
         _request_of("3", 4, 50, 1.0, 0.0, 1.0, None, 8)
@@ -109,3 +118,9 @@ def test_command_line() -> None:
 def test_a_model_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--model"):
         _run(["app", "--model", str(tmp_path)])
+
+
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    with pytest.raises(UserError, match=f"--port must be from 0 to 65535, got {port}"):
+        _run(["app", "--model", "none", "--port", port])
