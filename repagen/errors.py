@@ -99,12 +99,14 @@ def _close_progress_bars() -> None:
 def run_as_program(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
     """Run a command-line program: print a `UserError`, or a path that cannot be used, as one line; exit with code 2.
 
+    Ctrl-C is one line too, with code 130.
+
     Args:
         main: the program; takes the command-line arguments without the program's name and without `--debug`.
         arguments: the arguments; `sys.argv[1:]` by default. `--debug` among them shows the full traceback.
 
     Raises:
-        SystemExit: with code 2 on a `UserError` or an `OSError`.
+        SystemExit: with code 2 on a `UserError` or an `OSError`, 130 on a `KeyboardInterrupt`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
@@ -118,3 +120,9 @@ def run_as_program(main: Callable[[Sequence[str]], None], arguments: Sequence[st
         _close_progress_bars()
         sys.stderr.write(f"repagen: error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _close_progress_bars()
+        sys.stderr.write("repagen: interrupted\n")
+        raise SystemExit(130) from None  # as shells count SIGINT

@@ -34,6 +34,13 @@ def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.C
     assert printed.startswith("repagen: error: ") and str(tmp_path / "file") in printed and printed.count("\n") == 1
 
 
+def test_an_interrupt_is_one_line_and_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(words: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    assert stop(main, capsys) == (130, "repagen: interrupted\n")
+
+
 def test_debug_shows_the_traceback() -> None:
     def main(words: Sequence[str]) -> None:
         assert list(words) == ["a"]

@@ -299,7 +299,7 @@ def test_saved_samples_survive_a_kill_before_the_result(
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(generation_command, "_write", killed)
         evaluate(*words, "--save-samples", str(saved))
     elsewhere = tmp_path / f"elsewhere{suffix}"
@@ -320,7 +320,7 @@ def test_another_sampler_does_not_continue_an_interrupted_evaluation(
 ) -> None:  # fmt: skip
     model = shutil.copytree(pipeline_folder, tmp_path / "pipeline")
     words = ["--model", str(model), "--num-samples", "37", "--num-inference-steps", "2", "--reference", folders[1]]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(generation_command, "_write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
         evaluate(*words, "--output", str(tmp_path / "result.json"))
     path = model / "scheduler" / "scheduler_config.json"

@@ -209,12 +209,15 @@ def test_an_interrupted_command_continues(model, tmp_path, monkeypatch, capsys):
     whole = {path.name: path.read_bytes() for path in (out / "images").iterdir()}
     (out / "grid.png").unlink()
     (out / "images/000003.png").unlink()
-    (out / "images/.tmp-1-000003.png").write_bytes(b"half")
+    for leftover in ("images/.tmp-1-000003.png", ".tmp-1-grid.png"):
+        (out / leftover).write_bytes(b"half")
     kept = (out / "images/000002.png").stat().st_mtime_ns
     capsys.readouterr()
     sample(monkeypatch, *words)
     assert "(4 of them were there already)" in capsys.readouterr().out
-    assert {name: (out / "images" / name).read_bytes() for name in whole} == whole and (out / "grid.png").exists()
+    assert {name: (out / "images" / name).read_bytes() for name in whole} == whole
+    assert sorted(path.name for path in out.iterdir()) == ["grid.png", "images"]
+    assert sorted(path.name for path in (out / "images").iterdir()) == sorted(whole)
     assert (out / "images/000002.png").stat().st_mtime_ns == kept
 
 
