@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.hooks import FasterCacheConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, is_torch_xla_available
 from diffusers.utils.torch_utils import randn_tensor
@@ -326,6 +327,19 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
             )
         if options.zero_init_steps and is_discrete(self.transformer):
             raise UserError("zero_init_steps needs a velocity, which a transformer of integer steps has not; use 0")
+        self._check_caches()
+
+    def _check_caches(self) -> None:
+        """Refuse FasterCache, which takes the first half of a batch for the null pass, where no batch is made so."""
+        for name in ("transformer", "guidance_transformer"):
+            cache = getattr(getattr(self, name), "_cache_config", None)
+            splits = isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled
+            if splits and not self.do_classifier_free_guidance:
+                raise UserError(
+                    f"the {name} has FasterCache, which needs classifier-free guidance, but guidance_method is "
+                    f"{self.guidance_method!r} and guidance_scale {self.guidance_scale}; use 'cfg' and a scale above "
+                    "1, or disable_cache() and another cache"
+                )
 
     def check_options(self, given: Mapping[str, Any]) -> None:
         """Refuse components that do not work together, and sampling options that they cannot meet; samples nothing.

@@ -354,6 +354,29 @@ class TestCaches:
             left = {key: value for key, value in vars(hook.state).items() if key != "iteration"}
             assert hook.state.iteration == 0 and all(value is None for value in left.values()), left
 
+    @pytest.mark.parametrize("cached", ["transformer", "guidance_transformer"])
+    def test_faster_cache_is_refused_without_classifier_free_guidance(self, make_flow_pipe, cached):
+        pipe = make_flow_pipe(guidance_transformer=make_flow_pipe.weaker())
+        getattr(pipe, cached).enable_cache(self.config("faster", pipe))
+        for call in ({}, {"guidance_method": "cfg", "guidance_scale": 1.0}):
+            with pytest.raises(UserError, match=f"the {cached} has FasterCache, which needs classifier-free guidance"):
+                pipe(**inputs(**call))
+
+    @pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
+    def test_faster_cache_keeps_images_apart_when_a_callback_ends_the_guidance(self, make_flow_pipe):
+        pipe = make_flow_pipe()
+        pipe.transformer.enable_cache(self.config("faster", pipe))
+
+        def cut_off(pipeline, index, timestep, tensors):
+            pipeline._guidance_scale = 0.0
+            return tensors
+
+        def first_image(other_label):
+            call = {"num_inference_steps": 4, "callback_on_step_end": cut_off, "generator": [seeded(0), seeded(1)]}
+            return pipe(**inputs(class_labels=[1, other_label], **call)).images[0]
+
+        torch.testing.assert_close(first_image(0), first_image(2), rtol=0, atol=1e-5)
+
     @staticmethod
     def config(name, pipe):
         import diffusers
