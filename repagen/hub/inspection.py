@@ -195,7 +195,7 @@ def inspect_upload(path: Path, folder: Path, what: str) -> None:
     Raises:
         UserError: the file, the reason, and what to do.
     """
-    _refuse_link_outside(path, folder, what)
+    refuse_link_outside(path, folder, what)
     if path.suffix in _OTHER_SUFFIXES or path.suffix == ".bin":
         _refuse(path, what, _OTHER_FORMAT, "save them as safetensors, or take the file out of the folder")
 
