@@ -282,6 +282,27 @@ class TestDiffusersChecks:
         pipe.enable_group_offload(torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1)
         torch.testing.assert_close(pipe(**inputs()).images, expected)
 
+    def test_group_offloading_of_two_transformers_to_one_folder_is_refused(self, make_flow_pipe, tmp_path):
+        weak, options = make_flow_pipe.weaker(), {"offload_type": "leaf_level"}
+        expected = make_flow_pipe(guidance_transformer=weak)(**inputs()).images
+        pipe = make_flow_pipe(guidance_transformer=weak)
+        with pytest.raises(UserError, match=r"overwrite each other's files; call enable_group_offload on each model"):
+            pipe.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path / "both"), **options)
+        for name, part in {"transformer": pipe.transformer, "guidance_transformer": weak, "vae": pipe.vae}.items():
+            part.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path / name), **options)
+        torch.testing.assert_close(pipe(**inputs()).images, expected)
+
+    def test_group_offloading_to_disk_without_the_second_transformer(self, make_flow_pipe, tmp_path):
+        expected = make_flow_pipe(guidance_transformer=make_flow_pipe.weaker())(**inputs()).images
+        pipe = make_flow_pipe(guidance_transformer=make_flow_pipe.weaker())
+        pipe.enable_group_offload(
+            torch.device("cpu"),
+            offload_type="leaf_level",
+            offload_to_disk_path=str(tmp_path),
+            exclude_modules="guidance_transformer",
+        )
+        torch.testing.assert_close(pipe(**inputs()).images, expected)
+
     def test_layerwise_casting_inference(self, make_pipe, tmp_path):
         make_pipe().save_pretrained(tmp_path)
         pipe = ClassToImagePipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
