@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -153,34 +154,22 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
         """Whether the rest of the loop is skipped; a callback sets `_interrupt`."""
         return self._interrupt
 
-    def enable_group_offload(
-        self,
-        onload_device: torch.device,
-        *args: Any,
-        offload_to_disk_path: str | None = None,
-        exclude_modules: str | list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Offload groups of layers of every model; see diffusers.
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Offload groups of layers of every model; arguments as diffusers'.
 
         Raises:
             UserError: to disk with a guidance_transformer. diffusers names the files by the layers' names, so the two
                 transformers would overwrite each other's.
         """
-        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        offloaded = {"transformer", "guidance_transformer"} & set(self.components) - set(excluded)
-        if offload_to_disk_path is not None and len(offloaded) > 1:
+        given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        folder, excluded = given.get("offload_to_disk_path"), given.get("exclude_modules") or []
+        kept = {excluded} if isinstance(excluded, str) else set(excluded)
+        if folder is not None and len({"transformer", "guidance_transformer"} & set(self.components) - kept) > 1:
             raise UserError(
-                f"offload_to_disk_path is {str(offload_to_disk_path)!r}, where transformer and guidance_transformer "
-                "would overwrite each other's files; call enable_group_offload on each model with a folder of its own"
+                f"offload_to_disk_path is {str(folder)!r}, where transformer and guidance_transformer would overwrite "
+                "each other's files; call enable_group_offload on each model with a folder of its own"
             )
-        super().enable_group_offload(
-            onload_device,
-            *args,
-            offload_to_disk_path=offload_to_disk_path,
-            exclude_modules=exclude_modules,
-            **kwargs,
-        )
+        super().enable_group_offload(*args, **kwargs)
 
     @torch.no_grad()
     def __call__(
