@@ -93,6 +93,12 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, child in items for key, value in flatten(child, _join(prefix, name)).items()}
 
 
+def value_at(flat: Mapping[str, Any], key: str) -> Any:
+    """What `flatten` made of a key's value, put together where it is several entries; None where there is none."""
+    below = {name.removeprefix(f"{key}."): value for name, value in flat.items() if name.startswith(f"{key}.")}
+    return flat.get(key, below or None)
+
+
 def require(condition: bool, key: str, given: object, allowed: str) -> None:
     """For a schema's `validate`: raise a `UserError` about the field `key` unless the condition holds."""
     if not condition:
@@ -175,7 +181,10 @@ def _split_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     for word in overrides:
         key, equals, value = word.partition("=")
         if not equals or not all(part.isidentifier() or part.isdigit() for part in key.split(".")):
-            raise UserError(f"command line: {word!r} is not of the form section.key=value")
+            raise UserError(
+                f"command line: {word!r} is not of the form section.key=value; names of one's own that are no "
+                "identifier stand in braces: 'section={\"a name\": value}'"
+            )
         if key in seen:
             raise UserError(f"command line:{key}: given twice")
         seen.add(key)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
+
+# They warn of torchao as soon as it is installed, whether or not it is used.
+_CHATTER = ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
 class UserError(ValueError):
@@ -95,15 +99,19 @@ def _close_progress_bars() -> None:
 def run_as_program(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
     """Run a command-line program: print a `UserError`, or a path that cannot be used, as one line; exit with code 2.
 
+    Ctrl-C is one line too, with code 130.
+
     Args:
         main: the program; takes the command-line arguments without the program's name and without `--debug`.
         arguments: the arguments; `sys.argv[1:]` by default. `--debug` among them shows the full traceback.
 
     Raises:
-        SystemExit: with code 2 on a `UserError` or an `OSError`.
+        SystemExit: with code 2 on a `UserError` or an `OSError`, 130 on a `KeyboardInterrupt`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    for name in _CHATTER:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         main([word for word in words if word != "--debug"])
     except (UserError, OSError) as error:
@@ -112,3 +120,9 @@ def run_as_program(main: Callable[[Sequence[str]], None], arguments: Sequence[st
         _close_progress_bars()
         sys.stderr.write(f"repagen: error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _close_progress_bars()
+        sys.stderr.write("repagen: interrupted\n")
+        raise SystemExit(130) from None  # as shells count SIGINT

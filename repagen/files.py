@@ -80,16 +80,16 @@ def put_file(final: Path, content: bytes) -> None:
 def replace_file(final: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` write a file under a temporary name beside `final`, then put it in `final`'s place.
 
-    Where `write` fails, `final` stays as it was and nothing else is left.
+    Where this fails, `final` stays as it was and nothing else is left.
     """
     temporary = final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
     try:
         write(temporary)
+        sync_file(temporary)
+        temporary.rename(final)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_file(temporary)
-    temporary.rename(final)
     sync_folder(final.parent)
 
 

@@ -31,6 +31,7 @@ class UploadHub:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.endpoint = ""
+        self.role = "write"  # of the token
         self.private: dict[str, bool] = {}
         self.commits: list[tuple[str, str, str]] = []  # repository, branch, message
         self.faults: dict[str, int] = {}
@@ -114,7 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def _whoami(self, body: bytes) -> None:
-        self._answer({"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+        self._answer(
+            {"type": "user", "name": "me", "orgs": [{"name": "org"}], "auth": {"accessToken": {"role": self.hub.role}}}
+        )
 
     def _create(self, body: bytes) -> None:
         asked = json.loads(body)
@@ -125,7 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"url": f"{self.hub.endpoint}/{repo_id}"}, 409 if known else 200)
 
     def _write_access(self, body: bytes, repo_id: str) -> None:
-        self._answer({})
+        if repo_id not in self.hub.private:
+            return self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        return self._answer({})
 
     def _branch(self, body: bytes, repo_id: str, name: str) -> None:
         if known := self.hub.branch(repo_id, name).is_dir():
@@ -237,10 +242,13 @@ def serve_uploads(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[UploadHub
 
 
 def reach(hub: UploadHub, patch: pytest.MonkeyPatch, token: str | None = TOKEN) -> None:
-    """Let this process reach the server as the Hub, logged in."""
-    from huggingface_hub import constants
+    """Let this process reach the server as the Hub, logged in, with a cache of its own."""
+    from huggingface_hub import constants, hf_api
 
     patch.setattr(constants, "ENDPOINT", hub.endpoint)
+    patch.setattr(hf_api.api, "endpoint", hub.endpoint)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(hub.folder.with_name("hub cache")))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     patch.setattr(constants, "HF_TOKEN_PATH", str(hub.folder / "no token"))

@@ -34,6 +34,13 @@ def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.C
     assert printed.startswith("repagen: error: ") and str(tmp_path / "file") in printed and printed.count("\n") == 1
 
 
+def test_an_interrupt_is_one_line_and_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(words: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    assert stop(main, capsys) == (130, "repagen: interrupted\n")
+
+
 def test_debug_shows_the_traceback() -> None:
     def main(words: Sequence[str]) -> None:
         assert list(words) == ["a"]
@@ -90,3 +97,11 @@ def test_an_argument_is_named_as_the_user_wrote_it() -> None:
 def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "repagen", "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "usage: repagen" in done.stdout
+
+
+@pytest.mark.slow
+def test_libraries_that_are_installed_but_not_used_say_nothing() -> None:
+    words = [sys.executable, "-m", "repagen.cli", "sample", "--model", "/absent", "--out", "/absent/images"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert done.stderr.startswith("repagen: error: --model: ") and done.stderr.count("\n") == 1

@@ -33,6 +33,13 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
     assert final.read_text() == "two" and [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
+def test_a_file_that_cannot_be_put_in_place_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        replace_file(tmp_path / "folder", lambda file: file.write_text("one"))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_whole_folders_are_swapped(tmp_path: Path) -> None:
     final = tmp_path / "pipeline"
     for text in ("one", "two"):

@@ -6,6 +6,7 @@ import argparse
 import copy
 import importlib.util
 import logging
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +41,12 @@ def run(args: argparse.Namespace) -> None:
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("repagen app needs gradio; install it with `pip install 'repagen[app]'`")
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port must be from 0 to 65535, got {args.port}")
     from repagen.app.page import STYLE, Page, build_page
 
     sides = _open_sides(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the end as by Ctrl-C, which removes the folder
     with tempfile.TemporaryDirectory(prefix="repagen-app-") as folder:
         blocks: Any = build_page(Page(sides, Path(folder)))
         with refusing(f"--host {args.host} --port {args.port} cannot be used"):

@@ -14,6 +14,7 @@ import gradio as gr
 
 from repagen.app.drawing import MAX_IMAGES, Drawing, DrawingRequest, draw, numbered_images
 from repagen.errors import UserError
+from repagen.pipelines.numbered_images import NumberedImages
 from repagen.pipelines.png import save_png
 
 STYLE = """
@@ -72,14 +73,17 @@ class Page:
         return list(names)
 
     def draw(self, visitor: str, request: DrawingRequest) -> Iterator[Update]:
-        """Draw a request with every model and yield what changes on the page.
+        """Draw a request with every model that can and yield what changes on the page; other sides are emptied.
 
         Raises:
-            UserError: a model refuses the request; nothing is drawn then.
+            UserError: no model can draw it.
         """
         stop = self._stops[visitor] = threading.Event()
-        sides = [numbered_images(side.pipe, side.origin, request) for side in self.sides]
-        for number, numbered in enumerate(sides):
+        sides, refused = self._accepting(request)
+        note = "".join(f"\n{self.sides[number].title}: {error}, not drawn" for number, error in refused.items())
+        if refused:
+            yield Update(note.strip(), dict.fromkeys(refused, ""), dict.fromkeys(refused, ""))
+        for number, numbered in sides.items():
             shown: list[str] = []
             finished = False
             for drawing in draw(numbered, request.trajectory_images, stop):
@@ -89,21 +93,34 @@ class Page:
                 images = self._write_images(numbered, drawing)
                 finished = bool(images)
                 yield Update(
-                    f"{self.sides[number].title}: step {drawing.step} of {drawing.num_steps}",
+                    f"{self.sides[number].title}: step {drawing.step} of {drawing.num_steps}{note}",
                     {number: "".join(images)} if images else {},
                     {number: "".join(shown)} if fresh else {},
                 )
             if not finished:
-                yield Update("stopped", {}, {})
+                yield Update(f"stopped{note}", {}, {})
                 return
-        yield Update("done", {}, {})
+        yield Update(f"done{note}", {}, {})
+
+    def _accepting(self, request: DrawingRequest) -> tuple[dict[int, NumberedImages], dict[int, UserError]]:
+        """The images of the sides that can draw a request, and why the others cannot; raises where none can."""
+        accepted: dict[int, NumberedImages] = {}
+        refused: dict[int, UserError] = {}
+        for number, side in enumerate(self.sides):
+            try:
+                accepted[number] = numbered_images(side.pipe, side.origin, request)
+            except UserError as error:
+                refused[number] = error
+        if not accepted:
+            raise refused[0]
+        return accepted, refused
 
     def stop(self, visitor: str) -> None:
         """Let a visitor's drawing end with its running step."""
         if visitor in self._stops:
             self._stops[visitor].set()
 
-    def _write_images(self, numbered: Any, drawing: Drawing) -> list[str]:
+    def _write_images(self, numbered: NumberedImages, drawing: Drawing) -> list[str]:
         return [
             self._write(picture, numbered.facts(index), numbered.describe(index))
             for index, picture in enumerate(drawing.images or ())
@@ -141,7 +158,7 @@ def build_page(page: Page) -> gr.Blocks:
                 for update in page.draw(str(request.session_hash), _request_of(*values)):
                     yield [update.words, *_pictures_of(update, len(page.sides))]
             except UserError as error:
-                gr.Warning(str(error))
+                _warn(error)
                 yield [f"not drawn: {error}", *(gr.skip() for _ in pictures)]
 
         def on_stop(request: gr.Request) -> None:
@@ -152,11 +169,16 @@ def build_page(page: Page) -> gr.Blocks:
     return blocks
 
 
+def _warn(error: UserError) -> None:
+    gr.Warning(html.escape(str(error)))  # gradio renders it as HTML
+
+
 def _settings(page: Page) -> list[Any]:
     """The fields in the order of `_request_of`, filled with what the first pipeline does by itself."""
     defaults = page.sides[0].pipe.sampling_options({})
     names = page.class_names()
     low, high = defaults.guidance_interval
+    scale = defaults.guidance_scale
     return [
         gr.Dropdown(
             names,
@@ -168,7 +190,7 @@ def _settings(page: Page) -> list[Any]:
         ),
         gr.Slider(1, MAX_IMAGES, 4, step=1, label="images"),
         gr.Number(defaults.num_inference_steps, precision=0, label="steps", elem_id="steps"),
-        gr.Slider(1.0, 10.0, defaults.guidance_scale, step=0.1, label="guidance"),
+        gr.Slider(min(1.0, scale), max(10.0, scale), scale, step=0.1, label="guidance"),
         gr.Number(low, label="guided from t (0 is data)", step=0.05),
         gr.Number(high, label="guided to t (1 is noise)", step=0.05),
         gr.Number(0, precision=0, label="seed", elem_id="seed"),

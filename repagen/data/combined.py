@@ -24,9 +24,9 @@ class CombinedDataset(SampleDataset):
 
     def __init__(self, parts: Sequence[tuple[SampleDataset, Sequence[int]]], class_names: Sequence[str]) -> None:
         self.class_names = list(class_names)
-        self._parts = [(dataset, list(labels)) for dataset, labels in parts]
+        self.parts = [(dataset, list(labels)) for dataset, labels in parts]
         self._ends = list(accumulate(len(dataset) for dataset, _ in parts))
-        for dataset, labels in self._parts:
+        for dataset, labels in self.parts:
             assert len(labels) == dataset.num_classes, "a label of the whole for each label of the part"
             assert bool(labels) == bool(self.class_names), "all parts have classes, or none has"
 
@@ -46,11 +46,11 @@ class CombinedDataset(SampleDataset):
 
     def fingerprint(self) -> str:
         """Return a hash of the parts, in their order, and of what their labels become."""
-        facts = [[dataset.fingerprint(), labels] for dataset, labels in self._parts]
+        facts = [[dataset.fingerprint(), labels] for dataset, labels in self.parts]
         return hashlib.sha256(repr([facts, self.class_names]).encode()).hexdigest()
 
     def _place(self, index: int) -> tuple[SampleDataset, list[int], int]:
         """=> the part that holds a sample, what its labels become, the sample's index there."""
         number = bisect_right(self._ends, index)
-        dataset, labels = self._parts[number]
+        dataset, labels = self.parts[number]
         return dataset, labels, index - (self._ends[number] - len(dataset))

@@ -124,6 +124,7 @@ def load_batches(
         collate_fn=_collate,
         pin_memory=pin_memory,
         timeout=worker_timeout_s if num_workers else 0,
+        generator=generator_for(seed, "loader"),  # else opening draws from the global random state
     )
     return _iterate(loader)
 
@@ -151,6 +152,7 @@ def load_in_order(
         num_workers=num_workers,
         collate_fn=_collate,
         timeout=worker_timeout_s if num_workers else 0,
+        generator=generator_for(0, "loader"),
     )
     return _iterate(loader)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from repagen.data import data_config_from_words
@@ -11,7 +12,7 @@ from repagen.doctor.dataset import check_dataset
 from repagen.doctor.hub import hub
 from repagen.doctor.machine import attention, computations, hardware, software
 from repagen.doctor.model import check_model
-from repagen.doctor.report import Report
+from repagen.doctor.report import Report, Section, findings_of
 from repagen.errors import ProblemsFound, UserError
 from repagen.files import replace_file
 
@@ -19,7 +20,7 @@ from repagen.files import replace_file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("data", nargs="*", metavar="data.KEY=VALUE", help="a dataset to go through, all of it")
-    parser.add_argument("--model", metavar="PATH", help="a saved pipeline to look through, without loading it")
+    parser.add_argument("--model", metavar="PATH", help="a saved pipeline to look through and to load")
     parser.add_argument(
         "--encoder", nargs="+", default=[], metavar="ID", help="encoders that must be here, or to be had"
     )
@@ -40,21 +41,28 @@ def run(args: argparse.Namespace) -> str:
     config = data_config_from_words(args.data) if args.data else None
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: no such folder {args.json.parent}; make it first")
-    sections = [
-        software(),
-        hardware([("results", args.output), ("the Hub's cache", Path(constants.HF_HUB_CACHE))]),
-        computations(compiler=args.compile),
-        attention(),
-        hub(args.encoder),
-    ]
+    if args.json is not None and args.json.is_dir():
+        raise UserError(f"--json {args.json}: this is a folder; name a file, such as {args.json / 'report.json'}")
+    disks = [("results", args.output), ("the Hub's cache", Path(constants.HF_HUB_CACHE))]
+    checks: dict[str, Callable[[], Section]] = {
+        "Software": software,
+        "Hardware": lambda: hardware(disks),
+        "Computations, tried": lambda: computations(compiler=args.compile),
+        "Attention backends, tried": attention,
+        "Hugging Face Hub": lambda: hub(args.encoder),
+    }
     if config is not None:
-        sections.append(check_dataset(config))
+        checks["Dataset"] = lambda: check_dataset(config)
     if args.model is not None:
-        sections.append(check_model(args.model))
-    report = Report(sections)
+        checks["Model"] = lambda: check_model(args.model)
+    report = Report([_whole(title, check) for title, check in checks.items()])
     if args.json is not None:
         content = json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n"
         replace_file(args.json, lambda temporary: temporary.write_text(content, encoding="utf-8"))
     if report.problems:
         raise ProblemsFound(report.text())
     return report.text()
+
+
+def _whole(title: str, check: Callable[[], Section]) -> Section:
+    return Section(title, findings_of("check", lambda: check().findings))

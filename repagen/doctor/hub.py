@@ -9,6 +9,7 @@ from repagen.doctor.report import Finding, Section, readable_size
 from repagen.encoders.families import FAMILIES
 from repagen.encoders.files import hub_id, local_weights
 from repagen.errors import UserError
+from repagen.hub.fetching import naming_hub_errors
 from repagen.layers.attention_trial import one_line
 
 
@@ -63,13 +64,17 @@ def _refusal(repo_id: str) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "not asked, HF_HUB_OFFLINE is set"
     try:
-        auth_check(repo_id)
-    except GatedRepoError:
-        return f"gated; accept its licence at {constants.ENDPOINT}/{repo_id} and log in with `hf auth login`"
-    except RepositoryNotFoundError:
-        return "no such repository, or a private one; check the name, or log in with `hf auth login`"
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        return f"the Hub cannot be asked ({one_line(error)})"
+        with naming_hub_errors(repo_id):  # for its bounds of time; the cause says what matters here
+            auth_check(repo_id)
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+        if isinstance(cause, GatedRepoError):
+            return f"gated; accept its licence at {constants.ENDPOINT}/{repo_id} and log in with `hf auth login`"
+        if isinstance(cause, RepositoryNotFoundError):
+            return "no such repository, or a private one; check the name, or log in with `hf auth login`"
+        if isinstance(cause, HfHubHTTPError):
+            return f"the Hub cannot be asked ({one_line(cause)})"
+        return f"the Hub is out of reach ({one_line(cause)})"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a saved pipeline consists of, read from its files without loading it."""
+"""What a saved pipeline consists of, read from its files, and whether it can be loaded."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
-from repagen.doctor.report import Finding, Section, readable_size
+from repagen.doctor.report import Finding, Section, findings_of, readable_size
 from repagen.errors import UserError, refusing
+from repagen.hub.inspection import inspect_folder
+from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.provenance import training_record
 
 
@@ -20,10 +23,10 @@ def check_model(name: str) -> Section:
     Args:
         name: its folder, or Hub id of one in the local cache.
     """
-    try:
-        return Section("Model", list(_parts(_folder(name))))
-    except UserError as error:
-        return Section("Model", [Finding("model", str(error), "problem")])
+    found = findings_of("model", lambda: _parts(_folder(name)))
+    if not any(finding.level == "problem" for finding in found):
+        found += findings_of("loading", lambda: _loading(_folder(name)))
+    return Section("Model", found)
 
 
 def _folder(name: str) -> Path:
@@ -38,6 +41,7 @@ def _folder(name: str) -> Path:
         folder = Path(index).parent
     if not (folder / "model_index.json").is_file():
         raise UserError(f"--model {name}: {folder} has no model_index.json, so it is no pipeline")
+    inspect_folder(folder, f"--model {name}")
     return folder
 
 
@@ -58,10 +62,31 @@ def _parts(folder: Path) -> Iterable[Finding]:
     memory = {"float32": 4 * total, "bfloat16": 2 * total}
     text = ", ".join(f"{readable_size(size)} in {dtype}" for dtype, size in memory.items())
     yield Finding("memory of weights", text, facts=memory)
-    yield _classes(folder, index)
+    yield from findings_of("classes", lambda: [_classes(folder, index)])
+    yield from findings_of("training", lambda: [_training(folder)])
+
+
+def _training(folder: Path) -> Finding:
     training = training_record(folder)
     recipe = f"recipe {training.get('recipe')}, step {training.get('step')}" if training else "not said"
-    yield Finding("training", recipe, facts=training)
+    return Finding("training", recipe, facts=training)
+
+
+def _loading(folder: Path) -> Iterable[Finding]:
+    """Load the pipeline on the CPU as a user would, and look at every number."""
+    pipe = ClassToImagePipeline.from_pretrained(folder)
+    bad = [
+        f"{part}.{key}"
+        for part, model in pipe.components.items()
+        if isinstance(model, torch.nn.Module)
+        for key, value in model.state_dict().items()
+        if value.is_floating_point() and not value.float().isfinite().all()
+    ]
+    if bad:
+        text = f"{len(bad)} tensors hold infinite values or NaN; take an earlier checkpoint, or fetch it again"
+        yield Finding("loading", text, "problem", bad[:10], {"not_finite": bad})
+    else:
+        yield Finding("loading", "works on the CPU, and all weights are finite")
 
 
 def _classes(folder: Path, index: dict[str, Any]) -> Finding:
@@ -83,7 +108,7 @@ def _weights(folder: Path) -> tuple[int, int]:
     numbers = size = 0
     for path in sorted(folder.rglob("*.safetensors")):
         size += path.stat().st_size
-        with refusing(f"{path}: cannot be read"), _opened(path) as file:
+        with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  # no dictionary
                 count = 1
                 for extent in file.get_slice(key).get_shape():
@@ -92,18 +117,5 @@ def _weights(folder: Path) -> tuple[int, int]:
     return numbers, size
 
 
-def _opened(path: Path) -> Any:
-    from safetensors import SafetensorError
-
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise UserError(f"{path}: no whole safetensors file ({error})") from error
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    with refusing(f"{path}: cannot be read as JSON"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return content
+    return json.loads(path.read_text(encoding="utf-8"))

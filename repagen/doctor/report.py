@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from repagen.errors import UserError
+from repagen.layers.attention_trial import one_line
 
 Level = Literal["ok", "note", "problem"]
 _MARKS: dict[Level, str] = {"ok": " ", "note": "-", "problem": "!"}
@@ -78,6 +81,17 @@ class Report:
         count = len(self.problems)
         found = "no problem found" if not count else f"{count} problem{'s' * (count > 1)}, marked with !"
         return "\n".join([*lines, found])
+
+
+def findings_of(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """Return what a check finds; whatever ends it early is a problem, too, and the report goes on."""
+    found: list[Finding] = []
+    try:
+        found.extend(check())
+    except Exception as error:
+        cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+        found.append(Finding(name, cause, "problem"))
+    return found
 
 
 def readable_size(size: float) -> str:

@@ -30,9 +30,10 @@ from repagen.evaluation.result import GenerationResult
 from repagen.evaluation.samples import ImageSource, LabelMode, open_images
 from repagen.evaluation.sinks import SampleWriter
 from repagen.evaluation.store import require_own_folder
+from repagen.pipelines.adapters import load_adapters
 from repagen.pipelines.sample_command import add_sampler_options, load_pipeline, sampler_options
 
-_SAMPLING = ("num_samples", "label_mode", "seed", "dtype", "forward_batch_size")
+_SAMPLING = ("num_samples", "label_mode", "seed", "lora", "dtype", "forward_batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +95,9 @@ def _add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
         help="class i mod num_classes, or uniform draws (default: the protocol's, else balanced)",
     )
     group.add_argument("--seed", type=int, help="of noise and random labels (default 0)")
+    group.add_argument(
+        "--lora", nargs="+", metavar="PATH[=WEIGHT]", help="adapters to use, with their weights; default 1"
+    )
     add_sampler_options(group)
     group.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the pipeline (default: the protocol's)"
@@ -192,6 +196,7 @@ def _open_samples(args: argparse.Namespace, name: str, protocol: EvaluationProto
         )
     dtype = args.dtype or protocol.sampling_dtype or "float32"
     pipeline = load_pipeline(args.model, str(PartialState().device), dtype)
+    adapters = load_adapters(pipeline, args.lora or [])
     return PipelineImages(
         pipeline,
         number,
@@ -199,6 +204,7 @@ def _open_samples(args: argparse.Namespace, name: str, protocol: EvaluationProto
         label_mode=args.label_mode or protocol.label_mode or "balanced",
         rounding=protocol.rounding,
         forward_batch_size=args.forward_batch_size or 32,
+        adapters=adapters,
         **sampler_options(args),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +33,7 @@ class PipelineImages(ImageSource):
             RAE reports a FID about 0.1 lower with balanced labels.
         rounding: how pixels become 8-bit.
         forward_batch_size: images in one pass of the pipeline. Another number rounds differently in the last bits.
+        adapters: that the pipeline has loaded, as `load_adapters` describes them, for `protocol`.
         options: sampling options as in the pipeline's call (steps, guidance); those not given are the pipeline's own.
 
     Raises:
@@ -48,6 +49,7 @@ class PipelineImages(ImageSource):
         label_mode: LabelMode = "balanced",
         rounding: Rounding = "round",
         forward_batch_size: int = 32,
+        adapters: Sequence[Mapping[str, Any]] = (),
         **options: Any,
     ) -> None:
         for name, value in {"num_images": num_images, "forward_batch_size": forward_batch_size}.items():
@@ -60,6 +62,7 @@ class PipelineImages(ImageSource):
         self.label_mode = label_mode if self.num_classes else "unconditional"
         self.rounding: Rounding = rounding
         self.forward_batch_size = forward_batch_size
+        self.adapters = [dict(adapter) for adapter in adapters]
         self.options = options
         self.resolved = SamplingOptions.resolve(self.pipeline.config.get("sampling_defaults"), options)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -108,6 +111,7 @@ class PipelineImages(ImageSource):
         return {
             "kind": "pipeline",
             "path": self.pipeline.config.get("_name_or_path"),
+            **({"adapters": self.adapters} if self.adapters else {}),
             "label_mode": self.label_mode,
             "seed": self.seed,
             "rounding": self.rounding,

@@ -24,6 +24,8 @@ class PublishedModelMixin(PublishedMixin):
 class SavedModelMixin:
     """Base of models: loaded from the folder that diffusers has fetched."""
 
+    _folder: Path | None = None
+
 
 def inspected_source(source: str | os.PathLike[str], what: str, options: dict[str, Any]) -> Path:
     """Return that folder."""

@@ -17,15 +17,24 @@ CardKind = Literal["class_to_image", "autoencoder", "transformer", "adapter"]
 PLACEHOLDER = "ORG/NAME"
 """Stands for the repository in a card that is not published yet."""
 
+BASE_PLACEHOLDER = "ORG/BASE"
+"""Stands for the pipeline that an adapter belongs to, where that is none of the Hub."""
+
 UNKNOWN_LICENCE = "unknown"
 """As the Hub writes a licence that nobody stated."""
 
 CARD_TEMPLATE = "model_card.md"
 SAMPLES_FILE = "samples.png"
 
+# The Hub's nearest task, also for images of classes: it has none of its own for them.
+_IMAGE_TASK = "unconditional-image-generation"
 _LISTED_CLASSES = 20
 # An absolute path of at least two parts; not the end of a Hub id, an address or a fraction.
-_PATH = re.compile(r"(?<![\w/.:~-])~?(?:/[^\s/,;:'\"()\[\]{}|`]+){2,}/?")
+_PATH = re.compile(
+    r"(?<![\w/.:~-])~?(?:/[^\s/,;:'\"()\[\]{}|`]+){2,}/?"
+    r"|\bfile:/[^\s,;'\"()\[\]{}|`]+"
+    r"|\b[A-Za-z]:[\\/](?![\\/])[^\s,;:'\"()\[\]{}|`]+"  # of Windows
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +91,9 @@ class CardFacts:
         summary: one or two sentences.
         parts: part => description.
         class_names: of the classes, by their ids; those that an adapter adds.
-        num_classes: 0 is unconditional.
+        num_classes: of the pipeline, of an adapter with its own; 0 is unconditional, None not known.
+        example: class that the lines ask for, by name or id.
+        tags: that say what kind of model it is.
         library: that holds the class: ours, or diffusers.
         base_model: Hub id of what was fine-tuned or adapted.
         base_revision: its commit.
@@ -97,6 +108,7 @@ class CardFacts:
         figures: of evaluations.
         remarks: on the figures: what was left out, why they are not comparable.
         samples: file beside the card with a grid of images; None without one.
+        samples_show: what is on it.
         limits: sentences.
     """
 
@@ -105,7 +117,9 @@ class CardFacts:
     summary: str
     parts: Mapping[str, str] = field(default_factory=dict)
     class_names: Sequence[str] = ()
-    num_classes: int = 0
+    num_classes: int | None = 0
+    example: str | int = 0
+    tags: Sequence[str] = ()
     library: Literal["repagen", "diffusers"] = "repagen"
     base_model: str | None = None
     base_revision: str | None = None
@@ -120,6 +134,7 @@ class CardFacts:
     figures: Sequence[Figure] = ()
     remarks: Sequence[str] = ()
     samples: str | None = None
+    samples_show: str = "images of this model"
     limits: Sequence[str] = ()
 
 
@@ -137,7 +152,7 @@ def render_card(facts: CardFacts) -> str:
     from huggingface_hub import ModelCard
 
     ours = facts.library == "repagen"
-    base = f'"{facts.base_model}"' if facts.base_model else '"ORG/BASE"'
+    base = f'"{facts.base_model or BASE_PLACEHOLDER}"'
     card = ModelCard.from_template(
         _front_matter(facts),
         template_path=str(carried_folder(facts.kind) / CARD_TEMPLATE),
@@ -145,21 +160,39 @@ def render_card(facts: CardFacts) -> str:
         summary=without_local_paths(facts.summary),
         class_name=f"repagen.{facts.class_name}" if ours else facts.class_name,
         imports="import repagen\nimport torch" + ("" if ours else f"\nfrom {facts.library} import {facts.class_name}"),
-        call=f"class_labels=[{_example(facts)!r}]" if facts.num_classes else "",
+        call="" if facts.num_classes == 0 else f"class_labels=[{facts.example!r}]",
+        classes_known=facts.num_classes is not None,
         latent_shape="*autoencoder.latent_shape" if ours else "autoencoder.config.latent_channels, 32, 32",
         encoder_outside=facts.encoder_outside,
         base_call=base + (f', revision="{facts.base_revision}"' if facts.base_model and facts.base_revision else ""),
+        base_known=facts.base_model is not None,
+        base_placeholder=BASE_PLACEHOLDER,
         samples=facts.samples,
+        samples_show=facts.samples_show,
         sections="\n\n".join(section for section in _sections(facts) if section),
     )
     return str(card).rstrip("\n") + "\n"
 
 
+def class_to_ask_for(class_names: Sequence[str], label: int = 0) -> str | int:
+    """A class as a call names it: by its first name, where that is no other's too, else by its id.
+
+    Args:
+        class_names: of all classes, by their ids; none where they have no names.
+        label: its id.
+    """
+    names = [[part.strip() for part in name.split(",")] for name in class_names]
+    if not names or names[label][0] in ("", str(label)):
+        return label
+    alike = sum(part.casefold() == names[label][0].casefold() for parts in names for part in parts)
+    return names[label][0] if alike == 1 else label
+
+
 def addressed(card: str, repo_id: str, revision: str | None = None) -> str:
     """Put the repository into a card: its name, and in calls that load it the branch."""
     if revision not in (None, "main"):
-        for method in ("from_pretrained", "load_lora_weights"):
-            card = card.replace(f'{method}("{PLACEHOLDER}"', f'{method}("{repo_id}", revision="{revision}"')
+        load = rf'((?:from_pretrained|load_lora_weights)\("{PLACEHOLDER}")(?:, revision="[^"\n]*")?'
+        card = re.sub(load, lambda found: f'{found[1]}, revision="{revision}"', card)
     return card.replace(PLACEHOLDER, repo_id)
 
 
@@ -174,10 +207,14 @@ def without_local_paths(value: Any) -> Any:
         return [without_local_paths(item) for item in value]
     if not isinstance(value, str):
         return value
-    whole = re.fullmatch(r"([\w.-]+=)?((?:~|/)[^\n]*/[^\n/]+)/?", value)
+    whole = re.fullmatch(r"([\w.-]+=)?((?:~|/|file:/|[A-Za-z]:[\\/])[^\n]*[\\/][^\n\\/]+)[\\/]?", value)
     if whole is not None:
-        return f"{whole[1] or ''}.../{whole[2].rsplit('/', 1)[1]}"
-    return _PATH.sub(lambda found: ".../" + found[0].rstrip("/").rsplit("/", 1)[1], value)
+        return (whole[1] or "") + _last_part(whole[2])
+    return _PATH.sub(lambda found: _last_part(found[0]), value)
+
+
+def _last_part(path: str) -> str:
+    return ".../" + re.split(r"[\\/]", path.rstrip("\\/"))[-1]
 
 
 def _front_matter(facts: CardFacts) -> Any:
@@ -186,8 +223,8 @@ def _front_matter(facts: CardFacts) -> Any:
     images = facts.kind in ("class_to_image", "adapter")
     results = [
         EvalResult(
-            task_type="unconditional-image-generation",
-            task_name="class-conditional image generation" if facts.num_classes else "image generation",
+            task_type=_IMAGE_TASK,
+            task_name="image generation" if facts.num_classes == 0 else "class-conditional image generation",
             dataset_type=facts.datasets[0] if facts.datasets else "other",
             dataset_name=without_local_paths(facts.data.get("path") or facts.data.get("kind") or "not stated"),
             metric_type=figure.metric,
@@ -207,27 +244,17 @@ def _front_matter(facts: CardFacts) -> Any:
         )
         for figure in facts.figures
     ]
-    topic = {"class_to_image": "class-conditional", "transformer": "generator", "adapter": "lora"}.get(facts.kind)
     return ModelCardData(
         library_name="repagen",
         license=facts.licence,
-        pipeline_tag="unconditional-image-generation" if images else None,
-        tags=["diffusers", "repagen", topic or facts.kind],
+        pipeline_tag=_IMAGE_TASK if images else None,
+        tags=["diffusers", "repagen", *facts.tags],
         base_model=facts.base_model,
         base_model_relation=("adapter" if facts.kind == "adapter" else "finetune") if facts.base_model else None,
         datasets=list(facts.datasets) or None,
         eval_results=results or None,
         model_name=PLACEHOLDER if results else None,
     )
-
-
-def _example(facts: CardFacts) -> str | int:
-    """A class to ask for: the first one's name where it is no other's too, else its id."""
-    names = [[part.strip() for part in name.split(",")] for name in facts.class_names]
-    if not names or not names[0][0]:
-        return 0
-    alike = sum(part.casefold() == names[0][0].casefold() for parts in names for part in parts)
-    return names[0][0] if alike == 1 else 0
 
 
 def _sections(facts: CardFacts) -> list[str]:
@@ -267,8 +294,9 @@ def _classes(facts: CardFacts) -> str:
     shown = [f"`{name}`" for name in map(_cell, facts.class_names[:_LISTED_CLASSES])]
     more = len(facts.class_names) - len(shown)
     listed = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-    where = "the adapter adds them" if facts.kind == "adapter" else "all are in `model_index.json`, by id"
-    return f"## Classes\n\n{len(facts.class_names)} classes ({where}): {listed}."
+    where = "added by the adapter" if facts.kind == "adapter" else "all are in `model_index.json`, by id"
+    title = "1 class" if len(facts.class_names) == 1 else f"{len(facts.class_names)} classes"
+    return f"## Classes\n\n{title} ({where}): {listed}."
 
 
 def _recipe(facts: CardFacts) -> str:

@@ -27,6 +27,10 @@ _LOG_IN = "log in with `hf auth login` (or set HF_TOKEN), or pass a local folder
 _LATER = "try again later, or pass a local folder that holds the files"
 
 
+class NotThereError(UserError):
+    """There is no such thing on the Hub, so that asking again is in vain."""
+
+
 def resolve_commit(
     repo_id: str,
     revision: str | None = None,
@@ -58,16 +62,23 @@ def resolve_commit(
     asking: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     with naming_hub_errors(repo_id, revision, what=what, local_files_only=local_files_only):
         try:
-            return resolve_revision(repo_id, local_files_only=local_files_only, **asking).resolved
+            found = resolve_revision(repo_id, local_files_only=local_files_only, **asking).resolved
         except HfHubHTTPError as error:
             if _status(error) != 429:
                 raise
             try:
-                seen = resolve_revision(repo_id, local_files_only=True, **asking).resolved
+                found = resolve_revision(repo_id, local_files_only=True, **asking).resolved
             except Exception:  # not seen either: the Hub's answer is the reason
                 raise error from None
-            logger.warning("%s %r: too many requests to the Hub; taking the commit last seen, %s", what, repo_id, seen)
-            return seen
+            logger.warning(
+                "%s %r: too many requests to the Hub; taking the commit last seen, %s", what, repo_id, found
+            )
+    if not re.fullmatch("[0-9a-f]{40}", found):
+        raise UserError(
+            f"{what} {repo_id!r}: the local cache is damaged, {revision or 'main'} is {found!r} there and no commit; "
+            f"remove it with `hf cache rm model/{repo_id}` and fetch it again"
+        )
+    return found
 
 
 def fetch_snapshot(
@@ -126,8 +137,10 @@ def naming_hub_errors(
     Errors that are not about the Hub, the network or the cache pass.
 
     Raises:
-        UserError: naming the repository, the cause and what to do about it.
+        UserError: naming the repository, the cause and what to do about it; `NotThereError` where the Hub knows no
+            such repository or revision.
     """
+    revision = getattr(revision, "resolved", revision)  # diffusers hands on what huggingface_hub has resolved
     try:
         with _limits():
             yield
@@ -139,7 +152,20 @@ def naming_hub_errors(
         if reason is None:
             raise
         at = f" at revision {revision!r}" if revision else ""
-        raise UserError(f"{what} {repo_id!r}{at}: {reason}") from error
+        kind = NotThereError if any(map(_says_not_there, _chain(error))) else UserError
+        raise kind(f"{what} {repo_id!r}{at}: {reason}") from error
+
+
+def _says_not_there(error: BaseException) -> bool:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    unknown = isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError))
+    return unknown and not isinstance(error, GatedRepoError)
 
 
 def _chain(error: BaseException | None, *, with_contexts: bool = False) -> Iterator[BaseException]:
@@ -249,6 +275,7 @@ def _limits() -> Iterator[None]:
     from the middle.
     """
     from huggingface_hub import get_session
+    from huggingface_hub.utils import hf_raise_for_status
 
     starts: Counter[str] = Counter()
 
@@ -261,7 +288,8 @@ def _limits() -> Iterator[None]:
     def limit_tries(response: Any) -> None:
         wait = response.headers.get("Retry-After", "")
         if response.status_code == 429 and wait.isdigit() and int(wait) > _LONGEST_WAIT:
-            response.raise_for_status()
+            response.read()
+            hf_raise_for_status(response)
         if response.status_code == 200 and response.request.method == "GET":
             starts[str(response.request.url)] += 1
             if starts[str(response.request.url)] > _STARTS:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from repagen.errors import UserError
-from repagen.hub.card import CardFacts, CardKind, LicenceFact, without_local_paths
+from repagen.hub.card import CardFacts, CardKind, LicenceFact, class_to_ask_for, without_local_paths
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-_PIPELINE_FILE = "model_index.json"
+PIPELINE_FILE = "model_index.json"
 
 
 def facts_of_folder(folder: Path, licences: Sequence[LicenceFact] = ()) -> CardFacts:
@@ -24,30 +24,30 @@ def facts_of_folder(folder: Path, licences: Sequence[LicenceFact] = ()) -> CardF
     Raises:
         UserError: it holds nothing that can be published, or a config cannot be read.
     """
-    if (folder / _PIPELINE_FILE).is_file():
+    if (folder / PIPELINE_FILE).is_file():
         return _pipeline_facts(folder, licences)
     if (folder / "config.json").is_file():
         return _model_facts(folder, licences)
     if (folder / ADAPTER_FILE).is_file():
         return _adapter_facts(folder)
     raise UserError(
-        f"{folder}: holds neither {_PIPELINE_FILE} nor config.json nor {ADAPTER_FILE}; give the folder of a saved "
+        f"{folder}: holds neither {PIPELINE_FILE} nor config.json nor {ADAPTER_FILE}; give the folder of a saved "
         "pipeline, autoencoder, transformer or adapter"
     )
 
 
 def carries_code(folder: Path) -> bool:
     """Whether a folder holds a pipeline with its own code, as `repagen export --remote-code` writes it."""
-    if not (folder / _PIPELINE_FILE).is_file():
+    if not (folder / PIPELINE_FILE).is_file():
         return False
-    kind = _read(folder / _PIPELINE_FILE).get("_class_name")
+    kind = _read(folder / PIPELINE_FILE).get("_class_name")
     return isinstance(kind, list) and kind[-1:] == ["ClassToImagePipeline"]
 
 
 def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
-    index = _read(folder / _PIPELINE_FILE)
+    index = _read(folder / PIPELINE_FILE)
     if index.get("_class_name") != "ClassToImagePipeline" and not carries_code(folder):
-        raise _unknown_class(index, folder / _PIPELINE_FILE)
+        raise _unknown_class(index, folder / PIPELINE_FILE)
     transformer = _config(folder / "transformer")
     autoencoder = _config(folder / "vae")
     num_classes = transformer.get("num_classes", 0)
@@ -65,6 +65,8 @@ def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         parts={name: text for name, text in parts.items() if text},
         class_names=names,
         num_classes=num_classes,
+        example=class_to_ask_for(names),
+        tags=("class-conditional",) if num_classes else (),
         licences=licences or _unstated_encoder(autoencoder),
         encoder_outside=_encoder_outside(autoencoder),
         limits=_class_limits(num_classes),
@@ -89,6 +91,7 @@ def _model_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         summary=f"{summary} repagen.",
         parts={kind: _part(folder)},
         num_classes=config.get("num_classes", 0),
+        tags=("autoencoder" if kind == "autoencoder" else "generator",),
         licences=licences or _unstated_encoder(config),
         encoder_outside=outside,
         limits=_class_limits(config["num_classes"]) if "num_classes" in config else (),
@@ -100,17 +103,27 @@ def _adapter_facts(folder: Path) -> CardFacts:
 
     try:
         with safe_open(folder / ADAPTER_FILE, framework="np") as file:
-            names = json.loads((file.metadata() or {}).get("class_names") or "[]")
+            names = [str(name) for name in json.loads((file.metadata() or {}).get("class_names") or "[]")]
+            has_layers = any(".lora_" in key for key in file.keys())  # noqa: SIM118
     except Exception as error:
         raise UserError(f"{folder / ADAPTER_FILE}: cannot be read as safetensors ({error})") from error
+    held = ["LoRA layers of its generator"] if has_layers else []
+    held += [f"label rows of {_new_classes(len(names))}"] if names else []
+    alone = "" if has_layers else "; the generator and its own classes stay as they are"
     return CardFacts(
         kind="adapter",
         class_name="ClassToImagePipeline",
-        summary="An adapter (LoRA) for a pipeline of repagen.",
+        summary=f"An adapter for a pipeline of repagen: {' and '.join(held)}{alone}.",
         parts={"adapter": _size(folder)},
-        class_names=[str(name) for name in names],
-        num_classes=len(names),
+        class_names=names,
+        num_classes=len(names) or None,
+        example=class_to_ask_for(names),
+        tags=("adapter", "lora") if has_layers else ("adapter",),
     )
+
+
+def _new_classes(count: int) -> str:
+    return f"{count} new class" + ("es" if count > 1 else "")
 
 
 def _class_limits(num_classes: int) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ def inspect_folder(folder: Path, what: str) -> None:
     folder = Path(os.path.abspath(folder))
     index = folder.parent / "model_index.json"
     if index.is_file():
-        _refuse_link_outside(index, folder.parent, what)
+        refuse_link_outside(index, folder.parent, what)
         _inspect_json(index, what)
     for parent, names in _walk(folder, what):
         _inspect_files(parent, names, what)
@@ -97,9 +97,12 @@ def inspect_encoder_folder(folder: Path, what: str) -> None:
     """
     folder = Path(os.path.abspath(folder))
     for parent, names in _walk(folder, what):
-        _inspect_files(parent, [name for name in names if not name.endswith("config.json")], what)
+        configs = [name for name in names if name.endswith("config.json")]
+        _inspect_files(parent, [name for name in names if name not in configs], what)
         if parent != folder:
             continue
+        for name in configs:
+            _read_object(parent / name, what)
         if "adapter_config.json" in names:
             _refuse(parent / "adapter_config.json", what, "transformers would load this adapter unasked", "delete it")
         if "pytorch_model.bin" in names and not any(name.endswith(".safetensors") for name in names):
@@ -137,9 +140,11 @@ def inspect_weights_file(path: Path, what: str) -> None:
     for key, value in header.get("__metadata__", {}).items():
         if value.lstrip().startswith("{"):
             try:
-                _refuse_code(json.loads(value), f"__metadata__.{key}", path, what)
+                content = json.loads(value)
             except (json.JSONDecodeError, RecursionError):
                 continue  # a text that begins with a brace
+            _refuse_deep(content, path, what)
+            _refuse_code(content, f"__metadata__.{key}", path, what)
 
 
 def inspect_archive(path: Path, what: str, old_format: bool = False) -> None:
@@ -179,6 +184,22 @@ def inspect_archive(path: Path, what: str, old_format: bool = False) -> None:
         _refuse(path, what, f"it holds code, not only tensors: {_line(', '.join(sorted(unsafe)))}", advice)
 
 
+def inspect_upload(path: Path, folder: Path, what: str) -> None:
+    """Refuse to publish a link that leads out of its folder, and weights in a format that can hold code.
+
+    Args:
+        path: of what lies in the folder, at any depth.
+        folder: that is published.
+        what: is done, for messages.
+
+    Raises:
+        UserError: the file, the reason, and what to do.
+    """
+    refuse_link_outside(path, folder, what)
+    if path.suffix in _OTHER_SUFFIXES or path.suffix == ".bin":
+        _refuse(path, what, _OTHER_FORMAT, "save them as safetensors, or take the file out of the folder")
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -191,14 +212,23 @@ def _walk(folder: Path, what: str) -> Iterator[tuple[Path, list[str]]]:
             if not printable(name).isprintable() or printable(name) != name:
                 _refuse(path, what, "its name holds line breaks or other invisible characters", "delete or rename it")
             if path.is_symlink():
-                _refuse_link_outside(path, folder, what)
+                refuse_link_outside(path, folder, what)
             elif not stat.S_ISREG(path.lstat().st_mode) and not path.is_dir():
                 _refuse(path, what, "it is neither a file nor a folder", "delete it")
         yield Path(parent), sorted(name for name in names if Path(parent, name).is_file())
 
 
-def _refuse_link_outside(path: Path, folder: Path, what: str) -> None:
-    """Links may stay in the folder, in the pipeline it is a part of, and go to the files of its repository's cache."""
+def refuse_link_outside(path: Path, folder: Path, what: str) -> None:
+    """Refuse a path that leads out of its folder, of the pipeline that is a part of, and of its repository's cache.
+
+    Args:
+        path: of a file or folder within `folder`.
+        folder: a local folder, or a snapshot in the Hub's cache.
+        what: what is loaded, for messages.
+
+    Raises:
+        UserError: it leads elsewhere, or back to itself.
+    """
     root = folder.resolve()
     allowed = [root]
     if (root.parent / "model_index.json").is_file():
@@ -206,7 +236,10 @@ def _refuse_link_outside(path: Path, folder: Path, what: str) -> None:
     for parent in (root, *root.parents):
         if parent.parent.name == "snapshots" and parent.parents[1].name.startswith("models--"):
             allowed.append(parent.parents[1] / "blobs")
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):
+        _refuse(path, what, "it is a link that leads back to itself", "delete it")
     if not any(target.is_relative_to(place) for place in allowed):
         _refuse(path, what, f"it is a link to {_line(str(target))}, outside the folder",
                 "put a copy of the file in its place, if you know where it is from")  # fmt: skip
@@ -273,16 +306,24 @@ def _read_object(path: Path, what: str) -> dict[str, Any]:
         _refuse(path, what, "it is nested too deep for a config", "fetch it again from its author")
     if not isinstance(content, dict):
         _refuse(path, what, f"it must hold a JSON object, got {type(content).__name__}", "fetch it again")
+    _refuse_deep(content, path, what)
     return content
 
 
-def _refuse_code(value: Any, key: str, path: Path, what: str, depth: int = 0) -> None:
-    """Refuse keys anywhere in a config that make some library run code."""
+def _refuse_deep(value: Any, path: Path, what: str, depth: int = 0) -> None:
+    """Refuse JSON that would exhaust the stack of whoever walks through it."""
     if depth > _MAXIMUM_DEPTH:
         _refuse(path, what, "it is nested too deep for a config", "fetch it again from its author")
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for entry in entries:
+        _refuse_deep(entry, path, what, depth + 1)
+
+
+def _refuse_code(value: Any, key: str, path: Path, what: str) -> None:
+    """Refuse keys anywhere in a config that make some library run code."""
     if isinstance(value, list):
         for index, entry in enumerate(value):
-            _refuse_code(entry, f"{key}.{index}", path, what, depth + 1)
+            _refuse_code(entry, f"{key}.{index}", path, what)
     if not isinstance(value, Mapping):
         return
     for name, entry in value.items():
@@ -293,7 +334,7 @@ def _refuse_code(value: Any, key: str, path: Path, what: str, depth: int = 0) ->
         if named:
             _refuse(path, what, f"the key {_line(inner)!r} asks for code from elsewhere, which no file may do",
                     "delete the key, if the model works without that code")  # fmt: skip
-        _refuse_code(entry, inner, path, what, depth + 1)
+        _refuse_code(entry, inner, path, what)
 
 
 def _check_class_name(name: Any, key: str, path: Path, what: str) -> None:

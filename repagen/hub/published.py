@@ -10,10 +10,22 @@ from typing import Any
 
 from diffusers import ModelMixin
 
+from repagen.errors import UserError
 from repagen.hub.card import LicenceFact
 from repagen.hub.publishing import publish_folder
 
-_HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision")
+HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision")
+"""What methods that save take for a push beside `push_to_hub`."""
+
+
+def require_safetensors(safe: bool) -> None:
+    """Refuse to publish weights in torch's own format.
+
+    Raises:
+        UserError: `safe` is False.
+    """
+    if not safe:
+        raise UserError("safe_serialization=False: only safetensors are published; leave it out")
 
 
 class PublishedMixin:
@@ -47,10 +59,11 @@ class PublishedMixin:
             safe_serialization, variant: see `save_pretrained`.
 
         Raises:
-            UserError: the Hub refuses or cannot be reached; it names the cause.
+            UserError: `safe_serialization=False`, or the Hub refuses or cannot be reached; it names the cause.
         """
+        require_safetensors(safe_serialization)
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            self.save_pretrained(folder, variant=variant)
             return publish_folder(
                 Path(folder),
                 repo_id,
@@ -72,10 +85,12 @@ class PublishedMixin:
                 `create_pr` and `revision` are those of `publish_folder`.
 
         Raises:
-            UserError: the Hub refuses or cannot be reached; the folder is whole then.
+            UserError: `safe_serialization=False` with a push; the Hub refuses or cannot be reached: the folder is
+                whole then.
         """
         push = kwargs.pop("push_to_hub", False)
-        options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        require_safetensors(not push or kwargs.get("safe_serialization", True))
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
         if push and kwargs.get("is_main_process", True):
             folder = Path(args[0] if args else kwargs["save_directory"])

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from repagen.errors import UserError
 from repagen.files import TEMPORARY_PREFIX
 from repagen.hub.card import (
+    CardFacts,
     CardKind,
     LicenceFact,
     addressed,
@@ -22,14 +25,22 @@ from repagen.hub.card import (
     render_card,
     without_local_paths,
 )
-from repagen.hub.folder_facts import carries_code, facts_of_folder
+from repagen.hub.folder_facts import ADAPTER_FILE, PIPELINE_FILE, carries_code, facts_of_folder
+from repagen.hub.inspection import inspect_upload
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 
-# Weights of an earlier push that this one does not have: diffusers would prefer them, or load them as a variant.
-_WEIGHTS = "diffusion_pytorch_model"
+# Weights as diffusers calls them, with their folder and variant: a file, a shard, or a table of shards.
+_WEIGHTS = re.compile(
+    r"(?P<folder>(?:.*/)?)diffusion_pytorch_model(?:-\d+-of-\d+)?(?:\.(?P<variant>[^./]+?))?(?:-\d+-of-\d+)?"
+    r"\.safetensors(?:\.index(?:\.(?P<variant_of_index>[^./]+))?\.json)?"
+)
+# Nobody misses these.
 _UNPUBLISHED = ("__pycache__", ".git", ".cache", ".DS_Store", "run.lock")
 _LARGEST_CONFIG_BYTES = 1 << 22
 _OFFLINE = "cannot be published while HF_HUB_OFFLINE is set; unset it where there is a network"
@@ -51,7 +62,7 @@ def publish_folder(
     """Upload a saved pipeline, autoencoder, transformer or adapter in one commit; return the commit's address.
 
     Where neither the folder nor the repository has a `README.md`, a card is made from the configs. Weights of an
-    earlier push that the folder no longer has are removed by the same commit; other files of the repository stay.
+    earlier push that would be loaded in place of this one's are removed by the same commit; other files stay.
 
     Args:
         folder: as `save_pretrained` or a training program wrote it.
@@ -66,7 +77,8 @@ def publish_folder(
         create_pr: open a pull request instead of committing to the branch.
 
     Raises:
-        UserError: the folder cannot be published, or the Hub refuses or cannot be reached; it names the cause.
+        UserError: the folder cannot be published, the repository holds a pipeline and the folder none, or the other
+            way round, or the Hub refuses or cannot be reached; it names the cause.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -77,20 +89,19 @@ def publish_folder(
     with hub_failures(repo_id):
         api = HfApi(token=token)
         present = set(api.list_repo_files(repo_id, revision=None if create_pr else revision))
-        stale: set[str] = set()
+        own_code = subfolder is None and carries_code(folder)
         if subfolder is not None:
             files = {f"{subfolder.strip('/')}/{name}": content for name, content in files.items()}
         else:
-            own_code = carries_code(folder)
+            _refuse_other_kind(facts, present, repo_id)
             files = files if own_code else {**_carried_files(facts.kind), **files}
             if CARD_FILE not in files and CARD_FILE not in present:
                 files[CARD_FILE] = render_card(facts).encode()
             if CARD_FILE in files:
                 files[CARD_FILE] = addressed(_text(files[CARD_FILE]), repo_id, revision).encode()
-            # Code of an earlier push would be read by nobody but who must decide whether to trust it.
-            stale = {
-                name for name in present - files.keys() if _WEIGHTS in name or (own_code and name.endswith(".py"))
-            }
+        stale = _outdated_weights(present, files)
+        if own_code:  # that of an earlier push would be read by nobody but who must decide whether to trust it
+            stale |= {name for name in present - files.keys() if name.endswith(".py")}
         additions = [CommitOperationAdd(name, content) for name, content in files.items()]
         commit = api.create_commit(
             repo_id,
@@ -107,8 +118,6 @@ def open_repository(
 ) -> str:
     """Make sure that a repository, and the branch, is there and may be written to; return its whole id.
 
-    Called before a long training too, so that nothing of what can be known is found out after it.
-
     Args:
         repo_id, private, revision, token: see `publish_folder`.
 
@@ -116,27 +125,72 @@ def open_repository(
         UserError: offline, no token or one that may not write, a wrong name, an open repository that shall be
             private, or the Hub cannot be reached.
     """
-    from huggingface_hub import HfApi, constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(
-            f"{repo_id}: cannot be published while HF_HUB_OFFLINE is set; unset it where there is a network"
-        )
-    if token is None and get_token() is None:
-        raise UserError(f"{repo_id}: no token for the Hub; {_LOG_IN}")
-    api = HfApi(token=token)
+    api = _api(repo_id, token)
     with hub_failures(repo_id):
         api.whoami()
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(full_id, write=True)
-        if private and not api.model_info(full_id).private:
-            raise UserError(
-                f"{full_id}: is open to everybody already, but shall be private; make it private in its settings on "
-                "the Hub, or choose another name"
-            )
+        _require_write(api, full_id, private)
         if revision not in (None, "main"):
             api.create_branch(full_id, branch=str(revision), exist_ok=True)
     return full_id
+
+
+def check_repository(repo_id: str, *, private: bool | None = None) -> None:
+    """Find out what would keep a folder from being published, without making anything on the Hub.
+
+    Called before a long training. Of a repository that is not there yet, its owner is compared with the account and
+    its organisations; a fine-grained token does not say where it may make one.
+
+    Args:
+        repo_id: as "org/name", there or not.
+        private: see `publish_folder`.
+
+    Raises:
+        UserError: as `open_repository`.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    api = _api(repo_id, None)
+    with hub_failures(repo_id):
+        validate_repo_id(repo_id)
+        account = api.whoami()
+        try:
+            _require_write(api, repo_id, private)
+        except RepositoryNotFoundError:
+            _require_owner(account, repo_id)
+
+
+def _api(repo_id: str, token: str | None) -> HfApi:
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{repo_id}: {_OFFLINE}")
+    if token is None and get_token() is None:
+        raise UserError(f"{repo_id}: no token for the Hub; {_LOG_IN}")
+    return HfApi(token=token)
+
+
+def _require_write(api: HfApi, repo_id: str, private: bool | None) -> None:
+    api.auth_check(repo_id, write=True)
+    if private and not api.model_info(repo_id).private:
+        raise UserError(
+            f"{repo_id}: is open to everybody already, but shall be private; make it private in its settings on "
+            "the Hub, or choose another name"
+        )
+
+
+def _require_owner(account: Mapping[str, Any], repo_id: str) -> None:
+    """Refuse a new repository that an account may not make."""
+    role = account.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise UserError(f"{repo_id}: the token may only read; {_LOG_IN}")
+    owners = [account["name"], *(one["name"] for one in account.get("orgs", ()) if one.get("roleInOrg") != "read")]
+    if role == "write" and repo_id.split("/")[0] not in owners:
+        raise UserError(
+            f"{repo_id}: there is no such repository, and the token may make one only under {', '.join(owners)}; "
+            "check the name, or publish under one of these"
+        )
 
 
 @contextmanager
@@ -190,16 +244,46 @@ def _server_message(error: Exception, otherwise: str) -> str:
     return (getattr(error, "server_message", None) or otherwise).splitlines()[0][:300]
 
 
+def _refuse_other_kind(facts: CardFacts, present: set[str], repo_id: str) -> None:
+    """A pipeline and a model in one place would be read as a mixture of both, or the wrong one of them."""
+    there = "a pipeline" if PIPELINE_FILE in present else "a model or adapter"
+    given = "a pipeline" if facts.kind == "class_to_image" else "a model or adapter"
+    if there != given and present & {PIPELINE_FILE, "config.json", ADAPTER_FILE}:
+        raise UserError(
+            f"{repo_id}: holds {there} already, but {given} shall be published there; choose another name, or a "
+            "place inside it by push_to_hub(..., subfolder=...)"
+        )
+
+
+def _outdated_weights(present: set[str], files: Iterable[str]) -> set[str]:
+    """Weights of the same component and variant as pushed ones: diffusers would prefer an old table of shards."""
+    pushed = {_component_and_variant(name) for name in files} - {None}
+    return {name for name in present.difference(files) if _component_and_variant(name) in pushed}
+
+
+def _component_and_variant(name: str) -> tuple[str, str] | None:
+    found = _WEIGHTS.fullmatch(name)
+    return (found["folder"], found["variant"] or found["variant_of_index"] or "") if found else None
+
+
 def _files_to_publish(folder: Path) -> dict[str, str | bytes]:
-    """Name in the repository => path, or content where it differs from the file; temporary files are left out."""
+    """Name in the repository => path, or content where it differs from the file; hidden files are left out."""
     found: dict[str, str | bytes] = {}
+    left_out: set[str] = set()
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        hidden = any(part in _UNPUBLISHED or part.startswith(TEMPORARY_PREFIX) for part in parts)
-        if hidden or not path.is_file():
+        if any(part in _UNPUBLISHED or part.startswith(TEMPORARY_PREFIX) for part in parts):
+            continue
+        if any(part.startswith(".") for part in parts):
+            left_out.add("/".join(parts))
+            continue
+        inspect_upload(path, folder, "push")
+        if not path.is_file():
             continue
         changed = _published_json(path) if path.suffix == ".json" else None
         found["/".join(parts)] = str(path) if changed is None else changed
+    if left_out:
+        logger.warning("%s: hidden files are not published: %s", folder, ", ".join(sorted(left_out)))
     return found
 
 

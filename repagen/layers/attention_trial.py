@@ -83,7 +83,7 @@ def try_attention(backend: str, device: torch.device, dtype: torch.dtype, head_d
     return AttentionTrial(forward_error, gradient_error, tolerance)
 
 
-def one_line(error: Exception, length: int = 160) -> str:
+def one_line(error: BaseException, length: int = 160) -> str:
     """Return an error's message as one line, shortened; its kind where it says nothing."""
     text = " ".join(str(error).split())
     return f"{text[:length]}..." if len(text) > length else text or type(error).__name__

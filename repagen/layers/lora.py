@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 from torch import nn
+
+from repagen.errors import UserError
 
 
 def apply_lora_scale(forward: Callable[..., Any]) -> Any:
@@ -26,6 +30,20 @@ def apply_lora_scale(forward: Callable[..., Any]) -> Any:
             return forward(model, *args, **kwargs)
 
     return scaled_forward
+
+
+def check_attention_kwargs(attention_kwargs: Mapping[str, Any] | None) -> None:
+    """Refuse what `apply_lora_scale` would pass over, or fail at.
+
+    Raises:
+        UserError: another key than "scale", or a scale that is no finite number.
+    """
+    unknown = sorted(map(repr, set(attention_kwargs or {}) - {"scale"}))
+    if unknown:
+        raise UserError(f"attention_kwargs has {', '.join(unknown)}; allowed: 'scale', which multiplies LoRA layers")
+    scale = (attention_kwargs or {}).get("scale", 1.0)
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise UserError(f"attention_kwargs: scale is {scale!r}; give a finite number, as in {{'scale': 0.5}}")
 
 
 @contextmanager

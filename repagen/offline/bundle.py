@@ -18,6 +18,7 @@ from typing import Any
 
 from repagen.errors import UserError, refusing
 from repagen.files import file_digest, replace_file
+from repagen.hub.fetching import NotThereError
 from repagen.hub.places import BUNDLE_FILE
 from repagen.offline.needs import BLANK, Need
 from repagen.offline.published import PUBLISHED_FILES, fetch_published
@@ -40,6 +41,7 @@ class Entry:
         licence: of the weights.
         files: path within the bundle => {"bytes": size, "sha256": digest}; empty where it is missing.
         problem: why it is missing.
+        absent: there is no such thing, so that asking again is in vain.
     """
 
     need: Need
@@ -48,6 +50,7 @@ class Entry:
     licence: str = ""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problem: str = ""
+    absent: bool = False
 
 
 class Bundle:
@@ -83,8 +86,9 @@ class Bundle:
     def fill(self, request: Request) -> list[Entry]:
         """Fetch what a request needs and what that refers to; what is here already is only verified.
 
-        What cannot be got stays listed with its reason, and the rest is fetched all the same. A branch that moved on
-        at the Hub changes nothing: a bundle keeps the commits it has.
+        What cannot be got now stays listed with its reason, and the rest is fetched all the same. What does not exist
+        is not listed, nor what an earlier request of the same name asked for in vain and this one does not. A branch
+        that moved on at the Hub changes nothing: a bundle keeps the commits it has.
 
         Returns:
             An entry for each need; those with a `problem` are missing.
@@ -100,12 +104,12 @@ class Bundle:
             for entry, listing in plans:
                 done[entry.need.identity] = self._fetched(entry, listing)
             todo = [need for entry, _ in plans for need in self._referred(done[entry.need.identity])]
-        self._put_into_list(done)
+        self._put_into_list(done, request)
         return list(done.values())
 
     def _plan(self, need: Need, command: str) -> tuple[Entry, Listing | None]:
         """=> the entry, without files where they must be fetched; and what the Hub says about it, which is shown."""
-        entry = replace(self.entries.get(need.identity, Entry(need, command)), problem="")
+        entry = replace(self.entries.get(need.identity, Entry(need, command)), problem="", absent=False)
         damage = list(_damage(self.folder, entry))
         if entry.files and not damage:
             return entry, None
@@ -116,7 +120,7 @@ class Bundle:
             try:
                 listing = look_up(replace(need, revision=entry.commit or need.revision), self.folder / "hub")
             except UserError as error:
-                entry = replace(entry, problem=str(error))
+                entry = replace(entry, problem=str(error), absent=isinstance(error, NotThereError))
         _announce(need, listing)
         return entry, listing
 
@@ -131,8 +135,8 @@ class Bundle:
     def _fetch(self, entry: Entry, listing: Listing | None) -> Entry:
         need = entry.need
         if need.kind == "path":
-            _require_path(need)
-            return entry
+            problem = _path_problem(need)
+            return replace(entry, problem=problem, absent=bool(problem))
         if need.kind == "statistics":
             return replace(entry, files=self._digests([self._statistics(need)]))
         if need.kind == "file":
@@ -169,8 +173,13 @@ class Bundle:
     def _digests(self, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
         return {path.relative_to(self.folder).as_posix(): file_digest(path) for path in paths}
 
-    def _put_into_list(self, done: Mapping[tuple[Any, ...], Entry]) -> None:
-        entries = {**self.entries, **done}
+    def _put_into_list(self, done: Mapping[tuple[Any, ...], Entry], request: Request) -> None:
+        def stays(entry: Entry) -> bool:
+            if entry.need.identity in done:
+                return bool(entry.commit) or not entry.absent  # what has a commit was here once, and is damaged now
+            return bool(entry.files) or shlex.split(entry.command)[2] != request.name
+
+        entries = {identity: entry for identity, entry in {**self.entries, **done}.items() if stays(entry)}
         if entries == self.entries:  # perhaps a folder that cannot be written
             return
         self.entries = entries
@@ -196,7 +205,7 @@ class Bundle:
             raise UserError(f"{path}: not there; fill the folder with `repagen download NAME --to {self.folder}`")
         for need in needs or ():
             if need.identity not in self.entries:
-                yield f"{need.why}: {need.kind} {need.name}: missing; {self._advice(command)}"
+                yield f"{need.why}: {_path_problem(need) or self._missing(need, command)}"
         asked = None if needs is None else {need.identity for need in needs}
         parents = tuple(f"{need.why}:" for need in needs or ())  # of what these refer to
         for identity, entry in self.entries.items():
@@ -205,27 +214,29 @@ class Bundle:
 
     def _problems_of(self, entry: Entry) -> Iterator[str]:
         need = entry.need
-        thing = f"{need.why}: {need.kind} {need.name}"
         if need.kind == "path":
-            try:
-                _require_path(need)
-            except UserError as error:
-                yield str(error)
+            if problem := _path_problem(need):
+                yield f"{need.why}: {problem}"
         elif not entry.files:
-            yield f"{thing}: missing; {self._advice(entry.command)}"
+            yield f"{need.why}: {self._missing(need, entry.command)}"
         for path, problem in _damage(self.folder, entry):
-            yield f"{thing}: {self.folder / path} {problem}; {self._advice(entry.command)}"
+            where = f"{need.why}: {need.kind} {need.name}: {self.folder / path}"
+            yield f"{where} {problem}; {self._advice(entry.command)}"
+
+    def _missing(self, need: Need, command: str) -> str:
+        return f"{need.kind} {need.name}: missing; {self._advice(command)}"
 
     def _advice(self, command: str) -> str:
         return f"get it with `{command} --to {shlex.quote(str(self.folder))}`"
 
 
-def _require_path(need: Need) -> None:
-    """Refuse a path that is not there, or was left to the user."""
+def _path_problem(need: Need) -> str:
+    """Say that a path is not there, or was left to the user; nothing about other needs."""
+    if need.kind != "path" or Path(need.name).expanduser().exists():
+        return ""
     if need.name == BLANK:
-        raise UserError(f"{need.why}: the recipe leaves it to you; give {need.why}=PATH_OR_HUB_ID")
-    if not Path(need.name).expanduser().exists():
-        raise UserError(f"{need.why}: {need.name} is not there; correct the path, or give {need.why}=ANOTHER")
+        return f"the recipe leaves it to you; give {need.why}=PATH_OR_HUB_ID"
+    return f"{need.name} is not there; correct the path, or give {need.why}=ANOTHER"
 
 
 def _damage(folder: Path, entry: Entry) -> Iterator[tuple[str, str]]:

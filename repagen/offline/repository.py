@@ -19,7 +19,7 @@ from repagen.encoders.families import FAMILIES, EncoderFamily, family_of
 from repagen.encoders.files import CONFIG_FILES, WEIGHT_FILES, read_json
 from repagen.errors import UserError
 from repagen.files import file_digest, put_file, replace_file
-from repagen.hub.fetching import fetch_snapshot, naming_hub_errors
+from repagen.hub.fetching import NotThereError, fetch_snapshot, naming_hub_errors
 from repagen.offline.needs import Need
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def look_up(need: Need, cache: Path) -> Listing:
         cache: of the bundle.
 
     Raises:
-        UserError: unknown, closed or out of reach, or without weights.
+        UserError: closed or out of reach; `NotThereError`: unknown, or without weights.
     """
     from huggingface_hub import HfApi, is_offline_mode
 
@@ -95,14 +95,14 @@ def _chosen(names: Sequence[str], need: Need, is_encoder: bool) -> list[str]:
     """Choose the files of a repository that loading it reads.
 
     Raises:
-        UserError: it has no weights.
+        NotThereError: it has no weights.
     """
     if need.kind == "dataset":
         return [name for name in names if name != ".gitattributes"]
     chosen = _of_encoder(names) if is_encoder else _of_model(names, need.subfolder)
     if not any(name.endswith((".safetensors", ".bin")) for name in chosen):
         where = f", subfolder {need.subfolder}" if need.subfolder else ""
-        raise UserError(
+        raise NotThereError(
             f"{need.kind} {need.name!r}{where}: it has no weights that are loaded here (as safetensors); see "
             f"https://huggingface.co/{need.name}/tree/main"
         )

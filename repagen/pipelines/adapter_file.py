@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors.torch import save
 from repagen.errors import UserError, refusing
 from repagen.files import put_file
 from repagen.hub.fetching import fetch_snapshot
-from repagen.hub.inspection import inspect_weights_file
+from repagen.hub.inspection import inspect_weights_file, refuse_link_outside
 
 COMPONENT = "transformer"
 ROWS_KEY = f"{COMPONENT}.label_embedder.rows"
@@ -31,6 +33,10 @@ _CONFIG_KEYS = frozenset({
     "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "inference_mode", "task_type", "peft_type",
     "base_model_name_or_path", "revision", "peft_version",
 })  # fmt: skip
+# peft takes these for regular expressions, some of which it would search with for ever.
+_NAME_LISTS = ("target_modules", "exclude_modules", "layers_pattern")
+_NAME_TABLES = ("rank_pattern", "alpha_pattern")
+_PLAIN_NAME = re.compile(r"\^?[\w.-]+")
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal")
 
 
@@ -61,7 +67,7 @@ def find_adapter_file(source: str | Path, weight_name: str | None, subfolder: st
         hub: `revision`, `token`, `local_files_only`, `cache_dir` and `force_download` of `fetch_snapshot`.
 
     Raises:
-        UserError: no such file, or a repository that is closed, unknown or out of reach.
+        UserError: no such file, a link out of the folder, or a repository that is closed, unknown or out of reach.
     """
     name = weight_name or LORA_WEIGHT_NAME_SAFE
     path = Path(source).expanduser()
@@ -74,6 +80,7 @@ def find_adapter_file(source: str | Path, weight_name: str | None, subfolder: st
     if not (folder / name).is_file():
         found = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "none"
         raise UserError(f"{folder}: no adapter file {name}; safetensors files there: {found}; give weight_name")
+    refuse_link_outside(folder / name, path, "adapter")
     return folder / name
 
 
@@ -136,6 +143,8 @@ def split_adapter(
     if strange:
         raise UserError(f"adapter: tensor {strange[0]!r} is neither of a LoRA layer nor {ROWS_KEY}")
     _check_metadata(metadata)
+    if layers:
+        _check_ranks(metadata or {}, layers)
     rows = tensors.get(ROWS_KEY)
     if rows is not None:
         _check_rows(rows, class_names)
@@ -148,12 +157,16 @@ def _check_rows(rows: torch.Tensor, class_names: Sequence[str] | None) -> None:
         raise UserError(
             f"adapter: {ROWS_KEY} must be (classes, width) floats, got {tuple(rows.shape)} of {rows.dtype}"
         )
+    if not rows.isfinite().all():
+        raise UserError(f"adapter: {ROWS_KEY} has values that are not finite; its training failed, or it is damaged")
     if class_names is None:
         return
     if len(class_names) != len(rows) or not all(isinstance(name, str) and name.strip() for name in class_names):
         raise UserError(
             f"adapter: {CLASS_NAMES_KEY} must be {len(rows)} names, one per label row, got {class_names!r}"
         )
+    if len(set(class_names)) != len(class_names):
+        raise UserError(f"adapter: {CLASS_NAMES_KEY} must differ from one another, got {class_names!r}")
 
 
 def _check_metadata(metadata: Mapping[str, Any] | None) -> None:
@@ -170,6 +183,32 @@ def _check_metadata(metadata: Mapping[str, Any] | None) -> None:
             harmless = key in _CONFIG_KEYS or not value or value == defaults[key]
         if not harmless:
             raise UserError(f"adapter: metadata {full_key} is {value!r}, which needs more than LoRA layers; refused")
+        if value and not _has_plain_names(key, value):
+            raise UserError(f"adapter: metadata {full_key} must hold plain names of layers, got {str(value)[:200]!r}")
+        alphas = [value] if key == "lora_alpha" else (value or {}).values() if key == "alpha_pattern" else ()
+        if not all(isinstance(alpha, int | float) and abs(alpha) < math.inf for alpha in alphas):
+            raise UserError(f"adapter: metadata {full_key} must be finite numbers, got {str(value)[:200]}")
+
+
+def _has_plain_names(key: str, value: Any) -> bool:
+    if key in _NAME_LISTS:
+        names = [value] if isinstance(value, str) else value
+    elif key in _NAME_TABLES:
+        names = list(value) if isinstance(value, dict) else None
+    else:
+        return True
+    return isinstance(names, list) and all(isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in names)
+
+
+def _check_ranks(metadata: Mapping[str, Any], layers: Mapping[str, torch.Tensor]) -> None:
+    """Refuse ranks above those of the tensors, before peft makes layers of them."""
+    largest = max((len(tensor) for key, tensor in layers.items() if "_A." in key and tensor.ndim), default=0)
+    fields = {key.removeprefix(f"{COMPONENT}."): value for key, value in metadata.items()}
+    for rank in (fields.get("r", largest), *(fields.get("rank_pattern") or {}).values()):
+        if type(rank) is not int or rank > largest:
+            raise UserError(
+                f"adapter: metadata give rank {str(rank)[:20]}; the largest of its LoRA layers is {largest}"
+            )
 
 
 def write_adapter_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def _path_and_weight(word: str) -> tuple[str, float]:
     if not equals or Path(word).exists():  # a path may have the sign in its name
         return word, 1.0
     try:
-        return path, float(weight)
+        factor = float(weight)
     except ValueError:
-        raise UserError(f"--lora {word}: {weight!r} is no number; give PATH or PATH=WEIGHT") from None
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise UserError(f"--lora {word}: {weight!r} is no finite number; give PATH or PATH=WEIGHT")
+    return path, factor

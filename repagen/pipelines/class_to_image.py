@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.hooks import FasterCacheConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, is_torch_xla_available
 from diffusers.utils.torch_utils import randn_tensor
@@ -18,6 +20,7 @@ from PIL import Image
 from repagen.errors import UserError
 from repagen.flow.guidance import GuidanceInterval, GuidanceMethod
 from repagen.hub.published import PublishedMixin
+from repagen.layers.lora import check_attention_kwargs
 from repagen.models.latents import decoded_size, latents_to_images
 from repagen.pipelines.components import Autoencoder, Scheduler, Transformer
 from repagen.pipelines.guided_prediction import GuidedPrediction, class_token_dim, is_discrete, learns_variance
@@ -151,6 +154,23 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
         """Whether the rest of the loop is skipped; a callback sets `_interrupt`."""
         return self._interrupt
 
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Offload groups of layers of every model; arguments as diffusers'.
+
+        Raises:
+            UserError: to disk with a guidance_transformer. diffusers names the files by the layers' names, so the two
+                transformers would overwrite each other's.
+        """
+        given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        folder, excluded = given.get("offload_to_disk_path"), given.get("exclude_modules") or []
+        kept = {excluded} if isinstance(excluded, str) else set(excluded)
+        if folder is not None and len({"transformer", "guidance_transformer"} & set(self.components) - kept) > 1:
+            raise UserError(
+                f"offload_to_disk_path is {str(folder)!r}, where transformer and guidance_transformer would overwrite "
+                "each other's files; call enable_group_offload on each model with a folder of its own"
+            )
+        super().enable_group_offload(*args, **kwargs)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -189,7 +209,7 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
             sigmas: unshifted falling times in [0, 1] instead of the scheduler's own grid.
             output_type: "pil", "np", "pt" or "latent"; see `ClassToImagePipelineOutput`.
             return_dict: False returns a tuple.
-            attention_kwargs: passed to the transformers, for example {"scale": 0.5} for LoRA.
+            attention_kwargs: {"scale": factor} multiplies LoRA layers.
             callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step; what it returns under
                 "latents" replaces them.
             callback_on_step_end_tensor_inputs: names of the tensors it gets, among `_callback_tensor_inputs`.
@@ -220,7 +240,9 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
         self._attention_kwargs = attention_kwargs
         self._interrupt = False
         self._current_timestep = None
-        self.check_inputs(class_labels, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            class_labels, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs, attention_kwargs
+        )
 
         device = self._execution_device
         batch_size, labels = self.prepare_class_labels(class_labels, num_images_per_prompt, generator, device)
@@ -277,6 +299,7 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
         num_images_per_prompt: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        attention_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Refuse arguments of `__call__` that do not fit together or do not fit the models.
 
@@ -296,6 +319,7 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
             raise UserError(f"class_labels is missing; give ids from 0 to {config.num_classes - 1}, or class names")
         if class_labels is not None and config.num_classes == 0:
             raise UserError("class_labels was given to an unconditional model; leave it out")
+        check_attention_kwargs(attention_kwargs)
         self._check_guidance()
         self.check_components()
 
@@ -321,6 +345,19 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
             )
         if options.zero_init_steps and is_discrete(self.transformer):
             raise UserError("zero_init_steps needs a velocity, which a transformer of integer steps has not; use 0")
+        self._check_caches()
+
+    def _check_caches(self) -> None:
+        """Refuse FasterCache, which takes the first half of a batch for the null pass, where no batch is made so."""
+        for name in ("transformer", "guidance_transformer"):
+            cache = getattr(getattr(self, name), "_cache_config", None)
+            splits = isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled
+            if splits and not self.do_classifier_free_guidance:
+                raise UserError(
+                    f"the {name} has FasterCache, which needs classifier-free guidance, but guidance_method is "
+                    f"{self.guidance_method!r} and guidance_scale {self.guidance_scale}; use 'cfg' and a scale above "
+                    "1, or disable_cache() and another cache"
+                )
 
     def check_options(self, given: Mapping[str, Any]) -> None:
         """Refuse components that do not work together, and sampling options that they cannot meet; samples nothing.

@@ -64,7 +64,8 @@ class GuidedPrediction:
         ]
 
     def _unguided(self, state: State, timestep: torch.Tensor, index: int, scale: float) -> State:
-        if self.method == "cfg" and scale > 1 and self.transformer.is_cache_enabled:
+        # The call's own scale decides: a callback that ends the guidance must not change the batch under a cache.
+        if self.method == "cfg" and self.options.guidance_scale > 1 and self.transformer.is_cache_enabled:
             return self._both_classes(state, timestep, index)[0]
         return self._evaluate(self.transformer, "cond", state, timestep, self.labels, index)
 

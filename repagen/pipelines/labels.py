@@ -32,6 +32,11 @@ def resolve_class_labels(
     return [_resolve(label, num_classes, ids_of_name) for label in _flatten(class_labels)]
 
 
+def classes_named(name: str, id2label: Mapping[str, str] | None) -> list[int]:
+    """Return the ids of all classes that bear a name, in full or, where none does, as a synonym; case is ignored."""
+    return _ids_of_name(id2label or {}).get(name.strip().lower(), [])
+
+
 def _flatten(labels: ClassLabels) -> list[int | str]:
     if isinstance(labels, torch.Tensor):
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

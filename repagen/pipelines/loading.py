@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import is_offline_mode
 
@@ -42,16 +43,22 @@ class CommitLoading(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or a Hub id such as "org/name".
-            kwargs: `revision` (branch, tag or commit), `dtype` (one, or {component: dtype, "default": dtype}),
+            kwargs: `revision` (branch, tag or commit), `dtype` (a torch dtype or its name, or
+                {component: dtype, "default": dtype}),
                 `variant`, `device_map`, `quantization_config`, `token`, `cache_dir`, `local_files_only`,
                 `force_download`, components to use in place of the saved ones, and what else diffusers takes.
 
         Raises:
             UserError: one line for what cannot be reached, is no pipeline, one of another kind or with parts missing,
-                and for remote code, which is never run.
+                for a dtype or a component of `dtype` that is none, and for remote code, which is never run.
         """
         name = os.fspath(pretrained_model_name_or_path)
         _refuse_code(name, kwargs)
+        components = cls._get_signature_keys(cls)[0]
+        given = {
+            key: _dtypes(kwargs[key], components) for key in ("dtype", "torch_dtype") if kwargs.get(key) is not None
+        }
+        kwargs = {**kwargs, **given}
         commit = None
         folder = Path(name)
         if not folder.is_dir():
@@ -133,6 +140,25 @@ def _refuse_code(name: str, kwargs: Mapping[str, Any]) -> None:
         )
     if kwargs.get("use_safetensors") is False:
         raise UserError(f"use_safetensors=False was given for {name}; weights are loaded from safetensors alone")
+
+
+def _dtypes(given: Any, components: Collection[str]) -> Any:
+    """Return a `dtype` with torch's dtypes for their names; diffusers takes what it does not know for float32."""
+    if not isinstance(given, Mapping):
+        return _dtype(given)
+    allowed = [*sorted(components), "default"]
+    if strange := [name for name in given if name not in allowed]:
+        raise UserError(f"dtype: {strange[0]!r} is no component; allowed are {', '.join(allowed)}")
+    return {name: _dtype(value) for name, value in given.items()}
+
+
+def _dtype(given: Any) -> torch.dtype:
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(
+            f"dtype={given!r} is none for weights; give one such as torch.bfloat16, or its name 'bfloat16'"
+        )
+    return dtype
 
 
 def _read_index(folder: Path, name: str, kind: type) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,11 +42,23 @@ def default_lora_targets(transformer: nn.Module) -> list[str]:
     return [target for target in _TARGETS if any(name.endswith(f".{target}") for name in names)]
 
 
+def _check_push(push: bool, options: Mapping[str, Any], weight_name: str | None, safe: bool) -> None:
+    from repagen.hub.published import HUB_OPTIONS, require_safetensors
+
+    if unknown := options.keys() - (HUB_OPTIONS if push else ()):
+        raise TypeError(f"save_lora_weights: unexpected options {sorted(unknown)}, with push_to_hub={push}")
+    require_safetensors(safe)
+    if weight_name not in (None, LORA_WEIGHT_NAME_SAFE):
+        raise UserError(
+            f"weight_name={weight_name!r}: an adapter is published as {LORA_WEIGHT_NAME_SAFE}; leave it out"
+        )
+
+
 class AdapterMixin(LoraBaseMixin):
     """Loads, saves, fuses and removes adapters of `transformer`.
 
     An adapter holds LoRA layers, rows of new classes, or both. Its classes follow those that the pipeline has, with
-    their names in `id2label`, and leave with it, unless it is fused then. LoRA layers are peft's; `set_adapters`,
+    their names in `id2label`, and leave with it, unless it is fused then. LoRA layers are peft's;
     `get_active_adapters`, `get_list_adapters`, `enable_lora`, `disable_lora`, `set_lora_device` and
     `enable_lora_hotswap` are diffusers', and know nothing of adapters without LoRA layers, which are always active.
     """
@@ -115,7 +128,8 @@ class AdapterMixin(LoraBaseMixin):
             hub: `subfolder`, `revision`, `token`, `local_files_only`, `cache_dir`, `force_download`.
 
         Raises:
-            UserError: (a ValueError) nothing to load, or nothing that fits; the pipeline is then as it was.
+            UserError: (a ValueError) nothing to load, nothing that fits, or LoRA layers beside fused ones; the
+                pipeline is then as it was.
         """
         tensors, metadata, class_names = self._read(pretrained_model_name_or_path_or_dict, weight_name, **hub)
         if tensors and not any("." in key for key in tensors):  # names no layer of any model: diffusers warns
@@ -124,6 +138,8 @@ class AdapterMixin(LoraBaseMixin):
         adapter = split_adapter(tensors, metadata, class_names)
         name = adapter_name or self._free_name()
         self._check_name(adapter, name, hotswap)
+        if adapter.layers:
+            self._require_unfused(f"adapter {name!r}")
         self._check_rows(adapter, name, hotswap)
         self._check_layers(adapter, name, hotswap)
         if adapter.layers:
@@ -172,8 +188,10 @@ class AdapterMixin(LoraBaseMixin):
         safe_serialization: bool = True,
         transformer_lora_adapter_metadata: Mapping[str, Any] | None = None,
         label_rows: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **hub: Any,
     ) -> None:
-        """Write an adapter file; equal content gives equal bytes.
+        """Write an adapter file, and upload it where it is asked to; equal content gives equal bytes.
 
         Args:
             save_directory: folder, made where it is missing.
@@ -183,11 +201,17 @@ class AdapterMixin(LoraBaseMixin):
             safe_serialization: False writes a `.bin` of `torch.save`, which holds LoRA layers alone.
             transformer_lora_adapter_metadata: `transformer.peft_config[name].to_dict()`; keeps ranks and alphas.
             label_rows: class name => its embedding (D,); in this order the classes are appended on loading.
+            push_to_hub: publish the folder too.
+            hub: `repo_id`, by default the folder's name; `private`, `token`, `commit_message`, `create_pr` and
+                `revision` of `publish_folder`.
 
         Raises:
-            UserError: nothing to save, a name of another format, rows of different widths, or metadata or rows for a
-                `.bin`.
+            UserError: nothing to save, a name of another format, a class without name, rows of different widths,
+                metadata or rows for a `.bin`, or a push of another file than `pytorch_lora_weights.safetensors`; the
+                Hub refuses or cannot be reached: the folder is whole then.
         """
+        if push_to_hub or hub:
+            _check_push(push_to_hub, hub, weight_name, safe_serialization)
         name = weight_name or (LORA_WEIGHT_NAME_SAFE if safe_serialization else LORA_WEIGHT_NAME)
         if not name.endswith(".safetensors" if safe_serialization else ".bin"):
             raise UserError(f"weight_name={name!r} does not go with safe_serialization={safe_serialization}")
@@ -195,6 +219,8 @@ class AdapterMixin(LoraBaseMixin):
             raise UserError("save_lora_weights: a .bin keeps no metadata and no classes; set safe_serialization=True")
         if not transformer_lora_layers and not label_rows:
             raise UserError("save_lora_weights: give transformer_lora_layers, label_rows, or both")
+        if any(not name.strip() for name in label_rows or ()):
+            raise UserError(f"label_rows: every class needs a name; got {list(label_rows or ())}")
         if not is_main_process:
             return
         tensors = cls.pack_weights(transformer_lora_layers or {}, cls.transformer_name)
@@ -208,6 +234,23 @@ class AdapterMixin(LoraBaseMixin):
         write_adapter_file(
             path, tensors, metadata_of(transformer_lora_adapter_metadata, list(label_rows) if label_rows else None)
         )
+        if push_to_hub:
+            from repagen.hub.publishing import publish_folder
+
+            publish_folder(path.parent, hub.pop("repo_id", path.parent.name), **hub)
+
+    def set_adapters(
+        self,
+        adapter_names: list[str] | str,
+        adapter_weights: float | dict[str, Any] | list[float] | list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Choose the active adapters and their weights, 1 by default; see `LoraBaseMixin.set_adapters`.
+
+        Raises:
+            UserError: adapters are fused; others would have no effect, and unfusing would take out the new weights.
+        """
+        self._require_unfused("set_adapters")
+        super().set_adapters(adapter_names, adapter_weights)
 
     def fuse_lora(
         self,
@@ -291,6 +334,18 @@ class AdapterMixin(LoraBaseMixin):
             ours, theirs = ("LoRA layers", "none") if name in layered else ("no LoRA layers", "some")
             raise UserError(f"adapter {name!r} has {ours} and its hot swap {theirs}; unload it and load the other")
 
+    def _require_unfused(self, what: str) -> None:
+        """Refuse to change LoRA layers while some are in the weights: peft takes them out, or leaves out the rest."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [module for module in self.transformer.modules() if isinstance(module, BaseTunerLayer)]
+        fused = sorted({name for layer in layers for name in layer.merged_adapters})
+        if fused:
+            raise UserError(
+                f"{what}: adapters are fused ({', '.join(fused)}); call unload_lora_weights(), which keeps "
+                "what is fused, and load the others again, or call unfuse_lora() first"
+            )
+
     def _check_rows(self, adapter: Adapter, name: str, hotswap: bool) -> None:
         replaced = len(self.adapter_classes.get(name, [])) if hotswap else 0
         added = 0 if adapter.rows is None else len(adapter.rows)
@@ -320,6 +375,12 @@ class AdapterMixin(LoraBaseMixin):
         from peft import get_peft_model_state_dict
 
         transformer = unwrap_module(self.transformer)
+        magnitudes = any(".lora_magnitude_vector" in key for key in adapter.layers)
+        if hotswap and (magnitudes or transformer.peft_config[name].use_dora):
+            raise UserError(
+                f"adapter {name!r}: DoRA (use_dora) cannot be hot-swapped, as peft exchanges no magnitudes; "
+                f"call delete_adapters({name!r}) and load the other"
+            )
         unfit = f"adapter {name!r} does not fit this {type(transformer).__name__}"
         with refusing(unfit), _quiet_loader(), _without_needless_warnings():
             copy = _without_weights(transformer)
@@ -328,10 +389,8 @@ class AdapterMixin(LoraBaseMixin):
             expected = get_peft_model_state_dict(copy, adapter_name=name)
             if hotswap:
                 copy = _without_weights(transformer)
-                loaded = get_peft_model_state_dict(transformer, adapter_name=name)
-                config = transformer.peft_config[name].to_dict()
-                same = {key: tensor.detach().to("cpu", copy=True) for key, tensor in loaded.items()}
-                copy.load_lora_adapter(same, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
+                # Of the first adapter's rank; earlier swaps may have left another, but any takes any other's place.
+                copy.add_adapter(deepcopy(transformer.peft_config[name]), name)
                 load(copy, name, hotswap=True)
         keys = {key.removeprefix(f"{COMPONENT}.") for key in adapter.layers}
         wrong = sorted(keys ^ set(expected))

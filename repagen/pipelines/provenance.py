@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from repagen.errors import refusing
+from repagen.errors import UserError, refusing
 from repagen.models.fingerprint import hash_tensors
 
 TRAINING_FILE = "training.json"
@@ -43,7 +43,7 @@ def training_record(source: str | Path | None, revision: str | None = None) -> d
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        UserError: the file is no JSON.
+        UserError: the file is no JSON object.
     """
     if not source:
         return {}
@@ -56,4 +56,7 @@ def training_record(source: str | Path | None, revision: str | None = None) -> d
     if not path.is_file():
         return {}
     with refusing(f"{path}: cannot be read as JSON"):
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: must hold a JSON object, got {type(record).__name__}; delete it, or fetch it again")
+    return record

@@ -98,8 +98,10 @@ def run(args: argparse.Namespace) -> str:
         UserError: a folder that holds something else, a model that cannot be loaded, or arguments that do not fit it.
     """
     _refuse_foreign_folder(args.output)
-    numbered = open_numbered_images(args)
     folder = args.output / "images"
+    for leftover in (*args.output.glob(f"{TEMPORARY_PREFIX}*"), *folder.glob(f"{TEMPORARY_PREFIX}*")):
+        leftover.unlink()  # of a killed process
+    numbered = open_numbered_images(args)
     paths = [folder / f"{index:06d}.png" for index in range(len(numbered))]
     missing = _missing_images(numbered, folder, paths)
     for index, image in numbered.draw(missing):
@@ -187,13 +189,14 @@ def _command(args: argparse.Namespace, origin: dict[str, Any], options: dict[str
 def _refuse_foreign_folder(output: Path) -> None:
     """Take a new or empty folder, or one in which this command was interrupted."""
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if (output.exists() and not output.is_dir()) or not names <= {"images", "grid.png"}:
+    foreign = {name for name in names if not name.startswith(TEMPORARY_PREFIX)} - {"images", "grid.png"}
+    if (output.exists() and not output.is_dir()) or foreign:
         raise UserError(f"--output {output} exists and is no empty folder; name a new one")
 
 
 def _missing_images(numbered: NumberedImages, folder: Path, paths: Sequence[Path]) -> list[int]:
     """Return the numbers of the images that are not there yet; refuse a folder with images of another command."""
-    present = {path for path in folder.glob("*") if not path.name.startswith(TEMPORARY_PREFIX)}
+    present = set(folder.glob("*"))
     for path in sorted(present):
         if path not in paths:
             raise UserError(f"--output: {path} is no image of this command; name a new folder")

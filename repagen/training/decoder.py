@@ -59,7 +59,7 @@ def train(config: DecoderConfig) -> Path:
     with open_run(config, "decoder") as run:
         dataset = open_dataset(config.data)
         training = AutoencoderTraining(run, config, KINDS[config.autoencoder.kind].open(config, run), dataset)
-        start_step = training.restore({})
+        start_step = training.restore({}, {})
         training.train(start_step)
         base_model = config.autoencoder.pretrained
         return training.release(start_step, "autoencoder", training.kind.save, base_model=base_model)
@@ -90,15 +90,17 @@ class AutoencoderTraining:
         self.ema = Ema(kind.trained, config.ema)
         self._parts: dict[str, Any] = {**self.step.parts(), "ema": self.ema}
 
-    def restore(self, facts: Mapping[str, Any]) -> int:
+    def restore(self, facts: Mapping[str, Any], further_parts: Mapping[str, Any]) -> int:
         """Load the checkpoint that the run continues from, if any: => optimiser steps already done.
 
         Args:
             facts: what must not have changed, beside the data and the frozen parts.
+            further_parts: name => what a checkpoint keeps beside the training's own.
 
         Raises:
             UserError: something changed that may not.
         """
+        self._parts |= further_parts
         perceptual, discriminator = self.step.perceptual, self.step.discriminator
         own = {
             "data": self.dataset.fingerprint(),
@@ -153,6 +155,7 @@ class AutoencoderTraining:
                 folder=run.folder / name,
                 save=save,
                 draw=partial(write_reconstructions, self.config.sample.num_images, run, reconstruct, self.dataset),
+                shows="images above their reconstructions",
                 licences=kind.licences(),
                 **options,
             )

@@ -36,6 +36,7 @@ from repagen.training.finetune_model import (
     open_pipeline,
     pinned_pipeline,
     prepare_pipeline,
+    refuse_guidance_transformer,
     release_of,
 )
 from repagen.training.finetune_prior import prior_dataset
@@ -88,6 +89,7 @@ def _refuse_empty_classes(dataset: Any) -> None:
 def _train_generator(config: FinetuneConfig, run: Run, pipeline: Any, data: SampleDataset) -> Path:
     model = pipeline.transformer
     plan = plan_classes(config, model.config.num_classes, pipeline.config["id2label"], data.class_names)
+    refuse_guidance_transformer(config, pipeline, plan)
     if config.evaluation.every_images and config.evaluation.reference is None and plan.num_classes > len(plan.of_data):
         raise UserError(
             f"evaluation.reference: needed, since {plan.num_classes} classes are sampled and the data has "
@@ -99,7 +101,7 @@ def _train_generator(config: FinetuneConfig, run: Run, pipeline: Any, data: Samp
         "time shift": pipeline.scheduler.config.get("shift"),
         "classes": plan.class_names,
     }
-    dataset = _with_prior(config, run, pipeline, plan, data, [facts["pretrained"], frozen.fingerprints])
+    dataset = _with_prior(config, run, pipeline, plan, data, facts["pretrained"])
     prepare_pipeline(config, pipeline, plan)
     check_samplings(config, pipeline, "pipeline")
     training = GeneratorTraining(
@@ -150,14 +152,14 @@ def _open_frozen(config: FinetuneConfig, run: Run, pipeline: Any, data: SampleDa
 
 
 def _with_prior(
-    config: FinetuneConfig, run: Run, pipeline: Any, plan: ClassPlan, data: SampleDataset, networks: Any
+    config: FinetuneConfig, run: Run, pipeline: Any, plan: ClassPlan, data: SampleDataset, pretrained: str
 ) -> SampleDataset:
     """The data under the generator's labels, with the pipeline's own images of the classes that the data lacks."""
     parts: list[tuple[SampleDataset, Sequence[int]]] = [(data, plan.of_data)]
     lacking = [label for label in range(len(plan.kept)) if label not in plan.of_data]
     if config.prior.images_per_class and lacking:
         pipeline.to(run.device)
-        parts.append((prior_dataset(run, config, pipeline, [plan.kept[k] for k in lacking], networks), lacking))
+        parts.append((prior_dataset(run, config, pipeline, [plan.kept[k] for k in lacking], pretrained), lacking))
     return CombinedDataset(parts, plan.class_names)
 
 
@@ -179,11 +181,12 @@ def _train_decoder(config: FinetuneDecoderConfig, run: Run, pipeline: Any, datas
     decoder_config = config.of_decoder(autoencoder.config["noise_tau"])
     autoencoder.register_to_config(noise_tau=decoder_config.autoencoder.noise_tau)
     training = AutoencoderTraining(run, decoder_config, RepresentationKind(autoencoder, decoder_config, run), dataset)
-    start_step = training.restore(facts)
+    found = FoundMicroBatch()
+    start_step = training.restore(facts, {"micro_batch": found})
     step = training.step
     networks = [autoencoder, *(part for part in (step.perceptual, step.discriminator) if part is not None)]
     rehearsal = Rehearsal(run, dataset, step.rehearse, training.kind.trained, networks, config.optimizer, training.ema)
-    rehearsal(start_step, FoundMicroBatch())
+    rehearsal(start_step, found)
     training.train(start_step)
     seen = training_facts(run, max(start_step, config.max_steps), dataset)
     told = {"mode": config.mode, "pipeline": config.pipeline, "pipeline_decoder": facts["pretrained"]}

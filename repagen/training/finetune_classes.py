@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,10 @@ import torch
 
 from repagen.config import nearest
 from repagen.errors import UserError, naming
-from repagen.pipelines.labels import resolve_class_labels
+from repagen.pipelines.labels import classes_named, resolve_class_labels
 from repagen.training.finetune_config import FinetuneConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,11 @@ def plan_classes(
 
     Raises:
         UserError: names the key: classes that do not exist, or another number than expected; data without classes for
-            a generator that has some, or the other way round; nothing to train.
+            a generator that has some, or the other way round; nothing to train; names of the data that mean two
+            classes, or that differ in case only.
     """
     _refuse_one_sided(config, num_classes, data_names)
-    known = {name: label for name in data_names if (label := _id_of(name, num_classes, id2label)) is not None}
+    known = _known(data_names, num_classes, id2label)
     kept = _kept(config, num_classes, id2label, list(known.values()))
     new = [name for name in data_names if name not in known]
     place = {old: label for label, old in enumerate(kept)}
@@ -82,6 +86,7 @@ def plan_classes(
         sources=_sources(config, num_classes, id2label, new),
     )
     _refuse_unexpected(config, plan)
+    _tell_merged(plan, data_names)
     return plan
 
 
@@ -112,12 +117,25 @@ def _refuse_one_sided(config: FinetuneConfig, num_classes: int, data_names: Sequ
         )
 
 
-def _id_of(name: str, num_classes: int, id2label: Mapping[str, str] | None) -> int | None:
-    """Id of the class that the pipeline calls so; None where it knows no such name, or several."""
-    try:
-        return resolve_class_labels(name, num_classes, id2label)[0]
-    except UserError:
-        return None
+def _known(data_names: Sequence[str], num_classes: int, id2label: Mapping[str, str] | None) -> dict[str, int]:
+    """Name => id of the classes of the data that the pipeline has."""
+    known: dict[str, int] = {}
+    folded: dict[str, str] = {}
+    for name in data_names:
+        other = folded.setdefault(name.strip().lower(), name)
+        if other != name:
+            raise UserError(
+                f"data: the classes {other!r} and {name!r} differ in case only; rename one, or put them together"
+            )
+        ids = [label for label in classes_named(name, id2label) if label < num_classes]
+        if len(ids) > 1:
+            raise UserError(
+                f"data: {name!r} names the pipeline's classes {ids}; rename this class of the data, and begin it with "
+                f"one of them by labels.start_from.NAME={ids[0]}"
+            )
+        if ids:
+            known[name] = ids[0]
+    return known
 
 
 def _kept(
@@ -156,8 +174,18 @@ def _refuse_unexpected(config: FinetuneConfig, plan: ClassPlan) -> None:
         )
     if config.mode == "labels" and not plan.new:
         raise UserError(
-            f"mode: labels trains the rows of new classes, and {config.pipeline} knows all classes of the data; "
-            "rename them, or take mode=full or mode=lora"
+            f"mode: labels trains the rows of new classes, and {config.pipeline} "
+            + ("knows all classes of the data; rename them, or" if plan.num_classes else "is unconditional;")
+            + " take mode=full or mode=lora"
         )
     if config.prior.images_per_class and not plan.kept:
         raise UserError("prior.images_per_class: no class of the pipeline stays; leave it out")
+    if config.prior.images_per_class and set(plan.of_data) >= set(range(len(plan.kept))):
+        raise UserError("prior.images_per_class: the data has every class that stays, none is drawn; leave it out")
+
+
+def _tell_merged(plan: ClassPlan, data_names: Sequence[str]) -> None:
+    for label in sorted(set(plan.of_data)):
+        merged = [name for name, own in zip(data_names, plan.of_data, strict=True) if own == label]
+        if len(merged) > 1:
+            logger.warning("%s of the data are one class of the pipeline, %r", " and ".join(merged), plan.names[label])

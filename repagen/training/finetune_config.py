@@ -39,7 +39,8 @@ class LabelsConfig:
     def validate(self) -> None:
         """Check that classes are given by name or id."""
         for name, source in self.start_from.items():
-            require(type(source) in (int, str), f"start_from.{name}", source, "the name or id of a class")
+            allowed = """the name or id of a class (a name with a dot: 'labels.start_from={"st. bernard": dog}')"""
+            require(type(source) in (int, str), f"start_from.{name}", source, allowed)
 
 
 @dataclass
@@ -121,6 +122,7 @@ class FinetuneConfig(GeneratorRunConfig):
     def validate(self) -> None:
         """Check that every key has an effect in the mode."""
         super().validate()
+        _require_pipeline(self.pipeline)
         count = self.num_classes
         require(count == "auto" or count >= 0, "num_classes", count, "auto, or at least 0")
         if self.mode != "lora":
@@ -135,6 +137,12 @@ class FinetuneConfig(GeneratorRunConfig):
         if self.prior.images_per_class:
             require(self.labels.keep != "none", "labels.keep", "none", "another: prior.images_per_class keeps classes")
             require(self.data.kind != "latents", "data.kind", "latents", "images, beside prior.images_per_class")
+        else:
+            _refuse_idle("prior", self.prior, PriorConfig(), "prior.images_per_class=0 draws none")
+
+
+def _require_pipeline(given: str) -> None:
+    require(bool(given.strip()), "pipeline", given, "a folder or Hub id of a saved ClassToImagePipeline")
 
 
 def _refuse_idle(section: str, given: Any, default: Any, reason: str) -> None:
@@ -156,6 +164,8 @@ class FinetuneDecoderConfig(RunConfig):
         l1_weight, lpips, adversarial, optimizer, ema, sample: as of decoder training.
     """
 
+    finds_micro_batch: ClassVar[bool] = True
+
     pipeline: str
     revision: str | None = None
     mode: Literal["decoder"] = "decoder"
@@ -171,6 +181,12 @@ class FinetuneDecoderConfig(RunConfig):
     def validate(self) -> None:
         """Check the ranges, as decoder training does."""
         super().validate()
+        _require_pipeline(self.pipeline)
+        if self.micro_batch_size == "auto" and self.adversarial.weight:
+            raise UserError(
+                f"micro_batch_size: auto tries no step of the discriminator (adversarial.weight="
+                f"{self.adversarial.weight}); give a divisor of global_batch_size"
+            )
         require(self.noise_tau is None or self.noise_tau >= 0, "noise_tau", self.noise_tau, "at least 0")
         self.of_decoder(0.0).validate()
 
@@ -181,6 +197,7 @@ class FinetuneDecoderConfig(RunConfig):
             noise_tau: of the autoencoder.
         """
         shared = {own.name: getattr(self, own.name) for own in fields(RunConfig)}
+        shared["micro_batch_size"] = None  # the run splits the batch, by this configuration
         return DecoderConfig(
             **shared,
             data=replace(self.data),

@@ -93,6 +93,20 @@ class NewRows(nn.Module):
         return torch.cat([table[: self.first], self.rows, table[self.first + len(self.rows) :]])
 
 
+def refuse_guidance_transformer(config: FinetuneConfig, pipeline: Any, plan: ClassPlan) -> None:
+    """Refuse to train an adapter with new classes for a pipeline that could not load it.
+
+    Raises:
+        UserError: says how to get a pipeline that can.
+    """
+    if config.mode != "full" and plan.new and pipeline.guidance_transformer is not None:
+        raise UserError(
+            f"pipeline: {config.pipeline} has a guidance_transformer without the new classes ({len(plan.new)}), so it "
+            f"could not load the adapter of mode={config.mode}; save a copy without it, ClassToImagePipeline."
+            "from_pretrained(..., guidance_transformer=None).save_pretrained(FOLDER), and give that"
+        )
+
+
 def prepare_pipeline(config: FinetuneConfig, pipeline: Any, plan: ClassPlan) -> None:
     """Give the generator its classes, and let train what the mode trains.
 

@@ -8,13 +8,17 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm.auto import tqdm
 
+from repagen.config import flatten, value_at
 from repagen.data import DataConfig, ImageDataset, open_image_dataset
-from repagen.files import put_file
+from repagen.errors import UserError
+from repagen.files import TEMPORARY_PREFIX, file_digest, put_file
+from repagen.models.fingerprint import autoencoder_sha256
+from repagen.models.identity import describe_autoencoder, describe_transformer
 from repagen.models.modes import in_eval_mode
 from repagen.randomness import generator_for
 from repagen.training.finetune_config import FinetuneConfig
@@ -34,29 +38,89 @@ def prior_dataset(run: Run, config: FinetuneConfig, pipeline: Any, classes: Sequ
         config: how many there are, and how they are drawn.
         pipeline: as it was before fine-tuning.
         classes: its ids.
-        facts: what identifies its networks; images of others are drawn anew.
+        facts: what identifies its transformer. Images that were made of something else are drawn anew, or refused
+            where the run has checkpoints.
 
     Raises:
-        UserError: the folder cannot be used, or images in it were damaged.
+        UserError: the folder cannot be used; images in it were changed, or are those of other settings than now.
     """
     folder = run.folder / "prior"
     with run.aside(), in_eval_mode(pipeline.transformer, pipeline.vae):
-        run.on_main(lambda: _begin(folder, config, classes, facts))
+        run.on_main(lambda: _begin(run, folder, _made_of(config, pipeline, classes, facts)))
         _draw_missing(run, folder, config, pipeline, classes)
-        run.on_main(lambda: None)  # all processes have drawn their share
+        run.accelerator.wait_for_everyone()  # all processes have drawn their share
+        run.on_main(lambda: _seal(folder))
     data = DataConfig(path=str(folder), image_size=config.data.image_size, horizontal_flip=config.data.horizontal_flip)
     return open_image_dataset(data)
 
 
-def _begin(folder: Path, config: FinetuneConfig, classes: Sequence[int], facts: Any) -> None:
+def _made_of(config: FinetuneConfig, pipeline: Any, classes: Sequence[int], facts: Any) -> dict[str, Any]:
+    """Everything that the images depend on, as it comes back from JSON."""
+    weaker, scheduler = pipeline.guidance_transformer, pipeline.scheduler
+    made_of = {
+        "seed": config.seed,
+        "classes": list(classes),
+        "prior": asdict(config.prior),
+        "pipeline": {
+            "transformer": facts,
+            "guidance_transformer": None if weaker is None else describe_transformer(weaker)["weights"],
+            "vae": [autoencoder_sha256(pipeline.vae), describe_autoencoder(pipeline.vae)["statistics"]],
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+            "sampling_defaults": pipeline.config["sampling_defaults"],
+        },
+    }
+    return dict(json.loads(json.dumps(made_of)))
+
+
+def _begin(run: Run, folder: Path, made_of: dict[str, Any]) -> None:
     """Make the folder, or keep it where it holds images that were made alike."""
-    settings = {"seed": config.seed, "classes": list(classes), "prior": asdict(config.prior), "pipeline": facts}
-    made_of = json.dumps(settings)
-    if not (folder / _FACTS).is_file() or (folder / _FACTS).read_text(encoding="utf-8") != made_of:
+    old = _read_facts(folder).get("made_of")
+    if old != made_of:
+        if run.checkpoints.paths():
+            _refuse_change(folder, old, made_of)
         shutil.rmtree(folder, ignore_errors=True)
-        for number in range(len(classes)):
-            _path(folder, number, 0).parent.mkdir(parents=True)
-        put_file(folder / _FACTS, made_of.encode())
+        folder.mkdir(parents=True)
+        put_file(folder / _FACTS, json.dumps({"made_of": made_of}).encode())
+    for number in range(len(made_of["classes"])):
+        _path(folder, number, 0).parent.mkdir(exist_ok=True)
+    for leftover in folder.rglob(f"{TEMPORARY_PREFIX}*"):  # of a killed process
+        leftover.unlink()
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    """What the images were made of, and once all are there their digests; nothing where there are none."""
+    path = folder / _FACTS
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _refuse_change(folder: Path, old: dict[str, Any] | None, new: dict[str, Any]) -> NoReturn:
+    """Name the first thing that is another one; training would go on with other images than it began with."""
+    if old is None:
+        raise UserError(
+            f"prior.images_per_class: {new['prior']['images_per_class']}, but the run has checkpoints and no images "
+            f"in {folder}; put this folder back, set the key back, or choose another output_dir"
+        )
+    before, now = flatten(old), flatten(new)
+    key = next(key for key in sorted(before.keys() | now.keys()) if value_at(before, key) != value_at(now, key))
+    raise UserError(
+        f"{key}: {value_at(before, key)!r} when the images in {folder} were drawn but {value_at(now, key)!r} now; a "
+        "run with checkpoints keeps its images: set it back, or choose another output_dir"
+    )
+
+
+def _seal(folder: Path) -> None:
+    """Keep the images' digests once all are drawn, or refuse images that are no longer those."""
+    facts = _read_facts(folder)
+    found = {str(path.relative_to(folder)): file_digest(path)["sha256"] for path in sorted(folder.rglob("*.png"))}
+    kept = facts.setdefault("images", found)
+    changed = sorted(name for name in kept.keys() | found.keys() if kept.get(name) != found.get(name))
+    if changed:
+        raise UserError(
+            f"prior: {len(changed)} of the images in {folder} are not those that were drawn ({changed[0]}); delete "
+            "them to have them drawn again, or choose another output_dir"
+        )
+    put_file(folder / _FACTS, json.dumps(facts).encode())
 
 
 def _draw_missing(run: Run, folder: Path, config: FinetuneConfig, pipeline: Any, classes: Sequence[int]) -> None:
@@ -68,7 +132,8 @@ def _draw_missing(run: Run, folder: Path, config: FinetuneConfig, pipeline: Any,
     shown = config.progress_bar and run.is_main and bool(missing)
     for batch in tqdm(missing, desc="prior images", unit="batch", disable=not shown):
         for pair, content in zip(batch, _draw(config, pipeline, classes, batch), strict=True):
-            put_file(_path(folder, *pair), content)
+            if not _path(folder, *pair).is_file():
+                put_file(_path(folder, *pair), content)
 
 
 def _path(folder: Path, number: int, index: int) -> Path:

@@ -98,16 +98,17 @@ class MuonWithAdamW:
     def __init__(
         self, matrices: Sequence[nn.Parameter], others: Sequence[dict[str, Any]], config: OptimizerConfig
     ) -> None:
-        self._parts: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(
+        self._parts: dict[str, torch.optim.Optimizer] = {}  # those that have parameters
+        if matrices:
+            self._parts["muon"] = torch.optim.Muon(
                 matrices,
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay,
                 momentum=config.momentum,
                 adjust_lr_fn="match_rms_adamw",
-            ),
-            "adamw": _adamw(others, config),
-        }
+            )
+        if any(group["params"] for group in others):
+            self._parts["adamw"] = _adamw(others, config)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -125,7 +126,7 @@ class MuonWithAdamW:
             part.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """=> {"muon": state, "adamw": state}."""
+        """=> {"muon": state, "adamw": state}, of those that have parameters."""
         return {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

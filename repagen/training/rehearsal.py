@@ -100,7 +100,7 @@ class Rehearsal:
                 raise
             raise UserError(
                 f"micro_batch_size: not even one sample fits into the memory of {self._place()}; set "
-                "gradient_checkpointing=true and precision=bf16, or take mode=lora or mode=labels"
+                "gradient_checkpointing=true and precision=bf16, or for a generator take mode=lora or mode=labels"
             ) from error
         sizes_found = gather_object([tried]) if self.run.plan.processes > 1 else [tried]
         found.size = min(sizes_found)

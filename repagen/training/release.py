@@ -12,6 +12,7 @@ from typing import Any
 
 from repagen.data import SampleDataset
 from repagen.errors import UserError
+from repagen.models.modes import in_eval_mode
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.grid import save_image_grid
 from repagen.pipelines.provenance import TRAINING_FILE
@@ -112,13 +113,14 @@ def write_sample_grid(config: GeneratorRunConfig, pipeline: Any, classes: Sequen
     """
     count = config.sample.num_images
     labels = [classes[index % len(classes)] for index in range(count)] if classes else None
-    images = pipeline(
-        class_labels=labels,
-        num_images_per_prompt=1 if classes else count,
-        guidance_scale=config.sample.guidance_scale,
-        generator=[generator_for(config.seed, "sample grid", index) for index in range(count)],
-        output_type="pt",
-    ).images
+    with in_eval_mode(pipeline.transformer, pipeline.vae):
+        images = pipeline(
+            class_labels=labels,
+            num_images_per_prompt=1 if classes else count,
+            guidance_scale=config.sample.guidance_scale,
+            generator=[generator_for(config.seed, "sample grid", index) for index in range(count)],
+            output_type="pt",
+        ).images
     save_image_grid(images, path, gap_px=2)
 
 

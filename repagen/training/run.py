@@ -37,10 +37,10 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import nn
 from tqdm.auto import tqdm
 
-from repagen.config import flatten, save_config, to_plain
+from repagen.config import flatten, save_config, to_plain, value_at
 from repagen.data import SampleDataset, StreamBatchSampler, load_batches, sample_indices
 from repagen.errors import UserError, naming
-from repagen.hub.publishing import open_repository
+from repagen.hub.publishing import check_repository
 from repagen.randomness import derived_seed, generator_for
 from repagen.training.checkpoint import Checkpoint, CheckpointFolder, folder_lock, read_checkpoint
 from repagen.training.launch import RunStopped, StopFlag, environment, start_accelerator, stop_signals
@@ -183,7 +183,7 @@ class Run:
     def start(self) -> None:
         """Sweep what killed saves left, seed the initial weights, and start the trackers."""
         self.on_main(self.checkpoints.sweep)
-        self.on_main(self._open_repository)
+        self.on_main(self._check_repository)
         torch.manual_seed(derived_seed(self.config.seed, "initial weights"))
         if self.config.log_with and self.is_main:
             flat = {key: value for key, value in flatten(to_plain(self.config)).items() if value not in ({}, [], None)}
@@ -192,13 +192,12 @@ class Run:
         self.notice("%s on %s, %s, %d threads", self.program, self.device, self.config.precision, threads)
         self.notice("%s", self.plan)
 
-    def _open_repository(self) -> None:
+    def _check_repository(self) -> None:
         """Find out before the training what would keep its result from the Hub."""
         config = self.config
         if config.push_to_hub is not None:
-            private = config.hub_private or None
             with naming({"": "push_to_hub: "}):
-                open_repository(config.push_to_hub, private=private, revision=config.hub_revision)
+                check_repository(config.push_to_hub, private=config.hub_private)
 
     def close(self) -> None:
         """Close the log and the progress bar."""
@@ -274,14 +273,15 @@ class Run:
     def _compare(self, checkpoint: Checkpoint) -> None:
         old, new = flatten(checkpoint.info["config"]), flatten(to_plain(self.config))
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) == new.get(key):
+            before, now = value_at(old, key), value_at(new, key)
+            if before == now:
                 continue
             if key.split(".")[0] not in _MAY_CHANGE and not _PLACES.fullmatch(key):
                 raise UserError(
-                    f"{key}: {old.get(key)!r} in {checkpoint.path} but {new.get(key)!r} now; a run cannot continue "
+                    f"{key}: {before!r} in {checkpoint.path} but {now!r} now; a run cannot continue "
                     "with it changed: set it back, or choose another output_dir"
                 )
-            self.notice("continuing with %s=%r (was %r)", key, new.get(key), old.get(key))
+            self.notice("continuing with %s=%r (was %r)", key, now, before)
         for name, value in self._facts.items():
             if checkpoint.info["facts"].get(name) != value:
                 raise UserError(

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from repagen.config import to_plain
-from repagen.data import DataConfig, SampleDataset
+from repagen.data import CombinedDataset, DataConfig, SampleDataset
 from repagen.errors import UserError
 from repagen.evaluation.reporting import software_versions
 from repagen.files import replace_folder
-from repagen.hub.card import SAMPLES_FILE, CardFacts, Figure, LicenceFact, render_card
+from repagen.hub.card import SAMPLES_FILE, CardFacts, Figure, LicenceFact, class_to_ask_for, render_card
 from repagen.hub.folder_facts import facts_of_folder
 from repagen.hub.publishing import CARD_FILE, publish_folder
 from repagen.training.run import Run
@@ -30,6 +30,7 @@ def release_and_publish(
     folder: Path,
     save: Callable[[Path], None],
     draw: Callable[[Path], None],
+    shows: str = "images of this model",
     licences: Sequence[LicenceFact] = (),
     base_model: str | None = None,
     base_revision: str | None = None,
@@ -45,6 +46,7 @@ def release_and_publish(
         folder: of the release.
         save: writes the weights into a folder.
         draw: writes a PNG with samples, or with reconstructions.
+        shows: what is on it, for the card.
         licences: of parts that come from elsewhere.
         base_model: what the training went on from, as it is named in the configuration.
         base_revision: of it.
@@ -61,7 +63,8 @@ def release_and_publish(
         draw(temporary / SAMPLES_FILE)
         facts = _with_run(facts_of_folder(temporary, licences), run, step, dataset)
         base = _hub_id(base_model)
-        facts = replace(facts, base_model=base, base_revision=base_revision if base else None, samples=SAMPLES_FILE)
+        facts = replace(facts, base_model=base, base_revision=base_revision if base else None)
+        facts = replace(facts, samples=SAMPLES_FILE, samples_show=shows)
         (temporary / CARD_FILE).write_text(render_card(facts), encoding="utf-8")
 
     run.on_main(lambda: replace_folder(folder, fill))
@@ -98,6 +101,8 @@ def _with_run(facts: CardFacts, run: Run, step: int, dataset: SampleDataset) -> 
     recipe = {"title": config.recipe.title, "paper": config.recipe.paper, "program": run.program}
     figures, remarks = figures_of_run(run.folder, step)
     hub_data = _hub_id(data.path) if data.kind == "datasets" else None
+    if isinstance(dataset, CombinedDataset):
+        facts = _with_classes(facts, dataset)
     return replace(
         facts,
         recipe={name: text for name, text in recipe.items() if text},
@@ -110,14 +115,26 @@ def _with_run(facts: CardFacts, run: Run, step: int, dataset: SampleDataset) -> 
     )
 
 
+def _with_classes(facts: CardFacts, dataset: CombinedDataset) -> CardFacts:
+    """Let the card ask for a class that was trained: the data's last one, which is new where any is."""
+    _, labels = dataset.parts[0]
+    if not labels:
+        return replace(facts, num_classes=0)
+    return replace(facts, num_classes=dataset.num_classes, example=class_to_ask_for(dataset.class_names, max(labels)))
+
+
 def _data_facts(data: DataConfig, dataset: SampleDataset) -> dict[str, str]:
+    given = dataset.parts[0][0] if isinstance(dataset, CombinedDataset) else dataset
+    drawn = len(dataset) - len(given)
     facts = {
         "kind": data.kind,
         "path": data.path,
         "split": data.split if data.kind == "datasets" else None,
         "revision": data.revision,
-        "images": len(dataset),
-        "classes": dataset.num_classes or "none",
+        "images": f"{len(dataset)}, of them {drawn} drawn from the pipeline before the training"
+        if drawn
+        else len(given),
+        "classes": given.num_classes or "none",
         "image size": f"{data.image_size} px",
         "fingerprint": dataset.fingerprint(),
     }

@@ -39,6 +39,7 @@ def address(pipe: Any, tmp_path: Path) -> Iterator[str]:
         finally:
             server.terminate()
             server.wait(30)
+    assert not list(tmp_path.glob("repagen-app-*"))
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 

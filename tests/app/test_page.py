@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gradio
 import pytest
 
 from repagen.app.drawing import DrawingRequest
-from repagen.app.page import Page, Side, _request_of
+from repagen.app.page import Page, Side, _request_of, _settings, _warn
 from repagen.cli import _parse, _run
 from repagen.errors import UserError
 from repagen.pipelines.png import read_png_facts
@@ -62,9 +63,24 @@ def test_stop_concerns_one_visitor(page: Page) -> None:
     assert words[-1] == "stopped" and 5 <= len(words) < 250 and not any("other" in word for word in words)
 
 
-def test_a_class_that_one_model_lacks_is_refused_before_either_draws(page: Page) -> None:
-    with pytest.raises(UserError, match="'forklift', which is no class"):
-        next(page.draw("visitor", DrawingRequest("forklift", 1, 5, 1.0, (0.0, 1.0), 0, 0)))
+def test_a_class_that_one_model_lacks_is_drawn_by_the_other(page: Page) -> None:
+    updates = list(page.draw("visitor", DrawingRequest("forklift", 1, 5, 1.0, (0.0, 1.0), 0, 0)))
+    images = {number: files(content) for update in updates for number, content in update.images.items()}
+    assert len(images[0]) == 1 and images[1] == [] and updates[0].trajectories == {1: ""}
+    first, note = updates[-1].words.split("\n")
+    assert first == "done" and note.startswith("other: class_labels has 'forklift'") and note.endswith(", not drawn")
+
+
+def test_a_class_that_no_model_has_is_refused(page: Page) -> None:
+    with pytest.raises(UserError, match="'zebra', which is no class"):
+        next(page.draw("visitor", DrawingRequest("zebra", 1, 5, 1.0, (0.0, 1.0), 0, 0)))
+
+
+def test_a_warning_shows_names_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(gradio, "Warning", warnings.append)
+    _warn(UserError("<img src=x> is no class"))
+    assert warnings == ["&lt;img src=x&gt; is no class"]
 
 
 def test_classes_of_both_models_are_offered_once(page: Page) -> None:
@@ -80,6 +96,15 @@ def test_classes_of_both_models_are_offered_once(page: Page) -> None:
     ]
 
 
+@pytest.mark.parametrize(("scale", "bounds"), [(0.5, (0.5, 10)), (4.0, (1, 10)), (12.5, (1, 12.5))])
+def test_the_range_of_guidance_includes_the_default(tmp_path: Path, scale: float, bounds: tuple[float, float]) -> None:
+    from tiny_pipelines import tiny_pipeline
+
+    side = Side("one", tiny_pipeline(sampling_defaults={"guidance_scale": scale}), ORIGIN)
+    slider = next(field for field in _settings(Page([side], tmp_path)) if field.label == "guidance")
+    assert (slider.minimum, slider.maximum, slider.value) == (*bounds, scale)
+
+
 def test_empty_fields_are_named() -> None:
     with pytest.raises(UserError, match="seed is empty; give a number"):
         _request_of("3", 4, 50, 1.0, 0.0, 1.0, None, 8)
@@ -93,3 +118,9 @@ def test_command_line() -> None:
 def test_a_model_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--model"):
         _run(["app", "--model", str(tmp_path)])
+
+
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    with pytest.raises(UserError, match=f"--port must be from 0 to 65535, got {port}"):
+        _run(["app", "--model", "none", "--port", port])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import repagen
 from repagen.data import DataConfig
@@ -84,6 +87,13 @@ def test_problems_are_told_apart_from_wrong_usage(birds: Path, monkeypatch: pyte
     for words in (["data.nonsense=1"], ["--json", "no/such/folder/report.json"], ["--no-such-option"]):
         with pytest.raises(UserError):
             command.run(parse(*words))
+
+
+def test_a_folder_for_the_json_is_refused_before_any_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "software", lambda: pytest.fail("checks began"))
+    with pytest.raises(UserError, match="this is a folder; name a file"):
+        command.run(parse("--json", str(tmp_path)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_marks_and_counts() -> None:
@@ -175,8 +185,19 @@ def test_access_to_gated_encoders(online: dict[str, Exception | None]) -> None:
     pixio = finding(section, "gated facebook/pixio-vitb16")
     assert "accept its licence at https://huggingface.co/facebook/pixio-vitb16" in pixio.text
     unreached = finding(section, "encoder org/encoder")
-    assert unreached.level == "problem" and "(the Hub cannot be asked (no route))" in unreached.text
+    assert unreached.level == "problem" and "(the Hub is out of reach (no route))" in unreached.text
     assert finding(section, "encoder org/open").text == "not here, and may be fetched: `hf download org/open`"
+
+
+def test_a_hub_that_refuses_or_stays_silent_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(hub, "FAMILIES", {})
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port in (9, silent.getsockname()[1]):
+            monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", f"http://127.0.0.1:{port}")
+            unreached = finding(hub.hub(["org/encoder"]), "encoder org/encoder")
+            assert unreached.level == "problem" and "the Hub is out of reach" in unreached.text
 
 
 def test_an_encoder_in_a_folder_is_here(tmp_path: Path) -> None:
@@ -265,7 +286,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, pipe
 
 
-def test_the_parts_of_a_model_without_loading_it(saved: tuple[Path, Any], tmp_path: Path) -> None:
+def test_the_parts_of_a_model(saved: tuple[Path, Any], tmp_path: Path) -> None:
     folder, pipe = saved
     (folder / "training.json").write_text('{"recipe": "a tiny one", "step": 5}')
     section = check_model(str(folder))
@@ -277,6 +298,7 @@ def test_the_parts_of_a_model_without_loading_it(saved: tuple[Path, Any], tmp_pa
     assert finding(section, "classes").text == "3: 0 crane, 1 owl"
     assert finding(section, "classes").details == ["1 of them have no name in id2label"]
     assert finding(section, "training").text == "recipe a tiny one, step 5"
+    assert finding(section, "loading").text == "works on the CPU, and all weights are finite"
 
 
 def test_a_damaged_model_is_a_problem(saved: tuple[Path, Any], tmp_path: Path) -> None:
@@ -285,10 +307,55 @@ def test_a_damaged_model_is_a_problem(saved: tuple[Path, Any], tmp_path: Path) -
     weights = folder / "transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])
     [problem] = Report([check_model(str(folder))]).problems
-    assert "no whole safetensors file" in problem.text
+    assert "its header claims" in problem.text
     shutil.rmtree(folder / "transformer")
     assert [one.name for one in Report([check_model(str(folder))]).problems] == ["transformer"]
     (folder / "model_index.json").write_text("{")
-    assert "cannot be read as JSON" in Report([check_model(str(folder))]).problems[0].text
+    assert "it cannot be read as JSON" in Report([check_model(str(folder))]).problems[0].text
     assert "no model_index.json" in Report([check_model(str(tmp_path))]).problems[0].text
     assert "no such folder, and no pipeline of that Hub id in the local cache" in Report([check_model("org/x")]).text()
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def spoil_weights(path: Path) -> None:
+    weights = load_file(path)
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", Path.unlink, "diffusion_pytorch_model"),
+        ("vae/config.json", Path.unlink, "config.json"),
+        ("scheduler/scheduler_config.json", Path.unlink, "scheduler_config.json"),
+        ("model_index.json", lambda path: path.write_text("{}"), "a ClassToImagePipeline is needed"),
+        ("model_index.json", lambda path: change_json(path, _class_name="DiTPipeline"), "holds a DiTPipeline"),
+        ("model_index.json", lambda path: change_json(path, id2label=["crane"]), "id2label is"),
+        ("transformer/config.json", lambda path: change_json(path, num_classes="3"), "str"),
+        ("training.json", lambda path: path.write_text("[]"), "must hold a JSON object, got list"),
+        ("transformer/diffusion_pytorch_model.safetensors", spoil_weights, "1 tensors hold infinite values or NaN"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_a_problem(
+    saved: tuple[Path, Any], tmp_path: Path, name: str, spoil: Callable[[Path], Any], message: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved[0], folder)
+    spoil(folder / name)
+    [problem] = Report([check_model(str(folder))]).problems
+    assert message in problem.text
+
+
+def test_a_check_that_breaks_off_is_a_problem_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(*arguments: Any, **options: Any) -> Section:
+        raise ZeroDivisionError("by zero")
+
+    for name in ("hardware", "computations", "attention", "hub"):
+        monkeypatch.setattr(command, name, break_off)
+    with pytest.raises(ProblemsFound) as caught:
+        command.run(parse())
+    assert str(caught.value).count("! check  ZeroDivisionError: by zero") == 4 and "Software" in str(caught.value)

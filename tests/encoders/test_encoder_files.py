@@ -66,7 +66,7 @@ def test_broken_folders_are_named(folder: Path, tmp_path: Path) -> None:
     edit_config(folder, model_type="siglip2")
     assert "NaFlex" in refusal(folder)
     (folder / "config.json").write_text("{")
-    assert "config.json: not valid JSON" in refusal(folder)
+    assert "config.json: it cannot be read as JSON" in refusal(folder)
     (folder / "config.json").unlink()
     assert "config.json: no such file" in refusal(folder)
     assert "no such folder" in refusal(tmp_path / "nowhere")

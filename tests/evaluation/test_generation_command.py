@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
+import repagen
 from repagen import cli
 from repagen.evaluation import generation_command, open_images
 
@@ -170,6 +174,7 @@ def test_bad_images_are_listed_or_left_out(
             "--guidance-scale is for --model",
         ),
         (["--samples", *DIGITS, "--reference", *DIGITS, "--seed", "1"], "--seed is for --model"),
+        (["--samples", *DIGITS, "--reference", *DIGITS, "--lora", "x"], "--lora is for --model"),
         (["--samples", *DIGITS, "--reference", *DIGITS, "--save-samples", "x"], "--save-samples is for --model"),
         (["--samples", *DIGITS, "--reference", *DIGITS, "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--samples", *DIGITS, "--reference", *DIGITS, "--max-bad", "-1"], "--max-bad must be at least 0"),
@@ -258,6 +263,30 @@ def test_normalisers_without_a_ratio_are_refused(
     assert "normalisers are for FDr, which protocol custom does not measure" in capsys.readouterr().err
 
 
+def test_adapters_are_part_of_what_was_evaluated(
+    evaluate: Any, folders: tuple[str, str], pipeline_folder: Path, tmp_path: Path
+) -> None:
+    pipe: Any = repagen.ClassToImagePipeline.from_pretrained(pipeline_folder)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+    adapter = tmp_path / "adapter"
+    pipe.save_lora_weights(adapter, get_peft_model_state_dict(pipe.transformer, adapter_name="default"))
+    words = ["--model", str(pipeline_folder), "--num-samples", "33", "--num-inference-steps", "2"]
+    words += ["--reference", folders[1], "--output", str(tmp_path / "result.json")]
+
+    def samples(*lora: str) -> Any:
+        evaluate(*words, *lora)
+        return json.loads((tmp_path / "result.json").read_text())["samples"]
+
+    plain, whole, half = samples(), samples("--lora", str(adapter)), samples("--lora", f"{adapter}=0.5")
+    assert "adapters" not in plain
+    [fact] = half["adapters"]
+    file = adapter / "pytorch_lora_weights.safetensors"
+    assert fact == {"path": str(adapter), "weight": 0.5, "sha256": sha256(file.read_bytes()).hexdigest()}
+    assert len({facts["pixels_sha256"] for facts in (plain, whole, half)}) == 3
+
+
 @pytest.mark.parametrize("suffix", ["", ".npz"])
 def test_saved_samples_survive_a_kill_before_the_result(
     evaluate: Any, folders: tuple[str, str], pipeline_folder: Path, tmp_path: Path, suffix: str,
@@ -270,7 +299,7 @@ def test_saved_samples_survive_a_kill_before_the_result(
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(generation_command, "_write", killed)
         evaluate(*words, "--save-samples", str(saved))
     elsewhere = tmp_path / f"elsewhere{suffix}"
@@ -291,7 +320,7 @@ def test_another_sampler_does_not_continue_an_interrupted_evaluation(
 ) -> None:  # fmt: skip
     model = shutil.copytree(pipeline_folder, tmp_path / "pipeline")
     words = ["--model", str(model), "--num-samples", "37", "--num-inference-steps", "2", "--reference", folders[1]]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(generation_command, "_write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
         evaluate(*words, "--output", str(tmp_path / "result.json"))
     path = model / "scheduler" / "scheduler_config.json"

@@ -337,6 +337,11 @@ def cache_of_another_repository(folder: Folder) -> None:
     folder.weights.symlink_to(blob)
 
 
+@bundle("leads back to itself")
+def link_to_itself(folder: Folder) -> None:
+    (folder.component / "loop").symlink_to(folder.component / "loop")
+
+
 @bundle("line breaks")
 def name_with_a_line_break(folder: Folder) -> None:
     (folder.component / "model\nrefused: nothing.json").write_text("{}")

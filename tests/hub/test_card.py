@@ -8,7 +8,16 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from repagen.hub.card import CardFacts, CardKind, Figure, LicenceFact, addressed, render_card, without_local_paths
+from repagen.hub.card import (
+    CardFacts,
+    CardKind,
+    Figure,
+    LicenceFact,
+    addressed,
+    class_to_ask_for,
+    render_card,
+    without_local_paths,
+)
 
 FIGURE = Figure(
     metric="fid",
@@ -66,8 +75,10 @@ def test_a_figure_that_is_not_comparable_says_so() -> None:
 
 
 def test_an_example_is_a_name_that_is_no_other_class_and_else_an_id() -> None:
-    assert "class_labels=['a|b']" in render_card(facts())
-    assert "class_labels=[0]" in render_card(facts(class_names=["Crane", "crane, bird"]))
+    names = ["a|b", "crane, bird", "crane, machine", "", "4"]
+    assert [class_to_ask_for(names, label) for label in range(5)] == ["a|b", 1, 2, 3, 4]
+    assert class_to_ask_for([], 7) == 7
+    assert "class_labels=['a|b']" in render_card(facts(example="a|b"))
     assert "pipe().images" in render_card(facts(num_classes=0, class_names=()))
 
 
@@ -96,6 +107,8 @@ def test_the_branch_is_named_in_what_loads() -> None:
     text = addressed(render_card(facts("adapter", base_model="org/base")), "org/name", "v2")
     assert 'load_lora_weights("org/name", revision="v2")' in text and 'from_pretrained("org/base")' in text
     assert "revision" not in addressed(render_card(facts()), "org/name", "main")
+    named = 'X.from_pretrained("ORG/NAME", revision="old", trust_remote_code=True)'
+    assert addressed(named, "org/name", "v2") == 'X.from_pretrained("org/name", revision="v2", trust_remote_code=True)'
 
 
 @pytest.mark.parametrize(
@@ -105,6 +118,11 @@ def test_the_branch_is_named_in_what_loads() -> None:
         ("~/photos/cats/", ".../cats"),
         ("data.path=/home/my name/cats", "data.path=.../cats"),
         ("the file /home/me/x.npz, made with /opt/y/z", "the file .../x.npz, made with .../z"),
+        ("file:///home/me/photos", ".../photos"),
+        ("C:\\Users\\my name\\cats", ".../cats"),
+        ("C:\\photos", ".../photos"),
+        ("data.path=D:/photos/cats", "data.path=.../cats"),
+        ("see file:///C:/me/x.npz, C:\\Users\\me\\y or D:/me/z", "see .../x.npz, .../y or .../z"),
         ("org/name", "org/name"),
         ("https://huggingface.co/org/name", "https://huggingface.co/org/name"),
         ("runs/digits", "runs/digits"),

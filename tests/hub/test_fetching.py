@@ -179,6 +179,21 @@ def test_too_many_requests_fall_back_on_what_was_seen(
     assert "last seen" in caplog.text
 
 
+def test_a_damaged_cache_names_no_commit(hub: StandInHub, folder: Path, cache: Path) -> None:
+    hub.add("org/model", folder, COMMIT)
+    fetch_snapshot("org/model", revision=None)
+    (cache / "models--org--model" / "refs" / "main").write_text("")
+    assert "hf cache rm model/org/model" in refusal(resolve_commit, "org/model", local_files_only=True)
+
+
+def test_a_resolved_revision_is_shown_by_its_commit(hub: StandInHub, folder: Path) -> None:
+    hub.add("org/model", folder, COMMIT)
+    resolved = huggingface_hub.resolve_revision("org/model")
+    hub.fault("org/model", "*", status=500)
+    message = refusal(fetch_snapshot, "org/model", revision=resolved)
+    assert f"at revision '{COMMIT}'" in message and "ResolvedRevision" not in message
+
+
 def test_a_file_of_the_list_that_is_not_there(hub: StandInHub, folder: Path) -> None:
     hub.add("org/model", folder)
     hub.fault("org/model", WEIGHTS, status=404, code="EntryNotFound")

@@ -283,6 +283,12 @@ def test_encoders_load_no_adapter_and_read_no_file_outside(encoder: Path, golden
     assert "a link to" in refusal_of_encoder(encoder)
 
 
+@pytest.mark.parametrize("depth", [40, 100_000])
+def test_encoders_configs_are_not_nested_too_deep(encoder: Path, depth: int) -> None:
+    (encoder / "config.json").write_text(f'{{"model_type": {"[" * depth}{"]" * depth}}}')
+    assert "config.json: it is nested too deep" in refusal_of_encoder(encoder)
+
+
 def test_the_description_of_a_timm_encoder_names_no_file(tmp_path: Path) -> None:
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     description = {

@@ -265,7 +265,15 @@ def test_a_failure_is_one_line_and_nothing_half_is_used(
     assert same(load().transformer, load(saved).transformer), "the next call repairs it"
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"hang": True}])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 503},
+        {"status": 429},
+        {"status": 429, "headers": {"Retry-After": "3600"}},
+        {"hang": True},
+    ],
+)
 def test_a_pipeline_in_the_cache_needs_no_hub(
     hub: StandInHub, saved: Path, fault: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +292,26 @@ def test_a_pipeline_in_the_cache_while_connections_are_refused(
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
     assert load().hub_commit == COMMIT
     assert "out of reach" in refusal(load, "org/never-seen")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        ({"transfomer": torch.bfloat16}, "'transfomer' is no component; allowed are .*transformer"),
+        ({"transformer": "blah"}, "dtype='blah'"),
+        ("blah", "dtype='blah'"),
+        ("int8", "dtype='int8'"),
+        (16, "dtype=16"),
+    ],
+)
+def test_a_dtype_that_is_none_is_refused(saved: Path, dtype: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        load(saved, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", {"default": "bfloat16"}])
+def test_a_dtype_by_its_name(saved: Path, dtype: Any) -> None:
+    assert load(saved, dtype=dtype).transformer.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "local_files_only"])

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from repagen import ClassToImagePipeline, RepresentationAutoencoder, SiTTransformer2DModel, UserError, VisionEncoder
 from repagen.export.remote_code import export_remote_code
 from repagen.hub import push_command
-from repagen.hub.publishing import open_repository, publish_folder
+from repagen.hub.publishing import check_repository, open_repository, publish_folder
 
 pytestmark = UPLOAD_WARNING
 
@@ -129,7 +130,10 @@ def test_a_folder_with_its_own_code_replaces_that_of_an_earlier_push(
     there = set(uploads.files("org/model", "remote-code"))
     assert {name for name in there if name.endswith(".py")} - main == {n for n in contents(folder) if n[-3:] == ".py"}
     assert set(uploads.files("org/model")) == main
-    assert "trust_remote_code=True" in card(uploads, branch="remote-code").text
+    text = card(uploads, branch="remote-code").text
+    assert 'from_pretrained("org/model", revision="remote-code", trust_remote_code=True)' in text
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(code, "README.md", "exec")
 
 
 def test_weights_of_an_earlier_push_go_and_other_files_stay(uploads: UploadHub, tmp_path: Path) -> None:
@@ -141,6 +145,52 @@ def test_weights_of_an_earlier_push_go_and_other_files_stay(uploads: UploadHub, 
     names = uploads.files("org/sit").keys()
     assert not names & set(stale)
     assert {"notes.md", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors"} <= names
+
+
+@pytest.mark.parametrize("subfolder", [None, "small"])
+def test_only_weights_of_the_same_component_and_variant_go(uploads: UploadHub, subfolder: str | None) -> None:
+    uploads.open("org/sit")
+    stem = "diffusion_pytorch_model"
+    place = f"{subfolder}/" if subfolder else ""
+    stale = {
+        f"{place}{stem}.safetensors.index.ema.json",
+        f"{place}{stem}.ema-00001-of-00002.safetensors",
+        f"{place}{stem}-00002-of-00002.ema.safetensors",
+    }
+    others = {
+        f"{place}{stem}.safetensors",
+        f"{place}{stem}.safetensors.index.json",
+        f"{place}{stem}-00001-of-00002.safetensors",
+        f"{place}{stem}.fp16.safetensors",
+        f"old_vae/{stem}.ema.safetensors",
+        f"my_{stem}.ema.safetensors",
+    }
+    for name in stale | others:
+        uploads.write("org/sit", "main", name, b"old")
+    tiny_transformer().push_to_hub("org/sit", variant="ema", subfolder=subfolder)
+    names = uploads.files("org/sit").keys()
+    assert others <= names and not stale & names and f"{place}{stem}.ema.safetensors" in names
+
+
+def test_a_repository_of_another_kind_is_refused_but_for_a_subfolder(
+    uploads: UploadHub, saved: Path, tmp_path: Path
+) -> None:
+    save_file({"transformer.x.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "pytorch_lora_weights.safetensors")
+    model = tiny_transformer()
+    publish_folder(saved, "org/pipeline")
+    publish_folder(tmp_path, "org/adapter")
+    model.push_to_hub("org/sit")
+    before = uploads.files("org/pipeline")
+    with pytest.raises(UserError, match=r"^org/pipeline: holds a pipeline already, but a model or adapter shall"):
+        model.push_to_hub("org/pipeline")
+    with pytest.raises(UserError, match=r"^org/pipeline: holds a pipeline already"):
+        publish_folder(tmp_path, "org/pipeline", revision="v1")
+    for repo_id in ("org/adapter", "org/sit"):
+        with pytest.raises(UserError, match=f"^{repo_id}: holds a model or adapter already, but a pipeline shall"):
+            publish_folder(saved, repo_id)
+    assert uploads.files("org/pipeline") == before and len(uploads.commits) == 3
+    model.push_to_hub("org/pipeline", subfolder="small")
+    assert before.items() <= uploads.files("org/pipeline").items()
 
 
 def test_an_object_leaves_a_card_that_is_there_and_a_folder_brings_its_own(uploads: UploadHub, tmp_path: Path) -> None:
@@ -169,6 +219,59 @@ def test_paths_of_this_machine_and_temporary_files_stay_here(uploads: UploadHub,
     ClassToImagePipeline.from_pretrained(uploads.branch("org/model"))
 
 
+def test_hidden_files_stay_here_and_are_named(
+    uploads: UploadHub, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    (folder / ".env").write_text("HF_TOKEN=secret")
+    (folder / "vae" / ".notes").mkdir()
+    (folder / "vae" / ".notes" / "x").write_text("x")
+    (folder / "samples.md").symlink_to(folder / "model_index.json")
+    publish_folder(folder, "org/model")
+    names = uploads.files("org/model").keys()
+    assert "samples.md" in names and [name for name in names if "/." in f"/{name}"] == [".gitattributes"]
+    assert ".env" in caplog.text and "vae/.notes/x" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "reason"),
+    [
+        ("notes.txt", True, "it is a link to .*, outside the folder"),
+        ("vae/optimizer.pt", False, "its format can hold code"),
+        ("transformer/diffusion_pytorch_model.bin", False, "its format can hold code"),
+    ],
+)
+def test_links_out_of_the_folder_and_other_formats_are_refused(
+    uploads: UploadHub, saved: Path, tmp_path: Path, name: str, link: bool, reason: str
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    (tmp_path / "outside.txt").write_text("secret")
+    if link:
+        (folder / name).symlink_to(tmp_path / "outside.txt")
+    else:
+        (folder / name).write_text("x")
+    with pytest.raises(UserError, match=rf"^push: refused .*{name}: {reason}"):
+        publish_folder(folder, "org/model")
+    assert not uploads.requests
+
+
+def test_a_linked_folder_is_refused(uploads: UploadHub, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    (folder / "vae").rename(tmp_path / "vae")
+    (folder / "vae").symlink_to(tmp_path / "vae")
+    with pytest.raises(UserError, match="vae: it is a link to "):
+        publish_folder(folder, "org/model")
+
+
+def test_only_safetensors_of_objects_are_pushed(uploads: UploadHub, tmp_path: Path) -> None:
+    for thing in (tiny_pipeline(), tiny_transformer()):
+        with pytest.raises(UserError, match=r"^safe_serialization=False: only safetensors are published"):
+            thing.push_to_hub("org/model", safe_serialization=False)
+        with pytest.raises(UserError, match=r"^safe_serialization=False"):
+            thing.save_pretrained(tmp_path / "thing", push_to_hub=True, safe_serialization=False)
+    assert not uploads.requests and not (tmp_path / "thing").exists()
+
+
 def test_an_adapter_is_published_with_the_classes_it_adds(uploads: UploadHub, tmp_path: Path) -> None:
     tensors = {"transformer.label_embedder.rows": torch.zeros(2, 4)}
     metadata = {"class_names": json.dumps(["tapir", "okapi | giraffe"])}
@@ -176,7 +279,41 @@ def test_an_adapter_is_published_with_the_classes_it_adds(uploads: UploadHub, tm
     publish_folder(tmp_path, "org/adapter")
     text = card(uploads, "org/adapter").text
     assert 'pipe.load_lora_weights("org/adapter")' in text and "class_labels=['tapir']" in text
-    assert "okapi \\| giraffe" in text and "lora" in card(uploads, "org/adapter").data.tags
+    assert "okapi \\| giraffe" in text and "label rows of 2 new classes; the generator" in text and "LoRA" not in text
+    assert card(uploads, "org/adapter").data.tags == ["diffusers", "repagen", "adapter"]
+
+
+def test_an_adapter_is_saved_and_pushed(uploads: UploadHub, tmp_path: Path) -> None:
+    save = tiny_pipeline().save_lora_weights
+    rows = {"okapi": torch.zeros(4)}
+    save(tmp_path / "zoo", label_rows=rows, push_to_hub=True, repo_id="org/zoo", private=True, revision="v1")
+    assert uploads.private["org/zoo"] and [branch for _, branch, _ in uploads.commits] == ["v1"]
+    there = uploads.files("org/zoo", "v1")["pytorch_lora_weights.safetensors"]
+    assert there == (tmp_path / "zoo" / "pytorch_lora_weights.safetensors").read_bytes()
+    assert 'load_lora_weights("org/zoo", revision="v1")' in card(uploads, "org/zoo", "v1").text
+    save(tmp_path / "zoo", label_rows=rows, push_to_hub=True)
+    assert "pytorch_lora_weights.safetensors" in uploads.files("me/zoo")
+
+
+def test_an_adapter_that_cannot_be_pushed_is_refused_before_it_is_saved(uploads: UploadHub, tmp_path: Path) -> None:
+    layers = {"x.lora_A.weight": torch.zeros(2, 4)}
+    save = tiny_pipeline().save_lora_weights
+    with pytest.raises(UserError, match=r"^safe_serialization=False: only safetensors are published"):
+        save(tmp_path / "zoo", layers, push_to_hub=True, safe_serialization=False)
+    with pytest.raises(UserError, match=r"^weight_name='zoo\.safetensors': an adapter is published as"):
+        save(tmp_path / "zoo", layers, push_to_hub=True, weight_name="zoo.safetensors")
+    for options in ({"repo_id": "org/zoo"}, {"push_to_hub": True, "revisoin": "v1"}):
+        with pytest.raises(TypeError, match="unexpected options"):
+            save(tmp_path / "zoo", layers, **options)
+    assert not uploads.requests and not (tmp_path / "zoo").exists()
+
+
+def test_an_adapter_without_classes_asks_for_one_of_the_pipeline(uploads: UploadHub, tmp_path: Path) -> None:
+    save_file({"transformer.x.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "pytorch_lora_weights.safetensors")
+    publish_folder(tmp_path, "org/adapter")
+    found = card(uploads, "org/adapter")
+    assert "LoRA layers of its generator" in found.text and "lora" in found.data.tags
+    assert "class_labels=[0]" in found.text and "the place of `ORG/BASE`; one\nwithout classes takes no" in found.text
 
 
 def test_the_command_pushes_a_folder(uploads: UploadHub, saved: Path) -> None:
@@ -276,6 +413,30 @@ def test_an_open_repository_is_not_taken_for_a_private_one(uploads: UploadHub, s
         publish_folder(saved, "org/model", private=True)
     assert len(uploads.commits) == 1
     assert open_repository("org/model", private=False) == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "role", "message"),
+    [
+        ("org/new", "write", None),
+        ("me/new", "write", None),
+        ("other/new", "fineGrained", None),
+        ("other/new", "write", r"there is no such repository, and the token may make one only under me, org;"),
+        ("org/new", "read", r"the token may only read; log in"),
+        ("org/open", "write", r"is open to everybody already"),
+        ("org/new name", "write", r"no name for a repository .*; give it as org/name"),
+    ],
+)
+def test_a_check_makes_nothing(uploads: UploadHub, repo_id: str, role: str, message: str | None) -> None:
+    uploads.open("org/open")
+    uploads.role = role
+    if message is None:
+        check_repository(repo_id, private=True)
+    else:
+        with pytest.raises(UserError, match=f"^{repo_id}: {message}"):
+            check_repository(repo_id, private=True)
+    assert list(uploads.private) == ["org/open"]
+    assert all(line.startswith("GET ") for line in uploads.requests)
 
 
 def test_a_folder_of_something_else_is_refused_before_anything_is_asked(uploads: UploadHub, tmp_path: Path) -> None:

@@ -168,12 +168,54 @@ def test_what_is_closed_is_named_and_the_rest_fetched(
     assert line.startswith("alignment.targets.0.encoder: encoder org/gated: missing; get it with `repagen download ")
 
 
-def test_what_a_recipe_leaves_open_is_named(hub: StandInHub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_recipe_leaves_open_is_named(
+    hub: StandInHub, bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = "autoencoder.path: the recipe leaves it to you; give autoencoder.path=PATH_OR_HUB_ID"
     with pytest.raises(UserError, match="not complete, 1 missing"):
-        run_command("digits_generator", "--to", str(tmp_path / "bundle"))
-    assert caplog.messages[-1].endswith(
-        "autoencoder.path: the recipe leaves it to you; give autoencoder.path=PATH_OR_HUB_ID"
-    )
+        run_command("digits_generator", "--to", str(bundle))
+    assert caplog.messages == [line]
+    assert problems(bundle, caplog, "digits_generator") == [line]
+    run_command("--check", str(bundle))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["org/nope"],
+        [PIPELINE, "--revision", "nope"],
+        ["digits_generator", "autoencoder.path=./nope"],
+        ["digits_generator", "autoencoder.path=org/nope"],
+    ],
+)
+def test_what_does_not_exist_is_not_listed(hub: StandInHub, bundle: Path, words: list[str]) -> None:
+    before = (bundle / "bundle.json").read_bytes()
+    with pytest.raises(UserError, match="not complete, 1 missing"):
+        run_command(*words, "--to", str(bundle))
+    assert (bundle / "bundle.json").read_bytes() == before
+
+
+def test_what_was_here_stays_listed_when_it_goes_from_the_hub(
+    hub: StandInHub, bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (bundle / f"hub/models--org--dino/{SNAPSHOT}/model.safetensors").unlink()
+    del hub.repositories[DINO]
+    with pytest.raises(UserError, match="not complete, 1 missing"):
+        run_command(DINO, "--to", str(bundle))
+    assert len(problems(bundle, caplog)) == 1
+
+
+def test_a_recipe_replaces_what_it_asked_for_in_vain(
+    hub: StandInHub, repositories: dict[str, Path], bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.add(GATED, repositories[RAE], COMMIT, gated=True)
+    for words in (["digits_generator", f"autoencoder.path={GATED}"], [GATED, "--revision", COMMIT]):
+        with pytest.raises(UserError, match="not complete, 1 missing"):
+            run_command(*words, "--to", str(bundle))
+    assert len(problems(bundle, caplog)) == 2
+    run_command("digits_generator", f"autoencoder.path={RAE}", "--to", str(bundle))
+    (line,) = problems(bundle, caplog)
+    assert line.startswith("command line: model org/gated: missing")
 
 
 def test_words_may_stand_behind_the_folder(filled: Path, bundle: Path) -> None:

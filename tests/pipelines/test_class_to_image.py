@@ -282,6 +282,27 @@ class TestDiffusersChecks:
         pipe.enable_group_offload(torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1)
         torch.testing.assert_close(pipe(**inputs()).images, expected)
 
+    def test_group_offloading_of_two_transformers_to_one_folder_is_refused(self, make_flow_pipe, tmp_path):
+        weak, options = make_flow_pipe.weaker(), {"offload_type": "leaf_level"}
+        expected = make_flow_pipe(guidance_transformer=weak)(**inputs()).images
+        pipe = make_flow_pipe(guidance_transformer=weak)
+        with pytest.raises(UserError, match=r"overwrite each other's files; call enable_group_offload on each model"):
+            pipe.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path / "both"), **options)
+        for name, part in {"transformer": pipe.transformer, "guidance_transformer": weak, "vae": pipe.vae}.items():
+            part.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path / name), **options)
+        torch.testing.assert_close(pipe(**inputs()).images, expected)
+
+    def test_group_offloading_to_disk_without_the_second_transformer(self, make_flow_pipe, tmp_path):
+        expected = make_flow_pipe(guidance_transformer=make_flow_pipe.weaker())(**inputs()).images
+        pipe = make_flow_pipe(guidance_transformer=make_flow_pipe.weaker())
+        pipe.enable_group_offload(
+            torch.device("cpu"),
+            offload_type="leaf_level",
+            offload_to_disk_path=str(tmp_path),
+            exclude_modules="guidance_transformer",
+        )
+        torch.testing.assert_close(pipe(**inputs()).images, expected)
+
     def test_layerwise_casting_inference(self, make_pipe, tmp_path):
         make_pipe().save_pretrained(tmp_path)
         pipe = ClassToImagePipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -353,6 +374,29 @@ class TestCaches:
         for hook in hooks:
             left = {key: value for key, value in vars(hook.state).items() if key != "iteration"}
             assert hook.state.iteration == 0 and all(value is None for value in left.values()), left
+
+    @pytest.mark.parametrize("cached", ["transformer", "guidance_transformer"])
+    def test_faster_cache_is_refused_without_classifier_free_guidance(self, make_flow_pipe, cached):
+        pipe = make_flow_pipe(guidance_transformer=make_flow_pipe.weaker())
+        getattr(pipe, cached).enable_cache(self.config("faster", pipe))
+        for call in ({}, {"guidance_method": "cfg", "guidance_scale": 1.0}):
+            with pytest.raises(UserError, match=f"the {cached} has FasterCache, which needs classifier-free guidance"):
+                pipe(**inputs(**call))
+
+    @pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
+    def test_faster_cache_keeps_images_apart_when_a_callback_ends_the_guidance(self, make_flow_pipe):
+        pipe = make_flow_pipe()
+        pipe.transformer.enable_cache(self.config("faster", pipe))
+
+        def cut_off(pipeline, index, timestep, tensors):
+            pipeline._guidance_scale = 0.0
+            return tensors
+
+        def first_image(other_label):
+            call = {"num_inference_steps": 4, "callback_on_step_end": cut_off, "generator": [seeded(0), seeded(1)]}
+            return pipe(**inputs(class_labels=[1, other_label], **call)).images[0]
+
+        torch.testing.assert_close(first_image(0), first_image(2), rtol=0, atol=1e-5)
 
     @staticmethod
     def config(name, pipe):

@@ -128,6 +128,19 @@ class TestEveryGenerator:
             # The weights that set_adapters gave are as they were.
             assert close(latents(pipe), latents(with_deltas(pipe, {"a": 0.5, "b": 2.0})), 1e-4)
 
+    @pytest.mark.parametrize(
+        ("given", "reason"),
+        [
+            ({"scale": "a"}, "scale is 'a'; give a finite number"),
+            ({"scale": None}, "scale is None"),
+            ({"scale": float("nan")}, "scale is nan"),
+            ({"scal": 1, "scale": 1}, "attention_kwargs has 'scal'; allowed: 'scale'"),
+        ],
+    )
+    def test_refuses_other_scales(self, given, reason):
+        with pytest.raises(UserError, match=reason):
+            latents(SIT(), attention_kwargs=given)
+
     def test_lora_reaches_every_linear_layer(self, make_any_pipe, tmp_path):
         pipe = make_any_pipe()
         base = latents(pipe)
@@ -244,6 +257,8 @@ class TestFile:
         ("given", "reason"),
         [
             ({"transformer_lora_layers": None}, "save_lora_weights: give"),
+            ({"label_rows": {"cat": torch.ones(16), " ": torch.ones(16)}}, "every class needs a name"),
+            ({"label_rows": {"": torch.ones(16)}}, "every class needs a name"),
             ({"weight_name": "adapter.bin"}, "'adapter.bin' does not go with safe_serialization=True"),
             ({"weight_name": "a.pt", "safe_serialization": False}, "'a.pt' does not go with safe_serialization=False"),
             ({"safe_serialization": False, "label_rows": {"cat": torch.ones(16)}}, "keeps no metadata and no classes"),
@@ -336,6 +351,43 @@ class TestAdapters:
         assert pipe.num_fused_loras == 2 and close(latents(pipe), both)
         pipe.unfuse_lora()
         assert pipe.num_fused_loras == 0 and close(latents(pipe), only_a)
+
+    def test_fused_ones_stay_fused(self, tmp_path):
+        for seed, name in enumerate("ab"):
+            make_adapter(SIT, tmp_path / name, {f"class {name}": torch.ones(16)}, seed=seed)
+        pipe = SIT()
+        pipe.load_lora_weights(tmp_path / "a", adapter_name="a")
+        only_a = latents(pipe)
+        pipe.fuse_lora()
+        for change in (
+            lambda: pipe.load_lora_weights(tmp_path / "b", adapter_name="b"),
+            lambda: pipe.set_adapters("a", 0.5),
+        ):
+            with pytest.raises(UserError, match=r"adapters are fused \(a\); call unload_lora_weights\(\)"):
+                change()
+            assert pipe.get_list_adapters() == {"transformer": ["a"]} and close(latents(pipe), only_a)
+        pipe.save_lora_weights(tmp_path / "rows", label_rows={"cat": torch.ones(16)})
+        pipe.load_lora_weights(tmp_path / "rows", adapter_name="rows")  # has no LoRA layers
+        assert close(latents(pipe), only_a)
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(tmp_path / "b", adapter_name="b")
+        expected = SIT()
+        for name in "ab":
+            expected.load_lora_weights(tmp_path / name, adapter_name=name)
+        expected.set_adapters(["a", "b"])
+        assert close(latents(pipe), latents(expected)) and pipe.transformer.config.num_classes == 6
+        pipe.unload_lora_weights()
+        assert close(latents(pipe), only_a)
+
+    def test_fusing_one_of_two_leaves_the_other_to_unfuse_lora(self):
+        pipe = two_adapters(SIT)
+        only_b = latents(pipe)
+        pipe.fuse_lora(adapter_names=["a"])
+        with pytest.raises(UserError, match=r"set_adapters: adapters are fused \(a\)"):
+            pipe.set_adapters("b")
+        pipe.unfuse_lora()
+        pipe.set_adapters("b")
+        assert close(latents(pipe), only_b)
 
     @pytest.mark.parametrize("scale", [1.0, 0.8])
     def test_scale_of_a_call_equals_scale_of_a_fusion(self, scale):
@@ -459,6 +511,19 @@ class TestHotSwap:
         assert pipe.get_list_adapters() == {"transformer": ["x"]}
         assert close(latents(pipe), latents(expected))
 
+    def test_ranks_change_again_and_again(self, tmp_path):
+        expected = {}
+        for rank in (2, 4):
+            make_adapter(SIT, tmp_path / str(rank), r=rank, lora_alpha=3, seed=rank)
+            plain = SIT()
+            plain.load_lora_weights(tmp_path / str(rank))
+            expected[rank] = latents(plain)
+        pipe = SIT()
+        pipe.load_lora_weights(tmp_path / "2", adapter_name="x")
+        for rank in (4, 2, 4):
+            pipe.load_lora_weights(tmp_path / str(rank), adapter_name="x", hotswap=True)
+            assert close(latents(pipe), expected[rank])
+
     def test_compiled_without_recompiling(self, tmp_path):
         for i, rank in enumerate((2, 6)):
             row = {f"class {i}": torch.full((16,), float(i))}
@@ -487,7 +552,10 @@ class TestHotSwap:
 
     @pytest.mark.parametrize(
         ("config", "reason"),
-        [({"target_modules": ["to_q", "ff.linear_in"]}, "unexpected keys"), ({"use_dora": True}, "use_dora")],
+        [
+            ({"target_modules": ["to_q", "ff.linear_in"]}, "unexpected keys"),
+            ({"use_dora": True}, "DoRA .* cannot be hot-swapped"),
+        ],
     )
     def test_refusals_change_nothing(self, tmp_path, config, reason):
         make_adapter(SIT, tmp_path / "0")
@@ -504,3 +572,12 @@ class TestHotSwap:
         with pytest.raises(UserError, match="fused"):
             pipe.load_lora_weights(tmp_path / "0", adapter_name="x", hotswap=True)
         assert close(latents(pipe), before)
+
+    def test_dora_is_not_swapped_for_dora(self, tmp_path):
+        make_adapter(SIT, tmp_path, use_dora=True)
+        pipe = SIT()
+        pipe.load_lora_weights(tmp_path, adapter_name="x")
+        before = latents(pipe)
+        with pytest.raises(UserError, match=r"DoRA .* cannot be hot-swapped"):
+            pipe.load_lora_weights(tmp_path, adapter_name="x", hotswap=True)
+        assert torch.equal(latents(pipe), before)

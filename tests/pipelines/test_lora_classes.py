@@ -165,6 +165,15 @@ class TestClasses:
         after = state(pipe)
         assert after[1:] == before[1:] and all(close(after[0][key], before[0][key]) for key in before[0])
 
+    def test_a_whole_name_outranks_synonyms(self, tmp_path):
+        SIT().save_lora_weights(tmp_path, label_rows=rows("tabby cat", "golden retriever"))
+        pipe = SIT()
+        pipe.load_lora_weights(tmp_path)
+        for name, label in (("tabby cat", 4), ("tabby", 0), ("tabby, tabby cat", 0)):
+            assert torch.equal(latents(pipe, class_labels=name), latents(pipe, class_labels=label))
+        with pytest.raises(UserError, match=r"names the classes \[1, 5\]"):
+            latents(pipe, class_labels="golden retriever")
+
     def test_without_names_of_the_old_classes(self, tmp_path):
         make_adapter(SIT, tmp_path, rows("axolotl"))
         pipe = SIT(id2label=None)
@@ -287,6 +296,7 @@ class TestRefusals:
                 r"must be \(classes, width\)",
             ),
             (lambda t: t.update({"transformer.label_embedder.rows": torch.ones(1, WIDTH).int()}), "int32"),
+            (lambda t: t["transformer.label_embedder.rows"].fill_(torch.nan), "rows has values that are not finite"),
             (lambda t: t.clear(), "no tensor"),
         ],
     )
@@ -304,7 +314,35 @@ class TestRefusals:
             ({"class_names": '[" "]'}, "must be 1 names"),
             ({**NAMES, "lora_adapter_metadata": "[]"}, "must be a JSON dict"),
             ({**NAMES, "lora_adapter_metadata": '{"transformer.foo": 1}'}, "transformer.foo is no field"),
-            ({**NAMES, "lora_adapter_metadata": '{"transformer.r": 99}'}, "does not fit this SiT"),
+            (
+                {**NAMES, "lora_adapter_metadata": '{"transformer.r": 1000000000}'},
+                "rank 1000000000; the largest.* is 4",
+            ),
+            (
+                {**NAMES, "lora_adapter_metadata": '{"transformer.rank_pattern": {"to_q": 99}}'},
+                "rank 99; the largest.* is 4",
+            ),
+            (
+                {**NAMES, "lora_adapter_metadata": '{"transformer.rank_pattern": 99}'},
+                "rank_pattern must hold plain names",
+            ),
+            (
+                {**NAMES, "lora_adapter_metadata": '{"transformer.rank_pattern": {"(a+)+b": 2}}'},
+                "rank_pattern must hold plain names",
+            ),
+            (
+                {**NAMES, "lora_adapter_metadata": '{"transformer.target_modules": "(.*)*to_q"}'},
+                "target_modules must hold plain names",
+            ),
+            (
+                {**NAMES, "lora_adapter_metadata": '{"transformer.exclude_modules": ["(a|a)*"]}'},
+                "exclude_modules must hold plain names",
+            ),
+            ({**NAMES, "lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'}, "lora_alpha must be finite"),
+            (
+                {**NAMES, "lora_adapter_metadata": '{"transformer.alpha_pattern": {"to_q": Infinity}}'},
+                "alpha_pattern must be finite",
+            ),
             (
                 {**NAMES, "lora_adapter_metadata": '{"transformer.megatron_config": {"a": 1}}'},
                 "megatron_config.*refused",
@@ -315,6 +353,17 @@ class TestRefusals:
     def test_metadata(self, tmp_path, metadata, reason):
         changed(make_adapter(SIT, tmp_path, rows("axolotl")), lambda _: None, metadata)
         self.assert_refused(tmp_path, reason)
+
+    def test_class_names_differ(self, tmp_path):
+        folder = make_adapter(SIT, tmp_path, rows("axolotl", "okapi"))
+        changed(folder, lambda _: None, {"class_names": '["axolotl", "axolotl"]'})
+        self.assert_refused(folder, "must differ")
+
+    def test_a_link_out_of_the_folder(self, tmp_path):
+        folder = make_adapter(SIT, tmp_path / "a")
+        (folder / FILE).rename(tmp_path / FILE)
+        (folder / FILE).symlink_to(tmp_path / FILE)
+        self.assert_refused(folder, "a link to.*outside the folder")
 
     def test_megatron_module_is_never_imported(self, tmp_path, monkeypatch):
         (tmp_path / "evil_module.py").write_text("raise SystemExit('ran')")

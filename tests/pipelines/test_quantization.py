@@ -14,6 +14,7 @@ from tiny_pipelines import PipelineMaker, inputs
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
 from repagen import ClassToImagePipeline, UserError
+from repagen.pipelines.provenance import pipeline_sha256
 
 
 def load(folder: Path, quantization: Any, *parts: str) -> ClassToImagePipeline:
@@ -73,6 +74,15 @@ def test_eight_bits_are_saved_and_loaded(quantized: ClassToImagePipeline, tmp_pa
     assert quantized_names(loaded.transformer) == quantized_names(quantized.transformer)
     call = {"output_type": "latent"}
     assert torch.equal(loaded(**inputs(**call)).images, quantized(**inputs(**call)).images)
+
+
+def test_eight_bits_have_a_fingerprint_of_their_own(quantized: ClassToImagePipeline, tmp_path: Path) -> None:
+    plain = ClassToImagePipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.bfloat16)
+    again = load(tmp_path / "pipeline", Int8WeightOnlyConfig(), "transformer")
+    assert pipeline_sha256(quantized) == pipeline_sha256(again)
+    name = quantized_names(again.transformer)[0]
+    again.transformer.get_parameter(name).qdata[0] += 1
+    assert len({pipeline_sha256(pipe) for pipe in (quantized, again, plain)}) == 3
 
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])

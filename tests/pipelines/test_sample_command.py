@@ -209,12 +209,15 @@ def test_an_interrupted_command_continues(model, tmp_path, monkeypatch, capsys):
     whole = {path.name: path.read_bytes() for path in (out / "images").iterdir()}
     (out / "grid.png").unlink()
     (out / "images/000003.png").unlink()
-    (out / "images/.tmp-1-000003.png").write_bytes(b"half")
+    for leftover in ("images/.tmp-1-000003.png", ".tmp-1-grid.png"):
+        (out / leftover).write_bytes(b"half")
     kept = (out / "images/000002.png").stat().st_mtime_ns
     capsys.readouterr()
     sample(monkeypatch, *words)
     assert "(4 of them were there already)" in capsys.readouterr().out
-    assert {name: (out / "images" / name).read_bytes() for name in whole} == whole and (out / "grid.png").exists()
+    assert {name: (out / "images" / name).read_bytes() for name in whole} == whole
+    assert sorted(path.name for path in out.iterdir()) == ["grid.png", "images"]
+    assert sorted(path.name for path in (out / "images").iterdir()) == sorted(whole)
     assert (out / "images/000002.png").stat().st_mtime_ns == kept
 
 
@@ -292,7 +295,9 @@ def test_adapters_that_cannot_be_used_are_named(model, tmp_path, monkeypatch, ca
     for word, message in (
         (f"{tmp_path}/none", "none: adapter"),
         (f"{tmp_path}/rows=0.5", "holds classes only, which take no weight"),
-        (f"{tmp_path}/rows=half", "'half' is no number; give PATH or PATH=WEIGHT"),
+        (f"{tmp_path}/rows=half", "'half' is no finite number; give PATH or PATH=WEIGHT"),
+        (f"{tmp_path}/foreign=nan", "'nan' is no finite number; give PATH or PATH=WEIGHT"),
+        (f"{tmp_path}/foreign=-inf", "'-inf' is no finite number; give PATH or PATH=WEIGHT"),
         (str(tmp_path), f"--lora {tmp_path}: {tmp_path}: no adapter file"),
         (f"{tmp_path}/foreign", "foreign: adapter 'adapter_0' does not fit this SiTTransformer2DModel"),
     ):

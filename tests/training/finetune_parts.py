@@ -70,6 +70,7 @@ def finetune_settings(pipeline: Path, images: Path, mode: str) -> dict[str, Any]
         "pipeline": str(pipeline),
         "max_steps": 4,
         "global_batch_size": 4,
+        "micro_batch_size": "auto",
         "device": "cpu",
         "progress_bar": False,
         "data": {"path": str(images), "image_size": 32},
@@ -81,8 +82,6 @@ def finetune_settings(pipeline: Path, images: Path, mode: str) -> dict[str, Any]
         values["lora"] = {"rank": 2}
     if mode == "decoder":
         values["lpips"] = {"weight": 0.0}
-    else:
-        values["micro_batch_size"] = "auto"
     return values
 
 

@@ -188,6 +188,27 @@ def test_a_weaker_model_that_no_longer_fits_is_left_out(
     draw(released, "bird")
 
 
+def test_a_copy_without_the_weaker_model_loads_the_adapter(
+    parts: Path, finished: dict[str, Path], tmp_path: Path
+) -> None:
+    pipeline = load(parts / "pipeline")
+    pipeline.register_modules(guidance_transformer=load(parts / "pipeline").transformer)
+    pipeline.save_pretrained(tmp_path / "weaker")
+    copied = ClassToImagePipeline.from_pretrained(tmp_path / "weaker", guidance_transformer=None)
+    copied.save_pretrained(tmp_path / "copy")
+    copied = load(tmp_path / "copy")
+    copied.load_lora_weights(finished["labels"] / "adapter")
+    assert draw(copied, "bird").shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("mode", ["lora", "labels"])
+def test_muon_trains_what_is_trained_of_a_frozen_generator(parts: Path, tmp_path: Path, mode: str) -> None:
+    run = finetune(settings(parts, mode), tmp_path, "optimizer.name=muon")
+    optimizer = load_file(max((run / "checkpoints").iterdir()) / "optimizer.safetensors")
+    assert optimizer.keys() and all(name.startswith("muon") for name in optimizer)  # matrices alone
+    finetune(settings(parts, mode), tmp_path, "optimizer.name=muon", "max_steps=5")
+
+
 def lora_of(architecture: Any, parts: Path, tmp_path: Path, *words: str, **more: Any) -> torch.Tensor:
     """Tune a tiny generator of a class in the latents of a KL autoencoder; => what it draws of the new class."""
     size, widths = TINY[architecture]
@@ -271,6 +292,48 @@ def test_interrupted_prior_images_go_on_and_are_the_same(
     assert result_bytes(again) == result_bytes(finished["lora"])
 
 
+PRIOR_WORDS = ["prior.images_per_class=2", "prior.forward_batch_size=3"]
+
+
+@pytest.mark.parametrize(
+    ("word", "key"), [("seed=1", "seed"), ("prior.guidance_scale=2", "prior.guidance_scale"), ("", "scheduler")]
+)
+def test_prior_images_of_a_run_with_checkpoints_are_never_drawn_anew(
+    parts: Path, finished: dict[str, Path], tmp_path: Path, word: str, key: str
+) -> None:
+    shutil.copytree(finished["lora"], tmp_path / "run")
+    shutil.copytree(parts, tmp_path / "parts")
+    if not word:
+        path = tmp_path / "parts" / "pipeline" / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"shift": 3.0}))
+    before = {path: path.read_bytes() for path in (tmp_path / "run" / "prior").rglob("*.*")}
+    with pytest.raises(UserError, match=rf"{key}.* when the images in .*prior were drawn .*set it back"):
+        finetune(settings(tmp_path / "parts", "lora"), tmp_path, *PRIOR_WORDS, *filter(None, [word]))
+    assert {path: path.read_bytes() for path in (tmp_path / "run" / "prior").rglob("*.*")} == before
+    shutil.rmtree(tmp_path / "run" / "prior")
+    with pytest.raises(UserError, match=r"prior.images_per_class: 2, but the run has checkpoints and no images"):
+        finetune(settings(tmp_path / "parts", "lora"), tmp_path, *PRIOR_WORDS)
+
+
+def test_changed_prior_images_are_refused_and_leftovers_swept(
+    parts: Path, finished: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(finished["lora"], tmp_path / "run")
+    image = tmp_path / "run" / "prior" / "000001" / "000001.png"
+    drawn = image.read_bytes()
+    image.write_bytes(image.with_name("000000.png").read_bytes())
+    leftover = image.with_name(".tmp-1-000002.png")
+    leftover.touch()
+    with pytest.raises(
+        UserError, match=r"prior: 1 of the images in .*prior are not those .*000001/000001.png.*delete"
+    ):
+        finetune(settings(parts, "lora"), tmp_path, *PRIOR_WORDS)
+    assert not leftover.exists()
+    image.unlink()
+    finetune(settings(parts, "lora"), tmp_path, *PRIOR_WORDS)
+    assert image.read_bytes() == drawn
+
+
 # --- the same numbers however the work is cut ----------------------------------------------------------------------
 
 
@@ -295,6 +358,29 @@ def test_a_continued_run_is_equal_bit_for_bit(
     assert result_bytes(run) == result_bytes(finished[mode])
 
 
+def test_dropout_and_sample_grids_change_no_number_of_a_continued_run(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = settings(parts, "lora") | {"lora": {"rank": 2, "dropout": 0.3}}
+    whole = finetune(values, tmp_path / "whole")
+    log = Run.log
+
+    def log_and_stop(self: Run, step: int, row: Any) -> None:
+        log(self, step, row)
+        self._stop.requested = step == 3
+
+    grids = "sample.every_steps=1"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_stop)
+        with pytest.raises(RunStopped):
+            finetune(values, tmp_path, grids)
+    run = finetune(values, tmp_path, grids)
+    assert metric_rows(run) == metric_rows(whole)
+    assert result_bytes(run) == result_bytes(whole)
+    grid, other = run / "samples" / "step-00000004.png", next(iter((run / "adapter").glob("*.png")))
+    assert grid.read_bytes() == other.read_bytes()  # both without dropout
+
+
 def test_the_trial_step_changes_nothing(parts: Path, finished: dict[str, Path], tmp_path: Path) -> None:
     from repagen.training.rehearsal import Rehearsal
 
@@ -314,8 +400,9 @@ def test_changed_weights_data_and_settings_are_refused_when_a_run_continues(
     shutil.copytree(finished["labels"], tmp_path / "run")
     values = settings(parts, "labels")
     for word, key in {"labels.start_from.bird=dog": "labels", "optimizer.learning_rate=1": "learning_rate"}.items():
-        with pytest.raises(UserError, match=rf"{key}.*cannot continue"):
+        with pytest.raises(UserError, match=rf"{key}.*cannot continue") as caught:
             finetune(values, tmp_path, word)
+        assert key != "labels" or "but {'bird': 'dog'} now" in str(caught.value)
     shutil.copytree(parts, tmp_path / "moved")
     moved = copy.deepcopy(values) | {"pipeline": str(tmp_path / "moved" / "pipeline")}
     finetune(moved, tmp_path, "max_steps=5")  # the same weights elsewhere
@@ -377,6 +464,28 @@ def test_micro_batches_that_fit_are_found_kept_and_give_the_same_losses(
         finetune(settings(parts, "full"), tmp_path / "third", "micro_batch_size=2")
 
 
+def test_micro_batches_are_found_for_the_decoder_too(
+    parts: Path, finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from repagen.training.decoder_step import DecoderStep
+
+    tried: list[int] = []
+    rehearse = DecoderStep.rehearse
+
+    def with_memory_for_two(self: Any, batch: Any) -> None:
+        tried.append(len(batch["label"]))
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        rehearse(self, batch)
+
+    monkeypatch.setattr(DecoderStep, "rehearse", with_memory_for_two)
+    run = finetune(settings(parts, "decoder"), tmp_path)
+    losses = [[row["loss"] for row in metric_rows(folder)] for folder in (run, finished["decoder"])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    finetune(settings(parts, "decoder"), tmp_path, "max_steps=5")
+    assert tried == [4, 2, 2, 2, 2]  # the continued run begins with what its checkpoint says
+
+
 def test_eight_bit_states_train_and_continue(parts: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     words = ["optimizer.name=adamw8bit", "lora.rank=256"]  # matrices of 4096 values and more
@@ -419,7 +528,23 @@ WRONG: list[tuple[str, list[str], str]] = [
     ("labels", ["data.path={parts}/known"], "mode: labels trains the rows of new classes, and .* knows all"),
     ("labels", ["prior.images_per_class=1"], "prior.images_per_class: 1 has no effect, mode=labels"),
     ("decoder", ["statistics=true"], "statistics: unknown key"),
-    ("decoder", ["micro_batch_size=auto"], "micro_batch_size: must be a number here; auto is for"),
+    ("decoder", ["adversarial.weight=1"], "micro_batch_size: auto tries no step of the discriminator"),
+    ("decoder", ["pipeline=''"], 'pipeline: must be a folder or Hub id .*, got ""'),
+    ("full", ["pipeline=' '"], 'pipeline: must be a folder or Hub id .*, got " "'),
+    ("full", ["prior.guidance_scale=2"], "prior.guidance_scale: 2.0 has no effect, prior.images_per_class=0 draws"),
+    ("full", ["prior.images_per_class=1", "data.path={parts}/known", "labels.keep=[dog]"], "the data has every class"),
+    (
+        "full",
+        ["labels.start_from.st.bernard=dog"],
+        r"""labels.start_from.st: .*'labels.start_from=\{"st. bernard": dog""",
+    ),
+    (
+        "full",
+        ["labels.start_from.a bird=dog"],
+        r"""not of the form section.key=value; .*'section=\{"a name": value\}'""",
+    ),
+    ("lora", ["pipeline={parts}/weaker"], "pipeline: .* guidance_transformer without the new classes .*save a copy"),
+    ("labels", ["pipeline={parts}/weaker"], "pipeline: .* guidance_transformer without the new classes .*save a copy"),
     ("decoder", ["data.image_size=64"], "data.image_size: 64 px given, but the autoencoder decodes 32 px"),
     ("decoder", ["pipeline={parts}/kl/pipeline"], "mode: the autoencoder of .* is a AutoencoderKL"),
     ("lorra", [], "mode: expected one of full, lora, labels, decoder, got \"lorra\"; did you mean 'lora'"),
@@ -433,6 +558,9 @@ def wrong_parts(parts: Path) -> Path:
     (parts / "other").mkdir()
     (parts / "other" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     pipeline = load(parts / "pipeline")
+    pipeline.register_modules(guidance_transformer=load(parts / "pipeline").transformer)
+    pipeline.save_pretrained(parts / "weaker")
+    pipeline.register_modules(guidance_transformer=None)
     pipeline.register_modules(vae=AutoencoderKL.from_pretrained(parts / "kl"))
     pipeline.save_pretrained(parts / "kl" / "pipeline")
     return parts

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -56,9 +57,24 @@ def test_rows_of_new_classes_begin_with_the_mean_or_a_class() -> None:
     assert torch.equal(new_rows(table, plan, 4), torch.stack([table[:4].mean(0), table[1]]))
 
 
-def test_names_with_two_classes_are_new_ones() -> None:
-    twice = {"0": "a, jay", "1": "b, jay"}
-    assert plan_classes(config("labels"), 2, twice, ["jay"]).new == ["jay"]
+def test_names_with_two_classes_are_refused_and_go_under_another_name() -> None:
+    twice = {"0": "a, jay", "1": "b, jay", "2": "crane", "3": "crane"}
+    for name, ids in {"Jay": "[0, 1]", "crane": "[2, 3]"}.items():
+        with pytest.raises(UserError, match=re.escape(f"data: {name!r} names the pipeline's classes {ids}; rename")):
+            plan_classes(config("labels"), 4, twice, [name])
+    plan = plan_classes(config("labels", start_from={"crane bird": 2}), 4, twice, ["crane bird"])
+    assert (plan.new, plan.sources) == (["crane bird"], {"crane bird": 2})
+
+
+@pytest.mark.parametrize("names", [["Bird", "bird"], ["CAT", "ant", "cat"]])
+def test_names_that_differ_in_case_only_are_refused(names: list[str]) -> None:
+    with pytest.raises(UserError, match=f"data: the classes '{names[0]}' and '{names[-1]}' differ in case only"):
+        plan_classes(config("labels"), 4, NAMES, names)
+
+
+def test_classes_of_the_data_that_are_one_of_the_pipeline_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert plan_classes(config(), 4, NAMES, ["cat", "dog", "tabby"]).of_data == [0, 1, 0]
+    assert caplog.messages == ["cat and tabby of the data are one class of the pipeline, 'tabby, cat'"]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +83,9 @@ def test_names_with_two_classes_are_new_ones() -> None:
         (config(), 4, [], "data.path: x has no classes, but p has 4"),
         (config(), 0, ["ant"], "data.path: x has 1 classes, but p is unconditional"),
         (config(num_classes=4), 4, ["ant"], "num_classes: 4 expected, but 0 classes stay and 1 are new"),
-        (config("labels"), 4, ["dog"], "mode: labels trains the rows of new classes"),
+        (config("labels"), 4, ["dog"], "mode: labels trains the rows .* knows all classes of the data; rename them"),
+        (config("labels"), 0, [], "mode: labels trains the rows .* is unconditional; take mode=full"),
+        (config(prior=1), 4, ["cat", "dog", "crane", "lifter, crane"], "prior.images_per_class: the data has every"),
         (config(prior=1, keep=[]), 4, ["ant"], "prior.images_per_class: no class of the pipeline stays"),
         (config(start_from={"dog": "cat"}), 4, ["dog"], "labels.start_from.dog: no new class of the data"),
     ],

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 from decoder_parts import settings as decoder_settings
 from decoder_parts import words
 from decoder_parts import write_parts as write_decoder_parts
+from finetune_parts import finetune, finetune_settings, write_images, write_pipeline
 from generator_parts import settings, train_settings, write_parts
 from hub_uploads import UPLOAD_WARNING, UploadHub, serve_uploads
 from huggingface_hub import ModelCard
@@ -21,6 +25,7 @@ from PIL import Image
 from repagen import ClassToImagePipeline, RepresentationAutoencoder, UserError
 from repagen.config import load_config
 from repagen.hub import push_command
+from repagen.hub.publishing import publish_folder
 from repagen.training import decoder, end_to_end
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.end_to_end_config import EndToEndConfig
@@ -174,6 +179,14 @@ def test_what_keeps_a_result_from_the_hub_is_found_before_the_training(
     assert not list(tmp_path.glob("work/run/**/*.safetensors"))
 
 
+def test_a_run_that_cannot_begin_leaves_nothing_on_the_hub(uploads: UploadHub, parts: Path, tmp_path: Path) -> None:
+    values = generator_settings(parts, tmp_path, push_to_hub="org/x", hub_revision="v1")
+    values["autoencoder"] = {"path": str(tmp_path / "absent")}
+    with pytest.raises(UserError, match="absent"):
+        train_settings(values, tmp_path / "work")
+    assert uploads.requests and not uploads.private
+
+
 def test_a_run_without_push_has_card_and_grid_and_may_be_pushed_when_it_goes_on(
     uploads: UploadHub, parts: Path, tmp_path: Path
 ) -> None:
@@ -200,3 +213,44 @@ def test_settings_without_effect_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         train_settings(generator_settings(parts, tmp_path, **changes), tmp_path / "work")
+
+
+# --- fine-tuning ---------------------------------------------------------------------------------------------------
+
+
+def tuned(uploads: UploadHub, images: Path, folder: Path, mode: str, *words: str) -> tuple[str, str]:
+    """Tune the pipeline of `org/base` for two steps and push: => the card's text, and its lines."""
+    values = {**finetune_settings(Path("org/base"), images, mode), "max_steps": 2, "sample": {"num_images": 2}}
+    finetune(values, folder / mode, f"push_to_hub=org/{mode}", *words)
+    card = ModelCard.load(uploads.branch(f"org/{mode}") / "README.md")
+    assert card.data.base_model == "org/base"
+    assert card.data.base_model_relation == ("adapter" if mode in ("lora", "labels") else "finetune")
+    [code] = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    return card.text, code
+
+
+@pytest.mark.slow
+def test_the_cards_of_fine_tuning_are_right_and_their_lines_run(uploads: UploadHub, tmp_path: Path) -> None:
+    publish_folder(write_pipeline(tmp_path / "parts"), "org/base")
+    known = write_images(tmp_path / "known", ["dog", "cat"], count=2)
+    mixed = write_images(tmp_path / "mixed", ["bird", "cat"], count=3)
+    text, of_lora = tuned(uploads, known, tmp_path, "lora", "prior.images_per_class=2")
+    assert "| images | 6, of them 2 drawn from the pipeline before the training |" in text
+    assert "| classes | 2 |" in text and "LoRA layers of its generator." in text and "class_labels=['dog']" in of_lora
+    assert f'"org/base", revision="{uploads.commit_of("org/base", "main")}"' in of_lora and "ORG/BASE" not in text
+    text, of_labels = tuned(uploads, mixed, tmp_path, "labels")
+    assert "| images | 6 |" in text and "label rows of 1 new class; the generator" in text and "['bird']" in of_labels
+    text, of_full = tuned(uploads, mixed, tmp_path, "full")
+    assert "| classes | 2 |" in text and "['bird']" in of_full and "Images of this model:" in text
+    text, of_decoder = tuned(uploads, mixed, tmp_path, "decoder")
+    assert "| classes | 2 |" in text and "['tabby']" in of_decoder and "Images above their reconstructions:" in text
+    environment = {
+        **os.environ, "HF_ENDPOINT": uploads.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*",
+    }  # fmt: skip
+    code = "".join(f"{code}print(image.size)\n" for code in (of_lora, of_labels, of_full, of_decoder))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["(32,", "32)"] * 4
