@@ -88,6 +88,12 @@ def naming(keys: Mapping[str, str]) -> Iterator[None]:
         raise UserError(keys[start] + message.removeprefix(start)) from error
 
 
+def one_line(error: BaseException, length: int = 160) -> str:
+    """Return an error's message as one line, shortened; its kind where it says nothing."""
+    text = " ".join(str(error).split())
+    return f"{text[:length]}..." if len(text) > length else text or type(error).__name__
+
+
 def _close_progress_bars() -> None:
     """End the bars that an error left open, so that its message starts a line."""
     from tqdm import tqdm

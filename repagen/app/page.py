@@ -86,9 +86,9 @@ class Page:
         for number, numbered in sides.items():
             shown: list[str] = []
             finished = False
+            facts = {**numbered.facts(0), "kind": "state"}
             for drawing in draw(numbered, request.trajectory_images, stop):
                 fresh = drawing.trajectory[len(shown) :]
-                facts = {**numbered.facts(0), "kind": "state"}
                 shown += [self._write(picture, {**facts, "step": drawing.step}, "on the way") for picture in fresh]
                 images = self._write_images(numbered, drawing)
                 finished = bool(images)

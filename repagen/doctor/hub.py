@@ -8,9 +8,8 @@ from pathlib import Path
 from repagen.doctor.report import Finding, Section, readable_size
 from repagen.encoders.families import FAMILIES
 from repagen.encoders.files import hub_id, local_weights
-from repagen.errors import UserError
+from repagen.errors import UserError, one_line
 from repagen.hub.fetching import naming_hub_errors
-from repagen.layers.attention_trial import one_line
 
 
 def hub(encoders: Sequence[str]) -> Section:

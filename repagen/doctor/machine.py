@@ -17,7 +17,8 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from repagen.doctor.report import Finding, Level, Section, readable_size
-from repagen.layers.attention_trial import AttentionTrial, one_line, try_attention
+from repagen.errors import one_line
+from repagen.layers.attention_trial import AttentionTrial, try_attention
 
 _REQUIRED = ("repagen", "torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
 _OPTIONAL = ("xformers", "flash-attn", "bitsandbytes", "torchao", "torchmetrics", "lpips", "timm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,7 @@ def _weights(folder: Path) -> tuple[int, int]:
     for path in sorted(folder.rglob("*.safetensors")):
         size += path.stat().st_size
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # no dictionary
-                count = 1
-                for extent in file.get_slice(key).get_shape():
-                    count *= extent
-                numbers += count
+            numbers += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     return numbers, size
 
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from repagen.errors import UserError
-from repagen.layers.attention_trial import one_line
+from repagen.errors import UserError, one_line
 
 Level = Literal["ok", "note", "problem"]
 _MARKS: dict[Level, str] = {"ok": " ", "note": "-", "problem": "!"}

@@ -34,14 +34,13 @@ from repagen.export.modules import (
     source_of,
 )
 from repagen.files import replace_folder
+from repagen.hub.folder_facts import PIPELINE_FILE
 
 PIPELINES = {"ClassToImagePipeline": "repagen.pipelines.class_to_image"}
 """Pipelines that can be exported => their modules."""
 
 BRANCH = "remote-code"
 """Branch of a Hub repository for such a folder; `main` stays as it was saved, for users with the library."""
-
-_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,8 @@ def _fetched(model: str, revision: str | None) -> Path:
 
 
 def _read(folder: Path) -> _Pipeline:
-    with refusing(f"MODEL: {folder / _INDEX} cannot be read; give the folder or Hub id of a pipeline"):
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    with refusing(f"MODEL: {folder / PIPELINE_FILE} cannot be read; give the folder or Hub id of a pipeline"):
+        index = json.loads((folder / PIPELINE_FILE).read_text(encoding="utf-8"))
         kind = index["_class_name"]
     if isinstance(kind, list):
         raise UserError(f"MODEL: {folder} carries its own code already; give the pipeline that it was made from")
@@ -119,7 +118,8 @@ def _read(folder: Path) -> _Pipeline:
     for component, (library, name) in entries.items():
         if library != modules.get(name, "").split(".")[0]:
             raise UserError(
-                f"{folder / _INDEX}:{component} is {library}.{name}; it must be one of {', '.join(sorted(modules))}"
+                f"{folder / PIPELINE_FILE}:{component} is {library}.{name}; it must be one of "
+                f"{', '.join(sorted(modules))}"
             )
     own = {component: modules[name] for component, (library, name) in entries.items() if library == LIBRARY}
     return _Pipeline(index, {component: name for component, (_, name) in entries.items()}, own)
@@ -156,7 +156,7 @@ def _code(pipeline: _Pipeline) -> dict[str, str]:
         **{component: [f"{component}_{tag}", pipeline.classes[component]] for component in doors},
     }
     return {
-        _INDEX: json.dumps(index, indent=2, sort_keys=True) + "\n",
+        PIPELINE_FILE: json.dumps(index, indent=2, sort_keys=True) + "\n",
         "README.md": _readme(package, len(texts)),
         f"pipeline_{tag}.py": _entry(package, {**names, name_in_copy(PIPELINES[kind]): kind}),
         **{f"{package}/{name}.py": text for name, text in texts.items()},

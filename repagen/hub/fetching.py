@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from repagen.errors import UserError
-from repagen.hub.places import repository_command
+from repagen.hub.places import fetch_once
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def resolve_commit(
         try:
             found = resolve_revision(repo_id, local_files_only=local_files_only, **asking).resolved
         except HfHubHTTPError as error:
-            if _status(error) != 429:
+            if http_status(error) != 429:
                 raise
             try:
                 found = resolve_revision(repo_id, local_files_only=True, **asking).resolved
@@ -147,12 +147,12 @@ def naming_hub_errors(
     except UserError:
         raise
     except Exception as error:
-        reason = next(filter(None, (_reason(link, repo_id) for link in _chain(error))), None)
+        reason = next(filter(None, (_reason(link, repo_id) for link in causes(error))), None)
         reason = reason or _not_cached(error, repo_id, revision, local_files_only)
         if reason is None:
             raise
         at = f" at revision {revision!r}" if revision else ""
-        kind = NotThereError if any(map(_says_not_there, _chain(error))) else UserError
+        kind = NotThereError if any(map(_says_not_there, causes(error))) else UserError
         raise kind(f"{what} {repo_id!r}{at}: {reason}") from error
 
 
@@ -168,7 +168,8 @@ def _says_not_there(error: BaseException) -> bool:
     return unknown and not isinstance(error, GatedRepoError)
 
 
-def _chain(error: BaseException | None, *, with_contexts: bool = False) -> Iterator[BaseException]:
+def causes(error: BaseException | None, *, with_contexts: bool = False) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or (error.__context__ if with_contexts else None)
@@ -192,10 +193,10 @@ def _reason(error: BaseException, repo_id: str) -> str | None:
     if isinstance(error, RevisionNotFoundError):
         return f"the Hub repository has no such revision; its branches and tags are at {page}/tree/main"
     if isinstance(error, RemoteEntryNotFoundError):
-        return f"the Hub repository has not all files that it should have ({_first_line(error)}); see {page}/tree/main"
+        return f"the Hub repository has not all files that it should have ({first_line(error)}); see {page}/tree/main"
     if isinstance(error, HFValidationError):
         return "neither a folder on this machine nor a Hub id such as 'org/name'"
-    status = _status(error)
+    status = http_status(error)
     if status is not None:
         advice = _LOG_IN if status in (401, 403) else _LATER
         too_many = ", too many requests" if status == 429 else ""
@@ -204,17 +205,16 @@ def _reason(error: BaseException, repo_id: str) -> str | None:
 
 
 def _reason_of_transfer(error: BaseException) -> str | None:
-    # By name: huggingface_hub speaks through httpx or httpx2, by its version.
-    names = {kind.__name__ for kind in type(error).__mro__}
+    names = _kinds(error)
     broken = f"nothing half is kept; {_LATER}"
     if "TimeoutException" in names:
         return f"the Hub gave no answer within {_time_limit():g} s (HF_HUB_DOWNLOAD_TIMEOUT); {_LATER}"
     if "ProxyError" in names:
-        return f"the proxy did not let the request through ({_first_line(error)}); check HTTPS_PROXY"
+        return f"the proxy did not let the request through ({first_line(error)}); check HTTPS_PROXY"
     if isinstance(error, _CutOffError) or "RemoteProtocolError" in names or "ReadError" in names:
-        return f"the download broke off ({_first_line(error)}); {broken}"
+        return f"the download broke off ({first_line(error)}); {broken}"
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
-        return f"a file came with another size than the Hub gives for it ({_first_line(error)}); {broken}"
+        return f"a file came with another size than the Hub gives for it ({first_line(error)}); {broken}"
     return None
 
 
@@ -233,30 +233,35 @@ def _not_cached(error: BaseException, repo_id: str, revision: str | None, local_
     """The line for files that are not here while the Hub cannot be asked, or None where that is not the matter."""
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError, RevisionResolutionError
 
-    links = list(_chain(error, with_contexts=True))  # diffusers names no cause for a file that is not here
-    unreached = any(
-        isinstance(link, ConnectionError) or "TransportError" in {kind.__name__ for kind in type(link).__mro__}
-        for link in links
-    )
-    if not unreached and not any(
-        isinstance(link, (LocalEntryNotFoundError, RevisionResolutionError)) for link in links
+    links = list(causes(error, with_contexts=True))  # diffusers names no cause for a file that is not here
+    if not any(
+        is_unreached(link) or isinstance(link, (LocalEntryNotFoundError, RevisionResolutionError)) for link in links
     ):
         return None
     incomplete = next((link for link in links if isinstance(link, IncompleteSnapshotError)), None)
     names = re.search(r"missing \((.+?)\)\. [A-Z]", str(incomplete))
     found = f"in the local cache without {names[1]}" if names else "no such folder here, and not in the local cache"
-    return (
-        f"{found}{'' if local_files_only else ' and the Hub is out of reach'}; fetch it once with "
-        f"{repository_command(repo_id, revision)} on a machine that is online, or pass a local folder"
-    )
+    return f"{found}{'' if local_files_only else ' and the Hub is out of reach'}; {fetch_once(repo_id, revision)}"
 
 
-def _status(error: BaseException) -> int | None:
+def is_unreached(error: BaseException) -> bool:
+    """Whether an error says that no connection to the Hub came about, or that it broke."""
+    return isinstance(error, ConnectionError) or "TransportError" in _kinds(error)
+
+
+def http_status(error: BaseException) -> int | None:
+    """The status of the answer that an error is about, None where it is about none."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """The first line of an error's message, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:longest]
+
+
+def _kinds(error: BaseException) -> set[str]:
+    # By name: huggingface_hub speaks through httpx or httpx2, by its version.
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 # --- limits that huggingface_hub does not set ------------------------------------------------------------------------

@@ -30,6 +30,12 @@ def repository_command(repo_id: str, revision: str | None = None, *, dataset: bo
     return f"`repagen download {repo_id}{at}{' --with-data' if dataset else ''} --to {shlex.quote(str(bundle))}`"
 
 
+def fetch_once(repo_id: str, revision: str | None = None) -> str:
+    """Say how to get a model that is not here while the Hub cannot be asked."""
+    command = repository_command(repo_id, revision)
+    return f"fetch it once with {command} on a machine that is online, or pass a local folder"
+
+
 def published_file_command(name: str) -> str:
     """Return the command that gets a file that is no Hub repository: `inception`, `lpips-vgg` or `lpips-alex`."""
     bundle = _bundle_around(_torch_home())

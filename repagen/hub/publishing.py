@@ -25,6 +25,7 @@ from repagen.hub.card import (
     render_card,
     without_local_paths,
 )
+from repagen.hub.fetching import causes, first_line, http_status, is_unreached
 from repagen.hub.folder_facts import ADAPTER_FILE, PIPELINE_FILE, carries_code, facts_of_folder
 from repagen.hub.inspection import inspect_upload
 
@@ -205,42 +206,37 @@ def hub_failures(repo_id: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        causes = [error]
-        while (cause := causes[-1].__cause__) is not None and isinstance(cause, Exception):
-            causes.append(cause)
-        reason = next(filter(None, map(_reason, causes)), None)
+        reason = next(filter(None, map(_reason, causes(error))), None)
         if reason is None:
             raise
         raise UserError(f"{repo_id}: {reason}") from error
 
 
-def _reason(error: Exception) -> str | None:
+def _reason(error: BaseException) -> str | None:
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    said = first_line(error, 300)
     if isinstance(error, HFValidationError):
-        return f"no name for a repository ({first_line}); give it as org/name"
+        return f"no name for a repository ({said}); give it as org/name"
     if isinstance(error, OfflineModeIsEnabled):
         return _OFFLINE
     if isinstance(error, LocalTokenNotFoundError):
         return f"no token for the Hub; {_LOG_IN}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = http_status(error)
     if status is not None:
         advice = {
             401: f"the token is not valid; {_LOG_IN}",
             403: "the token may not write there; give it the right to, or publish under a name of your own",
             404: "there is no such repository or organisation, or the token may not see it; check the name",
             429: "too many requests; try again later",
-        }.get(status, "try again later" if status >= 500 else f"it says: {_server_message(error, first_line)}")
+        }.get(status, "try again later" if status >= 500 else f"it says: {_server_message(error, said)}")
         return f"the Hub answered {status}; {advice}"
-    # By name: huggingface_hub speaks through httpx or httpx2, by its version.
-    names = {kind.__name__ for kind in type(error).__mro__}
-    if "TransportError" in names or isinstance(error, ConnectionError):
-        return f"the Hub cannot be reached ({type(error).__name__}: {first_line}); check the network and try again"
+    if is_unreached(error):
+        return f"the Hub cannot be reached ({type(error).__name__}: {said}); check the network and try again"
     return None
 
 
-def _server_message(error: Exception, otherwise: str) -> str:
+def _server_message(error: BaseException, otherwise: str) -> str:
     return (getattr(error, "server_message", None) or otherwise).splitlines()[0][:300]
 
 

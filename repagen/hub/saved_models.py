@@ -13,7 +13,7 @@ from repagen.errors import UserError
 from repagen.files import follow_umask, put_file
 from repagen.hub.fetching import fetch_snapshot
 from repagen.hub.inspection import inspect_folder
-from repagen.hub.places import repository_command
+from repagen.hub.places import fetch_once
 
 _WEIGHTS = "diffusion_pytorch_model"
 # What fetching takes and loading from a folder does not.
@@ -56,8 +56,7 @@ def _refuse_half(folder: Path, repo_id: str, revision: str | None, what: str) ->
     absent = [pattern for pattern in ("config.json", f"{_WEIGHTS}*.safetensors") if not any(folder.glob(pattern))]
     if absent and is_offline_mode():
         raise UserError(
-            f"{what} {repo_id!r}: in the local cache without {' and '.join(absent)}; fetch it once with "
-            f"{repository_command(repo_id, revision)} on a machine that is online, or pass a local folder"
+            f"{what} {repo_id!r}: in the local cache without {' and '.join(absent)}; {fetch_once(repo_id, revision)}"
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
+from repagen.errors import one_line
 from repagen.layers.attention import check_attention_backend
 
 # Largest error against attention in float64 that rounding explains, relative to the largest value.
@@ -81,12 +82,6 @@ def try_attention(backend: str, device: torch.device, dtype: torch.dtype, head_d
         except Exception as refusal:
             return AttentionTrial(forward_error, None, tolerance, one_line(refusal))
     return AttentionTrial(forward_error, gradient_error, tolerance)
-
-
-def one_line(error: BaseException, length: int = 160) -> str:
-    """Return an error's message as one line, shortened; its kind where it says nothing."""
-    text = " ".join(str(error).split())
-    return f"{text[:length]}..." if len(text) > length else text or type(error).__name__
 
 
 @torch.no_grad()

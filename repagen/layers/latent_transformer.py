@@ -120,6 +120,13 @@ class LatentTransformerMixin(PublishedModelMixin, SavedModelMixin, AttentionBack
             raise UserError(f"{cls.__name__}: no size {size!r}; allowed are {', '.join(cls._sizes)}")
         return {**cls._sizes[size], **overrides}
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of a latent, as the config has it."""
+        size = self.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.config.in_channels, height, width
+
     def choose_classes(self, kept: Sequence[int], new_rows: torch.Tensor | None = None) -> None:
         """Change the model's classes: ones of its own, in the given order, then new ones; the null class stays.
 

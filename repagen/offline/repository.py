@@ -20,15 +20,14 @@ from repagen.encoders.files import CONFIG_FILES, WEIGHT_FILES, read_json
 from repagen.errors import UserError
 from repagen.files import file_digest, put_file, replace_file
 from repagen.hub.fetching import NotThereError, fetch_snapshot, naming_hub_errors
+from repagen.hub.folder_facts import ADAPTER_FILE, PIPELINE_FILE
+from repagen.hub.publishing import CARD_FILE
 from repagen.offline.needs import Need
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER = "pytorch_lora_weights.safetensors"
-_INDEX = "model_index.json"
-_CARD = "README.md"
 _VARIANT_INDEX = "*.safetensors.index.*.json"
-_DESCRIPTIONS = ("*.json", "*.txt", "*.model", _CARD)
+_DESCRIPTIONS = ("*.json", "*.txt", "*.model", CARD_FILE)
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,8 @@ def _of_encoder(names: Sequence[str]) -> list[str]:
 
 def _of_model(names: Sequence[str], subfolder: str | None) -> list[str]:
     """The files that diffusers reads for us: descriptions, and weights as safetensors, without variants."""
-    inside = [name for name in names if subfolder is None or name.startswith(f"{subfolder}/") or name == _INDEX]
-    return [name for name in inside if _is_description(name) or _is_weight(name, in_pipeline=_INDEX in names)]
+    inside = [name for name in names if subfolder is None or name.startswith(f"{subfolder}/") or name == PIPELINE_FILE]
+    return [name for name in inside if _is_description(name) or _is_weight(name, in_pipeline=PIPELINE_FILE in names)]
 
 
 def _is_description(name: str) -> bool:
@@ -131,7 +130,8 @@ def _is_description(name: str) -> bool:
 def _is_weight(name: str, *, in_pipeline: bool) -> bool:
     path = PurePosixPath(name)
     variant = PurePosixPath(path.stem).suffix.split("-")[0]
-    belongs = "/" in name or not in_pipeline or name == _ADAPTER  # beside a pipeline's folders lie copies for others
+    # Beside a pipeline's folders lie copies for others.
+    belongs = "/" in name or not in_pipeline or name == ADAPTER_FILE
     return path.suffix == ".safetensors" and variant in ("", f".{FROZEN_VARIANT}") and belongs
 
 
@@ -211,12 +211,12 @@ def referred_needs(folder: Path, why: str) -> Iterator[Need]:
             name, revision = encoder["name_or_path"], encoder.get("revision")
             key = f"{why}:{path.relative_to(folder)}:encoder"
             yield Need("encoder", name, key, revision) if revision else Need("path", name, key)
-    if (folder / _ADAPTER).is_file() and (folder / _CARD).is_file():
+    if (folder / ADAPTER_FILE).is_file() and (folder / CARD_FILE).is_file():
         from huggingface_hub import ModelCard
 
-        base = ModelCard.load(folder / _CARD).data.get("base_model")
+        base = ModelCard.load(folder / CARD_FILE).data.get("base_model")
         if isinstance(base, str) and base.count("/") == 1:
-            yield Need("model", base, f"{why}:{_CARD}:base_model")
+            yield Need("model", base, f"{why}:{CARD_FILE}:base_model")
 
 
 def _json(path: Path) -> dict[str, Any]:

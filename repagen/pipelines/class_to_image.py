@@ -402,10 +402,10 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
                 "(learn_sigma=False); use variance_type='fixed_small', or the preset 'dit-ddim'"
             )
         try:
-            decoded_size(self.vae, self._latent_shape)
+            decoded_size(self.vae, self.transformer.latent_shape)
         except UserError as error:
             raise UserError(
-                f"the vae does not decode what the transformer samples, {self._latent_shape}: {error}"
+                f"the vae does not decode what the transformer samples, {self.transformer.latent_shape}: {error}"
             ) from None
 
     def prepare_class_labels(
@@ -448,7 +448,7 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
         Raises:
             UserError: given latents of another shape.
         """
-        shape = (batch_size, *self._latent_shape)
+        shape = (batch_size, *self.transformer.latent_shape)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
@@ -466,12 +466,6 @@ class ClassToImagePipeline(PublishedMixin, AdapterMixin, CommitLoading):
         """Decode latents (B, C, h, w) to images clamped to [0, 1], as "pil", "np" or "pt"."""
         images = latents_to_images(self.vae, latents)
         return self.image_processor.postprocess(images, output_type=output_type)
-
-    @property
-    def _latent_shape(self) -> tuple[int, int, int]:
-        size = self.transformer.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.transformer.config.in_channels, height, width
 
 
 def _traits(transformer: Any) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from huggingface_hub import is_offline_mode
 
 from repagen.errors import UserError, refusing
 from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_commit
+from repagen.hub.folder_facts import PIPELINE_FILE
 from repagen.hub.inspection import inspect_folder
 from repagen.hub.places import repository_command
 from repagen.hub.saved_models import tidy_saved
 from repagen.registration import is_loadable_library
 
-_INDEX = "model_index.json"
 _REMOTE_CODE = ("custom_pipeline", "custom_revision", "trust_remote_code")
 _OF_THE_HUB = ("cache_dir", "token", "local_files_only", "force_download")
 
@@ -101,7 +101,9 @@ class CommitLoading(DiffusionPipeline):
         commit = _commit(name, kwargs)
         asking = {key: kwargs[key] for key in _OF_THE_HUB if key in kwargs}
         # With the config, so that a model alone is an answer and not an empty one.
-        folder = fetch_snapshot(name, revision=commit, patterns=[_INDEX, "config.json"], what="pipeline", **asking)
+        folder = fetch_snapshot(
+            name, revision=commit, patterns=[PIPELINE_FILE, "config.json"], what="pipeline", **asking
+        )
         if asking.get("force_download"):  # diffusers would fetch nothing but the index anew
             here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
             fetch_snapshot(name, revision=commit, patterns=here, what="pipeline", **asking)
@@ -163,10 +165,12 @@ def _dtype(given: Any) -> torch.dtype:
 
 def _read_index(folder: Path, name: str, kind: type) -> dict[str, Any]:
     """Read `model_index.json`, which has been inspected; refuse a folder without one and other kinds of pipelines."""
-    path = folder / _INDEX
+    path = folder / PIPELINE_FILE
     if not path.is_file():
         alone = " (a model alone: load it with diffusers.AutoModel)" if (folder / "config.json").is_file() else ""
-        raise UserError(f"{name} holds no pipeline: it has no {_INDEX}{alone}; name a folder or Hub id of a pipeline")
+        raise UserError(
+            f"{name} holds no pipeline: it has no {PIPELINE_FILE}{alone}; name a folder or Hub id of a pipeline"
+        )
     index = json.loads(path.read_text(encoding="utf-8"))
     found = index.get("_class_name")
     if found not in {base.__name__ for base in kind.__mro__}:

@@ -40,7 +40,7 @@ from repagen.training.finetune_model import (
     release_of,
 )
 from repagen.training.finetune_prior import prior_dataset
-from repagen.training.frozen import FrozenParts
+from repagen.training.frozen import FrozenParts, without_name
 from repagen.training.generator_alignment import refuse_single_samples
 from repagen.training.generator_loop import GeneratorTraining, noise_process
 from repagen.training.generator_model import refuse_idle_settings
@@ -132,12 +132,10 @@ def _open_frozen(config: FinetuneConfig, run: Run, pipeline: Any, data: SampleDa
     model = pipeline.transformer
     require_independent_latents(pipeline.vae, "pipeline")
     frozen = FrozenParts(config, pipeline.vae, lambda shape: model.token_grid, data, run)
-    size = model.config.sample_size
-    own = (model.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    if tuple(own) != tuple(frozen.latent_shape):
+    if model.latent_shape != tuple(frozen.latent_shape):
         raise UserError(
             f"data.image_size: {config.data.image_size} px give latents {frozen.latent_shape}, but the generator of "
-            f"{config.pipeline} makes {own}; set data.image_size to what its images have"
+            f"{config.pipeline} makes {model.latent_shape}; set data.image_size to what its images have"
         )
     width = class_token_dim(model)
     if width != frozen.class_token_dim:
@@ -175,7 +173,7 @@ def _train_decoder(config: FinetuneDecoderConfig, run: Run, pipeline: Any, datas
         )
     refuse_other_size(autoencoder, config.data.image_size)
     facts = {
-        "autoencoder": {key: value for key, value in describe_autoencoder(autoencoder).items() if key != "name"},
+        "autoencoder": without_name(describe_autoencoder(autoencoder)),
         "pretrained": hash_tensors(autoencoder.decoder.state_dict().values()),
     }
     decoder_config = config.of_decoder(autoencoder.config["noise_tau"])

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from repagen.config import nearest
-from repagen.errors import UserError
+from repagen.errors import UserError, naming
 from repagen.hub.fetching import resolve_commit
 from repagen.models.opening import refuse_missing_folder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
@@ -21,6 +21,7 @@ from repagen.pipelines.lora import default_lora_targets
 from repagen.randomness import derived_seed
 from repagen.training.finetune_classes import ClassPlan, new_rows
 from repagen.training.finetune_config import FinetuneConfig
+from repagen.training.generator_model import refuse_label_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,8 @@ def open_pipeline(name: str, revision: str | None) -> Any:
     Raises:
         UserError: nothing that can be loaded is there, or a pipeline of another kind.
     """
-    try:
+    with naming({"": "pipeline: "}):
         pipeline = ClassToImagePipeline.from_pretrained(name, revision=revision)
-    except UserError as error:
-        raise UserError(f"pipeline: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -114,8 +113,7 @@ def prepare_pipeline(config: FinetuneConfig, pipeline: Any, plan: ClassPlan) -> 
         UserError: names the key: adapters of layers that are not there; labels to drop, without a null class.
     """
     model = pipeline.transformer
-    if plan.num_classes and config.label_dropout and not model.config.class_dropout_prob:
-        raise UserError(f"label_dropout: {config.label_dropout}, but {config.pipeline} has no null class; set it to 0")
+    refuse_label_dropout(config, model, plan.num_classes, config.pipeline)
     if plan.num_classes:
         table = model.label_embedder.table.weight.detach()
         model.choose_classes(plan.kept, new_rows(table, plan, model.config.num_classes))

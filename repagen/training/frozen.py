@@ -74,7 +74,7 @@ class FrozenParts:
         self.autoencoder = autoencoder.requires_grad_(False).to(run.device)
         with naming({"image_size": "data.image_size"}):
             self.latent_shape = latent_shape(self.autoencoder, config.data.image_size)
-        self.fingerprints: dict[str, Any] = {"autoencoder": _without_name(describe_autoencoder(self.autoencoder))}
+        self.fingerprints: dict[str, Any] = {"autoencoder": without_name(describe_autoencoder(self.autoencoder))}
         self.target_dims: list[int] = []
         self.class_token_dim = 0
         self._load_encoders(dataset, grid_of(self.latent_shape))
@@ -133,7 +133,7 @@ class FrozenParts:
         return self._encoders[place]
 
     def _describe(self, section: EncoderSection) -> dict[str, Any]:
-        return _without_name(describe_encoder(self._encoders[_place(section)]))
+        return without_name(describe_encoder(self._encoders[_place(section)]))
 
     @torch.no_grad()
     def latents(self, batch: Batch) -> torch.Tensor:
@@ -215,7 +215,7 @@ def _place(section: EncoderSection) -> _Place:
     return section.encoder, section.revision, section.image_size
 
 
-def _without_name(description: Mapping[str, Any]) -> dict[str, Any]:
+def without_name(description: Mapping[str, Any]) -> dict[str, Any]:
     """What identifies a model wherever it lies."""
     return {key: value for key, value in description.items() if key != "name"}
 

@@ -176,6 +176,22 @@ def _require_generator(name: str, class_name: str) -> None:
         )
 
 
+def refuse_label_dropout(config: GeneratorRunConfig, model: Any, num_classes: int, name: str) -> None:
+    """Refuse to drop labels for a generator without a null class.
+
+    Args:
+        config: of the training.
+        model: the generator.
+        num_classes: of the training; 0 = unconditional.
+        name: what the user gave the generator as.
+
+    Raises:
+        UserError: there would be no label to take their place.
+    """
+    if num_classes and config.label_dropout and not model.config.class_dropout_prob:
+        raise UserError(f"label_dropout: {config.label_dropout}, but {name} has no null class; set it to 0")
+
+
 def refuse_other_autoencoder(config: GeneratorConfig, fingerprint: Mapping[str, Any]) -> None:
     """Compare the latents of a pretrained pipeline with those of the training.
 
@@ -215,10 +231,7 @@ def _pretrained_model(
                 "transformer.new_classes=true to draw the class embeddings anew, or choose data with its classes"
             )
         changes["num_classes"] = num_classes
-    if num_classes and config.label_dropout and not model.config.class_dropout_prob:
-        raise UserError(
-            f"label_dropout: {config.label_dropout}, but {transformer.pretrained} has no null class; set it to 0"
-        )
+    refuse_label_dropout(config, model, num_classes, str(transformer.pretrained))
     return _rebuilt(model, changes) if changes else model
 
 
@@ -252,11 +265,9 @@ def _refuse_contradictions(model: Any, transformer: TransformerConfig) -> None:
 
 
 def _refuse_other_latents(model: Any, latent_shape: tuple[int, int, int]) -> None:
-    size = model.config.sample_size
-    own = (model.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    if own != tuple(latent_shape):
+    if model.latent_shape != tuple(latent_shape):
         raise UserError(
-            f"transformer.pretrained: generates latents of shape {own}, but the autoencoder's have "
+            f"transformer.pretrained: generates latents of shape {model.latent_shape}, but the autoencoder's have "
             f"{tuple(latent_shape)}; set autoencoder.path and data.image_size to those it was trained with"
         )
 

@@ -67,6 +67,7 @@ class FormulaTransformer(ModelMixin, ConfigMixin, CacheMixin):
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1))  # gives the model a dtype and a device
         self.discrete_time, self.has_base_head = discrete_time, has_base_head
+        self.latent_shape = (in_channels, sample_size, sample_size)
         self.formula: Field = golden_field
         self.base: Field = golden_field
         self.token_formula: Any = entangled_field
