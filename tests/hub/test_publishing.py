@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from folders import folder_bytes
 from hub_uploads import UPLOAD_WARNING, UploadHub, reach, serve_uploads
 from huggingface_hub import ModelCard
 from pipelines.tiny_pipelines import ID2LABEL, inputs, tiny_pipeline, tiny_transformer
@@ -39,10 +40,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "pipeline"
     tiny_pipeline(id2label=ID2LABEL).save_pretrained(folder)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def card(uploads: UploadHub, repo_id: str = "org/model", branch: str = "main") -> ModelCard:
@@ -128,7 +125,8 @@ def test_a_folder_with_its_own_code_replaces_that_of_an_earlier_push(
     uploads.write("org/model", "remote-code", "repagen_00000000/errors.py", b"old")
     publish_folder(folder, "org/model", revision="remote-code")
     there = set(uploads.files("org/model", "remote-code"))
-    assert {name for name in there if name.endswith(".py")} - main == {n for n in contents(folder) if n[-3:] == ".py"}
+    code = {name for name in folder_bytes(folder) if name.endswith(".py")}
+    assert {name for name in there - main if name.endswith(".py")} == code
     assert set(uploads.files("org/model")) == main
     text = card(uploads, branch="remote-code").text
     assert 'from_pretrained("org/model", revision="remote-code", trust_remote_code=True)' in text
@@ -370,13 +368,13 @@ def test_the_lines_of_every_card_run_as_they_are_copied(uploads: UploadHub, save
 def test_what_the_hub_refuses_is_one_line_and_nothing_half(
     uploads: UploadHub, saved: Path, pattern: str, status: int, expected: str
 ) -> None:
-    before = contents(saved)
+    before = folder_bytes(saved)
     uploads.faults[pattern] = status
     with pytest.raises(UserError) as raised:
         publish_folder(saved, "org/model")
     assert str(raised.value).startswith("org/model: ") and expected in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert contents(saved) == before and not uploads.commits
+    assert folder_bytes(saved) == before and not uploads.commits
     uploads.faults.clear()
     publish_folder(saved, "org/model")
     assert len(uploads.commits) == 1
