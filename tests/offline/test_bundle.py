@@ -235,12 +235,14 @@ def test_a_local_autoencoder_brings_its_encoder(
     assert f"{SNAPSHOT}/model.safetensors" in files_of(tmp_path / "bundle", ENCODER)
 
 
-def test_a_text_encoder_comes_with_its_tokenizer(hub: StandInHub, tmp_path: Path) -> None:
+def test_a_text_encoder_comes_with_its_tokenizer(
+    hub: StandInHub, repositories: dict[str, Path], tmp_path: Path
+) -> None:
     folder = save_tiny(tmp_path / "text", "t5")
     (folder / "flax_model.msgpack").write_bytes(b"of another framework")
     hub.add("org/text", folder, COMMIT)
-    saved = tmp_path / "saved"
-    TextEncoder.from_encoder("org/text").save_pretrained(saved, include_encoder=False)
+    saved = Path(shutil.copytree(repositories[PIPELINE], tmp_path / "saved"))
+    TextEncoder.from_encoder("org/text").save_pretrained(saved / "text_encoder", include_encoder=False)
     hub.add("org/saved", saved, COMMIT)
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
     for request in ("org/text", "org/saved"):  # by its own id, and as what a saved one refers to
