@@ -42,6 +42,7 @@ import repagen
 from repagen.config import load_config
 from repagen.data import DataConfig, open_dataset
 from repagen.data.digits import digits_to_images, load_digits
+from repagen.flow.conditions import Conditions
 from repagen.models.autoencoder_pixel import PixelAutoencoder
 from repagen.models.latents import images_to_latents, latent_shape
 from repagen.pipelines.grid import save_image_grid
@@ -179,12 +180,12 @@ def held_out_loss(
     config: GeneratorConfig, model: Any, latents: torch.Tensor, labels: torch.Tensor, draws: int = 4
 ) -> float:
     """Mean loss of a network on latents (N, C, h, w) of held-out digits; times and noise are keyed, labels kept."""
-    process = noise_process(config, model, tuple(latents.shape[1:]))
+    process, kept = noise_process(config, model, tuple(latents.shape[1:])), Conditions(labels)
     objective = GeneratorObjective(model, process)
     losses = []
     for draw in range(draws):
         generators = [generator_for(0, "held out", index, draw) for index in range(len(latents))]
-        sample = dataclasses.replace(process.draw(latents, labels, generators), labels=labels)
+        sample = dataclasses.replace(process.draw(latents, kept, generators), conditions=kept)
         losses.append(objective(sample, {})["epsilon" if model.discrete_time else "flow"])
     return torch.cat(losses).mean().item()
 

@@ -123,7 +123,7 @@ class EndToEndKind(KLKind):
         self._objective = objective
         self._norm = norm
         assert isinstance(objective.process, FlowMatching), "the program refuses others"
-        self._process = replace(objective.process, label_dropout=0.0)
+        self._process = replace(objective.process, dropout=replace(objective.process.dropout, probability=0.0))
         self._depth = max(target.block for target in config.alignment.targets)
         self._latents: dict[int, Tensor] = {}
 
@@ -137,7 +137,7 @@ class EndToEndKind(KLKind):
                 "given": (given := self._frozen.alignment_inputs(batch, terms, ["alignment"])),
                 "inputs": {
                     **batch["inputs"],
-                    "labels": batch["label"],
+                    "conditions": self._frozen.conditions(batch),
                     "positions": batch["position"],
                     "targets": given["targets"],
                 },
@@ -159,7 +159,7 @@ class EndToEndKind(KLKind):
     def _alignment(self, latents: Tensor, inputs: Inputs) -> Tensor:
         """The alignment loss, a scalar, of the generator's first blocks, with labels as they are."""
         generators = self.run.generators("flow", {"position": inputs["positions"]})
-        sample = self._process.draw(self._norm(latents), inputs["labels"], generators)
+        sample = self._process.draw(self._norm(latents), inputs["conditions"], generators)
         with first_blocks(self._objective.model, self._depth):
             return self._objective(sample, {"targets": inputs["targets"]}, ["alignment"])["alignment"]
 
@@ -222,9 +222,10 @@ class EndToEndStep:
         with constant(self.objective):
             of_autoencoder = self.autoencoder_step.update(step, batches)
         latents = self.norm.of_global_batch(self.kind.latents(batches), self.run)
-        batches = [{**batch, "latents": part} for batch, part in zip(batches, latents, strict=True)]
+        drawn = [(part, batch["inputs"]["conditions"]) for batch, part in zip(batches, latents, strict=True)]
+        batches = [{**batch, "drawn": pair} for batch, pair in zip(batches, drawn, strict=True)]
         row = self.generator_step(
-            step, iter(batches), lambda batch: batch["latents"], lambda batch, active: batch["given"]
+            step, iter(batches), lambda batch: batch["drawn"], lambda batch, active: batch["given"]
         )
         return {**row, **{f"autoencoder_{name}": value for name, value in of_autoencoder.items()}}
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from repagen.data import SampleDataset
+from repagen.flow.conditions import ConditionDropout
 from repagen.flow.time import TimeDistribution, TimeShift
 from repagen.training.discrete_diffusion import DDPM
 from repagen.training.ema import Averaged, Ema
@@ -87,7 +88,7 @@ class GeneratorTraining:
 
     def rehearse(self, batch: Batch) -> None:
         """Go forward and back with a micro-batch, to measure it; nothing is changed."""
-        self.step.rehearse(batch, self.frozen.latents, self.given)
+        self.step.rehearse(batch, self.frozen.inputs, self.given)
 
     def restore(self, facts: Mapping[str, Any], further_parts: Mapping[str, Any]) -> int:
         """Load the checkpoint that the run continues from, if any: => optimiser steps already done.
@@ -125,7 +126,7 @@ class GeneratorTraining:
             if micro_batches is None:
                 break
 
-            row = self.step(step, micro_batches, self.frozen.latents, self.given)
+            row = self.step(step, micro_batches, self.frozen.inputs, self.given)
             ema.update(self.trained)
             if self._evaluation and self._evaluation.due(step + 1):
                 with ema.swapped(self.trained):
@@ -167,13 +168,12 @@ def noise_process(
         latent_shape: (C, h, w).
         shift: of the times where the configuration leaves it to `auto`; None: by the latent.
     """
-    num_classes = model.config.num_classes
+    dropout = ConditionDropout.of_classes(model.config.num_classes, config.label_dropout)
     if model.discrete_time:
-        return DDPM(num_classes, config.label_dropout)
+        return DDPM(dropout)
     return FlowMatching(
         time_distribution(config, latent_shape, shift),
-        num_classes,
-        config.label_dropout,
+        dropout,
         num_loops=model.config.get("num_loops"),
         direction_loss=config.loss.direction > 0,
     )
