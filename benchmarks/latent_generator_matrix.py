@@ -49,6 +49,7 @@ from repagen.pipelines.grid import save_image_grid
 from repagen.quickstart.judge import agreement, to_small, train_digit_classifier
 from repagen.randomness import generator_for
 from repagen.training import decoder, generator
+from repagen.training.conditioning import ClassConditioning
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.generator_loop import noise_process
@@ -175,12 +176,18 @@ def pair_config(
     return load_config(GeneratorConfig, "digits_generator", words)
 
 
+def conditioning(config: GeneratorConfig) -> ClassConditioning:
+    """The ten digits."""
+    return ClassConditioning.of_all([str(digit) for digit in range(10)], config.label_dropout)
+
+
 @torch.no_grad()
 def held_out_loss(
     config: GeneratorConfig, model: Any, latents: torch.Tensor, labels: torch.Tensor, draws: int = 4
 ) -> float:
     """Mean loss of a network on latents (N, C, h, w) of held-out digits; times and noise are keyed, labels kept."""
-    process, kept = noise_process(config, model, tuple(latents.shape[1:])), Conditions(labels)
+    process = noise_process(config, model, tuple(latents.shape[1:]), conditioning(config).dropout)
+    kept = Conditions(labels)
     objective = GeneratorObjective(model, process)
     losses = []
     for draw in range(draws):
@@ -213,7 +220,8 @@ def run_pair(
     targets = torch.from_numpy(labels)
     shape = latent_shape(autoencoder, IMAGE_SIZE)
     config = pair_config(latent, name, autoencoder_folder, cache, shape, output / "run", steps)
-    before = held_out_loss(config, build_model(config, shape, 10).eval(), latents, targets)
+    model = build_model(config, shape, conditioning(config).model_arguments).eval()
+    before = held_out_loss(config, model, latents, targets)
     start = time.perf_counter()
     released = generator.train(config)
     seconds = time.perf_counter() - start

@@ -61,9 +61,7 @@ class DDPM:
         """Share of the data's variance that is left after each step, a_n, (1000,) float64."""
         return (1 - self.betas).cumprod(0)
 
-    def draw(
-        self, latents: torch.Tensor, conditions: Conditions, generators: Sequence[torch.Generator]
-    ) -> DDPMSample:
+    def draw(self, latents: torch.Tensor, conditions: Conditions, generators: Sequence[torch.Generator]) -> DDPMSample:
         """Draw step, dropout of conditions and noise of each sample, in this order, from the sample's own generator.
 
         Args:

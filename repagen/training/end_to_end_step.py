@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from repagen.data import SampleDataset
 from repagen.models.autoencoder_svg import channel_sums
 from repagen.models.latents import kl_statistics
+from repagen.training.conditioning import Conditioning
 from repagen.training.decoder import build_loss_networks
 from repagen.training.decoder_kind import Inputs
 from repagen.training.decoder_kl import KLKind, decode_latents, draw_latents
@@ -107,12 +108,19 @@ class EndToEndKind(KLKind):
         config: of the whole run.
         run: the run.
         frozen: the alignment encoders, and the autoencoder, which is thawed.
+        conditioning: what the generator is told.
         objective: the generator and its terms, not wrapped.
         norm: between the two.
     """
 
     def __init__(
-        self, config: EndToEndConfig, run: Run, frozen: FrozenParts, objective: GeneratorObjective, norm: LatentNorm
+        self,
+        config: EndToEndConfig,
+        run: Run,
+        frozen: FrozenParts,
+        conditioning: Conditioning,
+        objective: GeneratorObjective,
+        norm: LatentNorm,
     ) -> None:
         super().__init__(frozen.autoencoder.requires_grad_(True), config.of_autoencoder(), run)
         self.penalties = {
@@ -120,6 +128,7 @@ class EndToEndKind(KLKind):
             "alignment": config.autoencoder_training.alignment_weight,
         }
         self._frozen = frozen
+        self._conditioning = conditioning
         self._objective = objective
         self._norm = norm
         assert isinstance(objective.process, FlowMatching), "the program refuses others"
@@ -137,7 +146,7 @@ class EndToEndKind(KLKind):
                 "given": (given := self._frozen.alignment_inputs(batch, terms, ["alignment"])),
                 "inputs": {
                     **batch["inputs"],
-                    "conditions": self._frozen.conditions(batch),
+                    "conditions": self._conditioning.conditions(batch),
                     "positions": batch["position"],
                     "targets": given["targets"],
                 },
@@ -171,6 +180,7 @@ class EndToEndStep:
         run: the run.
         config: of the whole run.
         frozen: the alignment encoders, and the autoencoder, which is thawed.
+        conditioning: what the generator is told.
         objective: the generator and its terms.
         dataset: names the samples of a broken step.
 
@@ -185,6 +195,7 @@ class EndToEndStep:
         run: Run,
         config: EndToEndConfig,
         frozen: FrozenParts,
+        conditioning: Conditioning,
         objective: GeneratorObjective,
         dataset: SampleDataset,
     ) -> None:
@@ -193,7 +204,7 @@ class EndToEndStep:
         self.objective = objective
         self.norm = LatentNorm(frozen.latent_shape[0], part.norm_momentum, part.norm_epsilon).to(run.device)
         self.norm.start_from(frozen.autoencoder)
-        self.kind = EndToEndKind(config, run, frozen, objective, self.norm)
+        self.kind = EndToEndKind(config, run, frozen, conditioning, objective, self.norm)
         self.perceptual, discriminator = build_loss_networks(part.lpips, part.adversarial)
         self.autoencoder_step = DecoderStep(
             run, config.of_autoencoder(), self.kind, dataset, self.perceptual, discriminator

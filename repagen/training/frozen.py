@@ -15,7 +15,6 @@ from repagen.data import LatentShards, SampleDataset, digits_encoder_path
 from repagen.encoders import VisionEncoder, VisionEncoderOutput
 from repagen.encoders.vision import layer_indices
 from repagen.errors import UserError, naming
-from repagen.flow.conditions import Conditions
 from repagen.models.identity import describe_autoencoder, describe_encoder
 from repagen.models.latents import images_to_latents, latent_shape, require_independent_latents
 from repagen.randomness import normal_per_sample
@@ -23,8 +22,8 @@ from repagen.training.generator_config import (
     AlignmentTargetConfig,
     AttentionAlignmentConfig,
     ClassTokenConfig,
-    GeneratorConfig,
     GeneratorRunConfig,
+    NewGeneratorConfig,
 )
 from repagen.training.generator_model import token_grid
 from repagen.training.latent_cache import require_matching_cache
@@ -70,7 +69,6 @@ class FrozenParts:
             UserError: something is not there or does not fit.
         """
         self._run = run
-        self._has_classes = dataset.num_classes > 0
         self._config = config.alignment
         self._encoders: dict[_Place, VisionEncoder] = {}
         self.autoencoder = autoencoder.requires_grad_(False).to(run.device)
@@ -82,7 +80,7 @@ class FrozenParts:
         self._load_encoders(dataset, grid_of(self.latent_shape))
 
     @classmethod
-    def open(cls, config: GeneratorConfig, dataset: SampleDataset, run: Run) -> FrozenParts:
+    def open(cls, config: NewGeneratorConfig, dataset: SampleDataset, run: Run) -> FrozenParts:
         """Load the autoencoder and the encoders that a training names.
 
         Raises:
@@ -136,14 +134,6 @@ class FrozenParts:
 
     def _describe(self, section: EncoderSection) -> dict[str, Any]:
         return without_name(describe_encoder(self._encoders[_place(section)]))
-
-    def inputs(self, batch: Batch) -> tuple[torch.Tensor, Conditions]:
-        """The latents and the conditions of a micro-batch."""
-        return self.latents(batch), self.conditions(batch)
-
-    def conditions(self, batch: Batch) -> Conditions:
-        """What the generator is told of the samples, before any of it is dropped."""
-        return Conditions(labels=batch["label"]) if self._has_classes else Conditions()
 
     @torch.no_grad()
     def latents(self, batch: Batch) -> torch.Tensor:

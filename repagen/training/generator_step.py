@@ -45,9 +45,7 @@ class GeneratorStep:
         self.dataset = dataset
         self.optimizer = build_optimizer([objective], config.optimizer)
 
-    def __call__(
-        self, step: int, batches: Iterator[Batch], inputs: InputsOf, given: GivenOf
-    ) -> dict[str, float]:
+    def __call__(self, step: int, batches: Iterator[Batch], inputs: InputsOf, given: GivenOf) -> dict[str, float]:
         """Do optimiser step `step` = 0, 1, ... and return the row to log.
 
         Args:

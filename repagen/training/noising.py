@@ -85,9 +85,7 @@ class FlowMatching:
     num_loops: int | None = None
     direction_loss: bool = False
 
-    def draw(
-        self, latents: torch.Tensor, conditions: Conditions, generators: Sequence[torch.Generator]
-    ) -> FlowSample:
+    def draw(self, latents: torch.Tensor, conditions: Conditions, generators: Sequence[torch.Generator]) -> FlowSample:
         """Draw time, dropout of conditions, noise and loops of each sample, in this order, from its own generator.
 
         Args:
