@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from repagen.data.captions import Captions
 from repagen.data.dataset import SampleDataset
 
 
@@ -25,6 +26,7 @@ class CombinedDataset(SampleDataset):
     def __init__(self, parts: Sequence[tuple[SampleDataset, Sequence[int]]], class_names: Sequence[str]) -> None:
         self.class_names = list(class_names)
         self.parts = [(dataset, list(labels)) for dataset, labels in parts]
+        self.has_captions = all(dataset.has_captions for dataset, _ in parts)
         self._ends = list(accumulate(len(dataset) for dataset, _ in parts))
         for dataset, labels in self.parts:
             assert len(labels) == dataset.num_classes, "a label of the whole for each label of the part"
@@ -38,6 +40,11 @@ class CombinedDataset(SampleDataset):
         dataset, labels, own = self._place(index)
         sample = dataset.load(own, generator)
         return {**sample, "label": labels[sample["label"]] if labels else sample["label"], "index": index}
+
+    def captions(self, index: int) -> Captions:
+        """Return all captions of sample `index`; where every part has captions."""
+        dataset, _, own = self._place(index)
+        return dataset.captions(own)
 
     def describe(self, index: int) -> str:
         """Return where sample `index` comes from."""

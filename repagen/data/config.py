@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
+from repagen.data.captions import MissingRule
 from repagen.errors import UserError
 
 DatasetKind = Literal["folder", "datasets", "digits", "latents"]
 CropKind = Literal["center", "random"]
 DigitsSubset = Literal["all", "train", "validation"]
+
+
+@dataclass
+class CaptionConfig:
+    """How images get their captions.
+
+    Attributes:
+        missing: what becomes of images without one: `refuse` (they are counted and named), `empty` (an empty caption),
+            `drop` (they are left out of the dataset).
+        columns: name => weight of the columns of a dataset, or of the keys in JSON, that hold captions, such as
+            {short: 1, long: 3}; found by name or type when not given. The captions of a column share its weight.
+    """
+
+    missing: MissingRule = "refuse"
+    columns: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -33,6 +50,7 @@ class DataConfig:
             one that depends on its index alone, and is named once in the log.
         subset: part of the digits.
         verify_shards: check the sha256 of latent shards when they are opened (their sizes are always checked).
+        captions: give samples a caption; none when not given.
     """
 
     kind: DatasetKind = "folder"
@@ -48,6 +66,7 @@ class DataConfig:
     max_bad_images: int = 0
     subset: DigitsSubset = "all"
     verify_shards: bool = True
+    captions: CaptionConfig | None = None
 
     def validate(self) -> None:
         """Check what the types cannot say.
@@ -69,6 +88,9 @@ class DataConfig:
             )
         if self.kind != "digits" and not self.path:
             raise UserError(f"data.path: nothing given; data.kind={self.kind} needs a folder, file or Hub id there")
+        for name, weight in (self.captions.columns if self.captions else {}).items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not (0 < weight < math.inf):
+                raise UserError(f"data.captions.columns.{name}: {weight!r} given; allowed: a positive weight")
 
     @property
     def short_side_px(self) -> int:
@@ -89,7 +111,9 @@ def data_config_from_words(words: Sequence[str]) -> DataConfig:
     given: set[str] = set()
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or key.removeprefix("data.") not in DataConfig.__dataclass_fields__ or key.count(".") != 1:
+        section, _, name = key.partition(".")
+        nested = name.startswith("captions.")
+        if not equals or section != "data" or not (nested or name in DataConfig.__dataclass_fields__):
             raise UserError(f"{word}: not a known setting; allowed: KEY=VALUE with KEY one of {keys}")
         if "${" in value or key in given:
             raise UserError(

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from repagen.data.captions import Captions
 from repagen.data.config import DataConfig
 from repagen.data.images import BadImageError, center_crop, random_crop, to_tensor
 from repagen.errors import UserError
@@ -27,14 +28,22 @@ class ImageSample(TypedDict):
     index: int
 
 
+class CaptionedSample(ImageSample):
+    """A sample of a dataset with captions: one of them, drawn by weight."""
+
+    caption: str
+
+
 class SampleDataset(Dataset[Any], ABC):
     """A finite, indexed set of training samples with their class names.
 
     Attributes:
         class_names: name of each label, in order; empty when the samples have no classes (every label is then 0).
+        has_captions: whether samples have a `caption`, and `captions` may be called.
     """
 
     class_names: list[str]
+    has_captions: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -55,6 +64,10 @@ class SampleDataset(Dataset[Any], ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash of the samples' identities, labels and preprocessing."""
+
+    def captions(self, index: int) -> Captions:
+        """Return all captions of sample `index`; for datasets with captions."""
+        raise NotImplementedError(f"{type(self).__name__} has no captions")
 
     def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):
@@ -104,7 +117,8 @@ class ImageDataset(SampleDataset):
 
         Args:
             index: in [0, len).
-            generator: source of the random crop and the flip; without it the crop is central and nothing is flipped.
+            generator: source of the random crop, the flip and the draw among captions, in this order; without it the
+                crop is central, nothing is flipped and the heaviest caption is taken.
 
         Raises:
             UserError: the image is bad and `max_bad_images` does not allow another one.
@@ -127,7 +141,11 @@ class ImageDataset(SampleDataset):
         except BadImageError as error:
             self._count_bad(index, str(error))
             return None
-        return {"image": image, "label": int(self.labels[index]), "index": index}
+        sample: ImageSample = {"image": image, "label": int(self.labels[index]), "index": index}
+        if not self.has_captions:
+            return sample
+        captioned: CaptionedSample = {**sample, "caption": self.captions(index).draw(generator)}
+        return captioned
 
     def read(self, index: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Return image `index` (3, S, S) as the config crops it; bad images are the caller's to count.
@@ -179,11 +197,14 @@ class ImageDataset(SampleDataset):
         return f"{config.image_size}/{config.crop}/{short_side}"
 
     def fingerprint(self) -> str:
-        """Return a hash of the samples' names, labels and preprocessing (random flips excluded)."""
+        """Return a hash of the samples' names, labels, captions and preprocessing (random flips excluded)."""
         digest = hashlib.sha256(self._preprocessing().encode())
         digest.update("\0".join(self.class_names).encode())
         digest.update(self.labels.numpy().tobytes())
         self._hash_sources(digest)
+        if self.has_captions:
+            for index in range(len(self)):
+                digest.update(self.captions(index).to_json().encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def state(self) -> str:

@@ -17,9 +17,20 @@ def open_dataset(config: DataConfig) -> SampleDataset:
     """Open the dataset a config names.
 
     Raises:
-        UserError: the config contradicts itself, or nothing usable is found where it points.
+        UserError: the config contradicts itself, nothing usable is found where it points, or there are no captions
+            where it asks for them.
     """
     config.validate()
+    dataset = _open(config)
+    if config.captions is not None and not dataset.has_captions:
+        raise UserError(
+            f"data.captions: given, but data.kind={config.kind} {config.path or ''} has none; drop data.captions, or "
+            "use images with captions"
+        )
+    return dataset
+
+
+def _open(config: DataConfig) -> SampleDataset:
     if config.kind == "digits":
         from repagen.data.digits import DigitsDataset
 
