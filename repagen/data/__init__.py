@@ -1,4 +1,4 @@
-"""Training data: image folders, Hugging Face datasets, digits, drawn shapes, latent shards, and the resumable stream."""
+"""Training data: image folders, Hugging Face datasets, digits, drawn shapes, latent shards, the resumable stream."""
 
 from __future__ import annotations
 

@@ -7,7 +7,15 @@ whose truth is known.
 
 from __future__ import annotations
 
-from repagen.data.shapes.checker import FoundObject, FoundScene, SceneVerdict, check_picture, check_scene, read_picture
+from repagen.data.shapes.checker import (
+    FoundObject,
+    FoundScene,
+    SceneVerdict,
+    check_picture,
+    check_scene,
+    judge,
+    read_picture,
+)
 from repagen.data.shapes.dataset import ShapesDataset, shapes_encoders_path
 from repagen.data.shapes.drawing import draw_scene
 from repagen.data.shapes.prompts import ObjectRequest, ScenePrompt
@@ -41,6 +49,7 @@ __all__ = [
     "check_picture",
     "check_scene",
     "draw_scene",
+    "judge",
     "read_picture",
     "sample_scene",
     "shapes_encoders_path",

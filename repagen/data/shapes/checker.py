@@ -109,18 +109,19 @@ def check_scene(picture: np.ndarray | torch.Tensor, scene: Scene) -> SceneVerdic
 
 
 def check_picture(picture: np.ndarray | torch.Tensor, prompt: ScenePrompt) -> SceneVerdict:
-    """Judge a picture against a prompt.
-
-    Objects asked for are paired with objects found such that most of them are entirely right.
-
-    Args:
-        picture: (H, W, 3) uint8, or (3, H, W) float in [0, 1].
-        prompt: what was asked for.
+    """Judge a picture (H, W, 3) uint8, or (3, H, W) float in [0, 1], against a prompt.
 
     Raises:
         UserError: the picture is of another form, or too small.
     """
-    found = read_picture(picture)
+    return judge(read_picture(picture), prompt)
+
+
+def judge(found: FoundScene, prompt: ScenePrompt) -> SceneVerdict:
+    """Judge what a picture shows against a prompt.
+
+    Objects asked for are paired with objects found such that most of them are entirely right.
+    """
     wanted = prompt.objects
     pool: list[FoundObject | None] = [*found.objects, *[None] * len(wanted)]
     judged = [
