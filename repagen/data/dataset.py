@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageSample(TypedDict):
-    """One training sample: image (3, S, S) float32 in [0, 1], label, index it was read from, and its caption if any."""
+    """One training sample: image (3, S, S) float32 in [0, 1], label, index it was read from, its caption if any."""
 
     image: torch.Tensor
     label: int
