@@ -63,7 +63,7 @@ class NoiseProcess(Protocol):
     def draw(
         self, latents: torch.Tensor, conditions: Conditions, generators: Sequence[torch.Generator]
     ) -> NoisySample:
-        """Draw time, dropout of conditions and noise of each sample, in this order, from the sample's own generator."""
+        """Draw time, dropout of conditions and noise of each sample, in this order, from its own generator."""
 
     def losses(self, output: Any, sample: Any, prediction_type: PredictionType) -> dict[str, torch.Tensor]:
         """Losses by name, each (B,) float32, or a scalar for the mean."""
