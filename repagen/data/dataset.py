@@ -258,9 +258,13 @@ class ImageDataset(SampleDataset):
         digest.update(self.labels.numpy().tobytes())
         self._hash_sources(digest)
         if self.has_captions:
-            for index in range(len(self)):
-                digest.update(self.captions(index).to_json().encode("utf-8", "surrogatepass"))
+            self._hash_captions(digest)
         return digest.hexdigest()
+
+    def _hash_captions(self, digest: hashlib._Hash) -> None:
+        """Add the captions of all samples to the hash."""
+        for index in range(len(self)):
+            digest.update(self.captions(index).to_json().encode("utf-8", "surrogatepass"))
 
     def state(self) -> str:
         """Return a hash that is another one once any image may have been changed or exchanged, on this machine.

@@ -37,6 +37,10 @@ def _open(config: DataConfig) -> SampleDataset:
         from repagen.data.digits import DigitsDataset
 
         return DigitsDataset(config)
+    if config.kind == "shapes":
+        from repagen.data.shapes import ShapesDataset
+
+        return ShapesDataset(config)
     if config.kind == "datasets":
         from repagen.data.hub import HuggingFaceDataset
 
@@ -64,7 +68,7 @@ def open_image_dataset(config: DataConfig, *, several_sizes: bool = False) -> Im
         raise UserError("data.buckets: given, but here all images must have one size; drop it")
     dataset = open_dataset(config)
     if not isinstance(dataset, ImageDataset):
-        raise UserError(f"data.kind={config.kind} holds no images; allowed: folder, datasets, digits")
+        raise UserError(f"data.kind={config.kind} holds no images; allowed: folder, datasets, digits, shapes")
     return dataset
 
 
