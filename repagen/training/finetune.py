@@ -22,6 +22,7 @@ from repagen.models.fingerprint import hash_tensors
 from repagen.models.identity import describe_autoencoder, describe_transformer
 from repagen.models.latents import require_independent_latents
 from repagen.pipelines.guided_prediction import class_token_dim
+from repagen.training.conditioning import ClassConditioning
 from repagen.training.decoder import AutoencoderTraining
 from repagen.training.decoder_representation import RepresentationKind, refuse_other_size
 from repagen.training.finetune_classes import ClassPlan, plan_classes
@@ -104,15 +105,16 @@ def _train_generator(config: FinetuneConfig, run: Run, pipeline: Any, data: Samp
     dataset = _with_prior(config, run, pipeline, plan, data, facts["pretrained"])
     prepare_pipeline(config, pipeline, plan)
     check_samplings(config, pipeline, "pipeline")
+    conditioning = ClassConditioning(plan.class_names, config.label_dropout, sorted(plan.of_data))
     training = GeneratorTraining(
         run,
         config,
         pipeline,
-        noise_process(config, model, frozen.latent_shape, facts["time shift"]),
+        noise_process(config, model, frozen.latent_shape, conditioning.dropout, facts["time shift"]),
         frozen,
+        conditioning,
         dataset,
         trained=None if config.mode == "full" else TrainedParameters(model),
-        shown_classes=sorted(plan.of_data),
     )
     found = FoundMicroBatch()
     start_step = training.restore(facts, {"micro_batch": found})

@@ -13,7 +13,7 @@ from repagen.errors import UserError
 from repagen.training.decoder_config import DecoderConfig, ReconstructionConfig, TrainedAutoencoderConfig
 from repagen.training.discriminator import AdversarialConfig
 from repagen.training.ema import EmaConfig
-from repagen.training.generator_config import GeneratorRunConfig
+from repagen.training.generator_config import GeneratorRunConfig, require_dropout
 from repagen.training.optimizer import OptimizerConfig
 from repagen.training.perceptual import LpipsConfig
 from repagen.training.run_config import RunConfig
@@ -103,6 +103,7 @@ class FinetuneConfig(GeneratorRunConfig):
         revision: branch, tag or commit of it on the Hub.
         mode: `full` trains the whole generator; `lora` adapters and the rows of new classes in the label table;
             `labels` these rows alone. (`decoder` trains the decoder of the autoencoder, see `FinetuneDecoderConfig`.)
+        label_dropout: share of labels replaced by the null label, which classifier-free guidance needs.
         num_classes: classes that the generator has afterwards: `auto`, or the number that is expected.
         labels: classes that stay, and where new ones begin.
         lora: of mode `lora`.
@@ -114,6 +115,7 @@ class FinetuneConfig(GeneratorRunConfig):
     pipeline: str
     revision: str | None = None
     mode: Mode
+    label_dropout: float = 0.1
     num_classes: int | Literal["auto"] = "auto"
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     lora: LoraTrainingConfig = field(default_factory=LoraTrainingConfig)
@@ -123,6 +125,7 @@ class FinetuneConfig(GeneratorRunConfig):
         """Check that every key has an effect in the mode."""
         super().validate()
         _require_pipeline(self.pipeline)
+        require_dropout(self.label_dropout)
         count = self.num_classes
         require(count == "auto" or count >= 0, "num_classes", count, "auto, or at least 0")
         if self.mode != "lora":

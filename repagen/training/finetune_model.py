@@ -113,7 +113,7 @@ def prepare_pipeline(config: FinetuneConfig, pipeline: Any, plan: ClassPlan) -> 
         UserError: names the key: adapters of layers that are not there; labels to drop, without a null class.
     """
     model = pipeline.transformer
-    refuse_label_dropout(config, model, plan.num_classes, config.pipeline)
+    refuse_label_dropout(config.label_dropout, model, plan.num_classes, config.pipeline)
     if plan.num_classes:
         table = model.label_embedder.table.weight.detach()
         model.choose_classes(plan.kept, new_rows(table, plan, model.config.num_classes))

@@ -16,20 +16,28 @@ from repagen.errors import UserError, refusing
 from repagen.models.identity import describe_autoencoder
 from repagen.models.opening import component_place, open_component, pinned_revision
 from repagen.randomness import derived_seed
-from repagen.training.generator_config import ARCHITECTURES, GeneratorConfig, GeneratorRunConfig, TransformerConfig
+from repagen.training.generator_config import (
+    ARCHITECTURES,
+    GeneratorRunConfig,
+    NewGeneratorConfig,
+    TransformerConfig,
+)
 
 logger = logging.getLogger(__name__)
 
 
 def build_model(
-    config: GeneratorConfig, latent_shape: tuple[int, int, int], num_classes: int, class_token_dim: int = 0
+    config: NewGeneratorConfig,
+    latent_shape: tuple[int, int, int],
+    conditions: Mapping[str, Any],
+    class_token_dim: int = 0,
 ) -> Any:
     """The generator; weights that are drawn depend on the seed alone.
 
     Args:
         config: names the network.
         latent_shape: (C, h, w).
-        num_classes: of the dataset; 0 = unconditional.
+        conditions: constructor arguments that say what the network is conditioned on, see `Conditioning`.
         class_token_dim: width of the class token that is denoised too (REG); 0: none.
 
     Raises:
@@ -39,7 +47,7 @@ def build_model(
     torch.manual_seed(derived_seed(config.seed, "generator weights"))
     more = {"class_token_dim": class_token_dim} if class_token_dim else {}
     make = _new_model if config.transformer.pretrained is None else _pretrained_model
-    model = make(config, latent_shape, num_classes, more)
+    model = make(config, latent_shape, conditions, more)
     refuse_idle_settings(config, model)
     return model
 
@@ -75,17 +83,16 @@ def refuse_idle_settings(config: GeneratorRunConfig, model: Any) -> None:
 
 
 def _new_model(
-    config: GeneratorConfig, latent_shape: tuple[int, int, int], num_classes: int, more: dict[str, Any]
+    config: NewGeneratorConfig, latent_shape: tuple[int, int, int], conditions: Mapping[str, Any], more: dict[str, Any]
 ) -> Any:
     transformer, (channels, height, width) = config.transformer, latent_shape
-    _require_arguments(transformer.model_class, more)
+    _require_arguments(transformer.model_class, {**conditions, **more})
     arguments = {
         **transformer.model_class.config_for_size(transformer.size or "S", **transformer.overrides),
         "sample_size": height if height == width else (height, width),
         "in_channels": channels,
         "patch_size": transformer.patch_size or 1,
-        "num_classes": num_classes,
-        "class_dropout_prob": config.label_dropout if num_classes else 0.0,
+        **conditions,
         **({"prediction_type": transformer.prediction} if transformer.prediction else {}),
         **more,
     }
@@ -111,12 +118,25 @@ def _keys_of(message: str, arguments: Mapping[str, Any]) -> str:
     return ", ".join(known.values()) or "transformer"
 
 
-def _require_arguments(model_class: Any, more: dict[str, Any]) -> None:
+def _require_arguments(model_class: Any, more: Mapping[str, Any]) -> None:
+    """Refuse what a network does not take: a class token, or text."""
     unknown = more.keys() - inspect.signature(model_class.__init__).parameters.keys()
+    if "text_dim" in unknown:
+        allowed = [name for name in ARCHITECTURES if "text_dim" in _parameters(ARCHITECTURES[name])]
+        raise UserError(
+            f"transformer.architecture: {model_class.__name__} takes no text; allowed: {', '.join(allowed)}"
+        )
     if unknown:
         raise UserError(
             f"alignment.class_token: {model_class.__name__} takes no class token; set transformer.architecture=sit"
         )
+
+
+def _parameters(class_name: str) -> Mapping[str, Any]:
+    """Constructor parameters of a public class, by name."""
+    import repagen
+
+    return inspect.signature(getattr(repagen, class_name).__init__).parameters
 
 
 def token_grid(transformer: TransformerConfig, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
@@ -176,11 +196,11 @@ def _require_generator(name: str, class_name: str) -> None:
         )
 
 
-def refuse_label_dropout(config: GeneratorRunConfig, model: Any, num_classes: int, name: str) -> None:
+def refuse_label_dropout(label_dropout: float, model: Any, num_classes: int, name: str) -> None:
     """Refuse to drop labels for a generator without a null class.
 
     Args:
-        config: of the training.
+        label_dropout: share of the labels.
         model: the generator.
         num_classes: of the training; 0 = unconditional.
         name: what the user gave the generator as.
@@ -188,11 +208,11 @@ def refuse_label_dropout(config: GeneratorRunConfig, model: Any, num_classes: in
     Raises:
         UserError: there would be no label to take their place.
     """
-    if num_classes and config.label_dropout and not model.config.class_dropout_prob:
-        raise UserError(f"label_dropout: {config.label_dropout}, but {name} has no null class; set it to 0")
+    if num_classes and label_dropout and not model.config.class_dropout_prob:
+        raise UserError(f"label_dropout: {label_dropout}, but {name} has no null class; set it to 0")
 
 
-def refuse_other_autoencoder(config: GeneratorConfig, fingerprint: Mapping[str, Any]) -> None:
+def refuse_other_autoencoder(config: NewGeneratorConfig, fingerprint: Mapping[str, Any]) -> None:
     """Compare the latents of a pretrained pipeline with those of the training.
 
     Args:
@@ -216,14 +236,21 @@ def refuse_other_autoencoder(config: GeneratorConfig, fingerprint: Mapping[str, 
 
 
 def _pretrained_model(
-    config: GeneratorConfig, latent_shape: tuple[int, int, int], num_classes: int, more: dict[str, Any]
+    config: NewGeneratorConfig, latent_shape: tuple[int, int, int], conditions: Mapping[str, Any], more: dict[str, Any]
 ) -> Any:
     transformer = config.transformer
     model = open_transformer(str(transformer.pretrained), transformer.revision)
     _refuse_contradictions(model, transformer)
     _refuse_other_latents(model, latent_shape)
-    _require_arguments(type(model), more)
+    _require_arguments(type(model), {**conditions, **more})
     changes = {key: value for key, value in more.items() if model.config.get(key) != value}
+    changes |= (_text_changes if "text_dim" in conditions else _class_changes)(model, conditions, transformer)
+    return _rebuilt(model, changes) if changes else model
+
+
+def _class_changes(model: Any, conditions: Mapping[str, Any], transformer: TransformerConfig) -> dict[str, Any]:
+    """Constructor arguments that must change so that a pretrained network takes the classes of the data."""
+    num_classes, changes = conditions["num_classes"], {}
     if num_classes != model.config.num_classes:
         if not transformer.new_classes:
             raise UserError(
@@ -231,8 +258,19 @@ def _pretrained_model(
                 "transformer.new_classes=true to draw the class embeddings anew, or choose data with its classes"
             )
         changes["num_classes"] = num_classes
-    refuse_label_dropout(config, model, num_classes, str(transformer.pretrained))
-    return _rebuilt(model, changes) if changes else model
+    refuse_label_dropout(conditions["class_dropout_prob"], model, num_classes, str(transformer.pretrained))
+    return changes
+
+
+def _text_changes(model: Any, conditions: Mapping[str, Any], transformer: TransformerConfig) -> dict[str, Any]:
+    """Constructor arguments that must change so that a pretrained network takes the embeddings of the text encoder."""
+    width, wanted = model.config.get("text_dim") or 0, conditions["text_dim"]
+    if width and width != wanted:
+        raise UserError(
+            f"text.encoder: gives embeddings of width {wanted}, but {transformer.pretrained} takes {width}; set "
+            "text.encoder and text.hidden_layer to what it was trained with, or leave out transformer.pretrained"
+        )
+    return {key: value for key, value in conditions.items() if model.config.get(key) != value}
 
 
 def _refuse_contradictions(model: Any, transformer: TransformerConfig) -> None:

@@ -55,6 +55,16 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def new_model(config: Any, latent_shape: tuple[int, int, int], num_classes: int, **more: Any) -> Any:
+    """The network of a configuration, for so many classes."""
+    from repagen.training.conditioning import ClassConditioning
+    from repagen.training.generator_model import build_model
+
+    names = [str(label) for label in range(num_classes)]
+    arguments = ClassConditioning.of_all(names, config.label_dropout).model_arguments
+    return build_model(config, latent_shape, arguments, **more)
+
+
 def write_parts(folder: Path) -> Path:
     """Write an encoder, a representation autoencoder (16, 4, 4) and a KL autoencoder (4, 8, 8), both for 32 px."""
     from diffusers import AutoencoderKL
