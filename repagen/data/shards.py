@@ -3,7 +3,8 @@
 folder/
     latents-00000.safetensors ...   rows of "latent" (R, C, h, w), "label" (R,), "index" (R,), one "target.K"
                                     (R, N, D) per alignment encoder, "latent_std" for KL autoencoders, and the
-                                    same of the mirrored image with the suffix ".flipped"
+                                    same of the mirrored image with the suffix ".flipped"; of images with captions
+                                    "captions", the bytes of all rows' captions, and "captions_size" (R,)
     manifest.json                   what made them, and name, rows, size and sha256 of each shard; written last
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from repagen.data.captions import Captions
 from repagen.data.dataset import SampleDataset
 from repagen.errors import UserError
 
@@ -63,6 +65,10 @@ class LatentShards(SampleDataset):
         self.latent_shape = tuple(first.get_slice("latent").get_shape()[1:])
         self._has_std = "latent_std" in first.keys()  # noqa: SIM118 - an open file, not a dict
         self.labels = torch.cat([self._file(number).get_tensor("label") for number in range(len(self._shards))])
+        self.has_captions = "captions" in first.keys()  # noqa: SIM118
+        if self.has_captions:
+            sizes = [self._file(number).get_tensor("captions_size") for number in range(len(self._shards))]
+            self._captions_end = [part.cumsum(0) for part in sizes]
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -77,7 +83,8 @@ class LatentShards(SampleDataset):
 
         Returns:
             "latent" (C, h, w) float32, standardised; "label"; "index"; "targets", a list of (N, D) float32 in the
-            order of the cache's encoders; for KL autoencoders "latent_std" (C, h, w): `latent` is the mean.
+            order of the cache's encoders; for KL autoencoders "latent_std" (C, h, w): `latent` is the mean; of images
+            with captions "caption", one of them drawn after the mirroring.
         """
         number, row = self._locate(index)
         file = self._file(number)
@@ -91,7 +98,17 @@ class LatentShards(SampleDataset):
         sample["targets"] = [read(f"target.{k}") for k in range(self._num_targets)]
         if self._has_std:
             sample["latent_std"] = read("latent_std")
+        if self.has_captions:
+            sample["caption"] = self.captions(index).draw(generator)
         return sample
+
+    def captions(self, index: int) -> Captions:
+        """Return all captions of sample `index`; of a cache of images with captions."""
+        number, row = self._locate(index)
+        ends = self._captions_end[number]
+        start = int(ends[row - 1]) if row else 0
+        content = self._file(number).get_slice("captions")[start : int(ends[row])]
+        return Captions.from_json(content.numpy().tobytes())
 
     def describe(self, index: int) -> str:
         """Return shard, row and source image of sample `index`."""

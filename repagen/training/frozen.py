@@ -12,6 +12,7 @@ from torch import nn
 
 from repagen.alignment import AlignmentTerm
 from repagen.data import LatentShards, SampleDataset, digits_encoder_path
+from repagen.data.shapes import shapes_encoders_path
 from repagen.encoders import VisionEncoder, VisionEncoderOutput
 from repagen.encoders.vision import layer_indices
 from repagen.errors import UserError, naming
@@ -33,7 +34,7 @@ from repagen.training.run import Batch, Run
 EncoderSection = AlignmentTargetConfig | AttentionAlignmentConfig | ClassTokenConfig
 _Place = tuple[str, str | None, int | None]
 
-BUNDLED_ENCODERS: dict[str, Callable[[], Path]] = {"digits": digits_encoder_path}
+BUNDLED_ENCODERS: dict[str, Callable[[], Path]] = {"digits": digits_encoder_path, "shapes": shapes_encoders_path}
 """Encoders that ship with the package, by the name a configuration gives them."""
 
 

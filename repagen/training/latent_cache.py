@@ -1,4 +1,4 @@
-"""Writing a latent cache: latents, labels and alignment targets of a dataset, encoded once.
+"""Writing a latent cache: latents, labels, captions and alignment targets of a dataset, encoded once.
 
 Shards are fixed stretches of the dataset, each written whole or not at all, so that a killed run continues with the
 first missing shard and ends with the same bytes. With several processes each writes its share of the shards. The
@@ -140,6 +140,7 @@ class _ShardWriter:
             "dtype": self.config.dtype,
             "batch_size": self.config.batch_size,
             "shard_rows": self.config.shard_rows,
+            **({"captions": True} if self.dataset.has_captions else {}),
         }
 
     def begin(self) -> None:
@@ -204,7 +205,15 @@ class _ShardWriter:
                 rows[f"target.{order}{suffix}"] = encoder(view).tokens
         dtype = getattr(torch, self.config.dtype)
         stored = {name: value.to("cpu", dtype).contiguous() for name, value in rows.items()}
-        return {**stored, "label": batch["label"], "index": batch["index"]}
+        return {**stored, **self._encode_captions(batch["index"]), "label": batch["label"], "index": batch["index"]}
+
+    def _encode_captions(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All captions of the samples, one after the other, as bytes, and how many each has; where they have any."""
+        if not self.dataset.has_captions:
+            return {}
+        texts = [self.dataset.captions(index).to_json().encode("utf-8", "surrogatepass") for index in indices.tolist()]
+        content = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
+        return {"captions": content, "captions_size": torch.tensor([len(text) for text in texts])}
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"latents-{number:05d}.safetensors"
