@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from repagen.errors import UserError
 from repagen.flow.guidance import GuidanceInterval, GuidanceMethod, guide
 from repagen.flow.path import to_velocity
 from repagen.pipelines.sampling_options import SamplingOptions
 
 State = list[torch.Tensor]
 """What is denoised, float32: the latents (B, C, h, w), and beside them a class token (B, D) where there is one."""
+
+Condition: TypeAlias = dict[str, torch.Tensor]
+"""What a transformer is asked for: arguments of its call, each with one row per image."""
 
 
 @dataclass
@@ -24,7 +28,8 @@ class GuidedPrediction:
         guidance_transformer: the weak one of autoguidance.
         method: of guidance.
         options: of the call; the guidance scale comes with each prediction, since callbacks may change it.
-        labels: (B,) class ids, None for an unconditional model.
+        condition: arguments of the models; a callback may change them between steps.
+        null_condition: those of the null pass; None where no null pass can be made.
         scheduler: of the loop, its grid laid.
         attention_kwargs: passed to the models.
     """
@@ -33,7 +38,8 @@ class GuidedPrediction:
     guidance_transformer: Any
     method: GuidanceMethod
     options: SamplingOptions
-    labels: torch.Tensor | None
+    condition: Condition
+    null_condition: Condition | None
     scheduler: Any
     attention_kwargs: dict[str, Any] | None
 
@@ -66,30 +72,31 @@ class GuidedPrediction:
     def _unguided(self, state: State, timestep: torch.Tensor, index: int, scale: float) -> State:
         # The call's own scale decides: a callback that ends the guidance must not change the batch under a cache.
         if self.method == "cfg" and self.options.guidance_scale > 1 and self.transformer.is_cache_enabled:
-            return self._both_classes(state, timestep, index)[0]
-        return self._evaluate(self.transformer, "cond", state, timestep, self.labels, index)
+            return self._both_conditions(state, timestep, index)[0]
+        return self._evaluate(self.transformer, "cond", state, timestep, self.condition, index)
 
     def _strong_and_weak(self, state: State, timestep: torch.Tensor, index: int) -> tuple[State, State]:
-        model, labels = self.transformer, self.labels
+        model, condition = self.transformer, self.condition
         if self.method == "internal":
             latents = state[0]
-            both = self._forward(model, "cond", state, timestep, labels, index, return_base=True)
+            both = self._forward(model, "cond", state, timestep, condition, index, return_base=True)
             strong, weak = (self._convert(model, prediction, latents, timestep) for prediction in both[:2])
             return [strong], [weak]
         if self.method == "cfg" and model.is_cache_enabled:
-            return self._both_classes(state, timestep, index)
-        strong_state = self._evaluate(model, "cond", state, timestep, labels, index)
+            return self._both_conditions(state, timestep, index)
+        strong_state = self._evaluate(model, "cond", state, timestep, condition, index)
         if self.method == "autoguidance":
-            return strong_state, self._evaluate(self.guidance_transformer, "cond", state, timestep, labels, index)
-        return strong_state, self._evaluate(model, "uncond", state, timestep, self._null_labels, index)
+            return strong_state, self._evaluate(self.guidance_transformer, "cond", state, timestep, condition, index)
+        return strong_state, self._evaluate(model, "uncond", state, timestep, self._null, index)
 
-    def _both_classes(self, state: State, timestep: torch.Tensor, index: int) -> tuple[State, State]:
-        """With and without class in one batch: the state of a cache belongs to a batch of one shape."""
-        assert self.labels is not None
+    def _both_conditions(self, state: State, timestep: torch.Tensor, index: int) -> tuple[State, State]:
+        """With and without the condition in one batch: the state of a cache belongs to a batch of one shape."""
         doubled = [torch.cat([part, part]) for part in state]
-        labels = torch.cat([self._null_labels, self.labels])
+        null = self._null
+        condition = {name: torch.cat([null[name], value]) for name, value in self.condition.items()}
         halves = [
-            both.chunk(2) for both in self._evaluate(self.transformer, "cond_uncond", doubled, timestep, labels, index)
+            both.chunk(2)
+            for both in self._evaluate(self.transformer, "cond_uncond", doubled, timestep, condition, index)
         ]
         return [strong for _, strong in halves], [weak for weak, _ in halves]
 
@@ -99,11 +106,11 @@ class GuidedPrediction:
         context: str,
         state: State,
         timestep: torch.Tensor,
-        labels: torch.Tensor | None,
+        condition: Condition,
         index: int,
     ) -> State:
         """One forward of a model, as what the scheduler steps along."""
-        predictions = self._forward(model, context, state, timestep, labels, index)
+        predictions = self._forward(model, context, state, timestep, condition, index)
         return [self._convert(model, predictions[i], part, timestep) for i, part in enumerate(state)]
 
     def _forward(
@@ -112,7 +119,7 @@ class GuidedPrediction:
         context: str,
         state: State,
         timestep: torch.Tensor,
-        labels: torch.Tensor | None,
+        condition: Condition,
         index: int,
         **arguments: Any,
     ) -> tuple[torch.Tensor, ...]:
@@ -128,7 +135,7 @@ class GuidedPrediction:
             return model(
                 hidden_states=latents.to(model.dtype),
                 timestep=times.expand(latents.shape[0]),
-                class_labels=labels,
+                **condition,
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 **arguments,
@@ -146,9 +153,13 @@ class GuidedPrediction:
         return timestep.to(torch.float32) / self.scheduler.config.num_train_timesteps
 
     @property
-    def _null_labels(self) -> torch.Tensor:
-        assert self.labels is not None  # the pipeline refuses classifier-free guidance of unconditional models
-        return torch.full_like(self.labels, self.transformer.config.num_classes)
+    def _null(self) -> Condition:
+        if self.null_condition is None:
+            raise UserError(
+                "guidance_scale was raised above 1 by a callback, but the call began without guidance and has no null "
+                "condition; begin it with a guidance_scale above 1"
+            )
+        return self.null_condition
 
 
 def is_discrete(model: Any) -> bool:
