@@ -14,7 +14,6 @@ from repagen.errors import UserError, refusing
 from repagen.hub.fetching import fetch_snapshot, resolve_commit
 from repagen.hub.saved_models import inspected_source
 
-
 Part = Literal["transformer", "vae", "text_encoder"]
 
 
@@ -36,9 +35,7 @@ def open_component(name: str, part: Part, option: str, revision: str | None = No
     return model.eval()
 
 
-def component_place(
-    name: str, part: Part, option: str, revision: str | None = None
-) -> dict[str, Any]:
+def component_place(name: str, part: Part, option: str, revision: str | None = None) -> dict[str, Any]:
     """Where a model is within `name`, as arguments of diffusers' loading functions; arguments as in `open_component`.
 
     The revision among them is a commit, so that what is loaded is what was looked at.
@@ -57,12 +54,21 @@ def pipeline_parts(name: str, option: str, revision: str | None = None) -> set[s
     Raises:
         UserError: a folder that is not there, or an id that cannot be reached.
     """
+    entries = pipeline_index(name, option, revision)
+    return {key for key, value in entries.items() if isinstance(value, list) and value[0] is not None}
+
+
+def pipeline_index(name: str, option: str, revision: str | None = None) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline; empty where `name` is a model alone. Arguments: `component_place`.
+
+    Raises:
+        UserError: a folder that is not there, an id that cannot be reached, or a damaged file.
+    """
     index = _indices(name, option, pinned_revision(name, "transformer", option, revision)) / "model_index.json"
     if not index.is_file():
-        return set()
+        return {}
     with refusing(f"{option}: {name} cannot be loaded"):
-        entries = json.loads(index.read_text(encoding="utf-8"))
-        return {key for key, value in entries.items() if isinstance(value, list) and value[0] is not None}
+        return dict(json.loads(index.read_text(encoding="utf-8")))
 
 
 def _indices(name: str, option: str, commit: str | None) -> Path:
@@ -72,9 +78,7 @@ def _indices(name: str, option: str, commit: str | None) -> Path:
     return fetch_snapshot(name, revision=commit, patterns=["model_index.json", "config.json"], what=f"{option}: model")
 
 
-def pinned_revision(
-    name: str, part: Part, option: str, revision: str | None = None
-) -> str | None:
+def pinned_revision(name: str, part: Part, option: str, revision: str | None = None) -> str | None:
     """Return the commit that a revision of a Hub id means now, None for a folder; arguments as in `open_component`.
 
     Raises:

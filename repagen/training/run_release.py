@@ -125,13 +125,14 @@ def _with_classes(facts: CardFacts, dataset: CombinedDataset) -> CardFacts:
 
 def _data_facts(data: DataConfig, dataset: SampleDataset) -> dict[str, str]:
     given = dataset.parts[0][0] if isinstance(dataset, CombinedDataset) else dataset
-    drawn = len(dataset) - len(given)
+    parts = dataset.parts if isinstance(dataset, CombinedDataset) else []
+    drawn = sum(len(part) for part, _ in parts if part is not given)
     facts = {
         "kind": data.kind,
         "path": data.path,
         "split": data.split if data.kind == "datasets" else None,
         "revision": data.revision,
-        "images": f"{len(dataset)}, of them {drawn} drawn from the pipeline before the training"
+        "images": f"{len(given) + drawn}, of them {drawn} drawn from the pipeline before the training"
         if drawn
         else len(given),
         "classes": given.num_classes or "none",
