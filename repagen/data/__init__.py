@@ -7,7 +7,7 @@ from repagen.data.combined import CombinedDataset
 from repagen.data.config import CaptionConfig, DataConfig, data_config_from_words
 from repagen.data.dataset import CaptionedSample, ImageDataset, ImageSample, SampleDataset
 from repagen.data.digits import digits_encoder_path, digits_to_images, load_digits
-from repagen.data.loading import load_batches, load_in_order, open_dataset, open_image_dataset
+from repagen.data.loading import load_batches, load_first, load_in_order, open_dataset, open_image_dataset
 from repagen.data.sampler import StreamBatchSampler, sample_indices
 from repagen.data.shapes import ShapesDataset, shapes_encoders_path
 from repagen.data.shards import LatentShards
@@ -29,6 +29,7 @@ __all__ = [
     "digits_to_images",
     "load_batches",
     "load_digits",
+    "load_first",
     "load_in_order",
     "open_dataset",
     "open_image_dataset",

@@ -12,6 +12,7 @@ import torch
 
 from repagen.data.captions import Captions
 from repagen.data.dataset import SampleDataset
+from repagen.errors import UserError
 
 
 class CombinedDataset(SampleDataset):
@@ -21,6 +22,9 @@ class CombinedDataset(SampleDataset):
         parts: datasets, each with the label of the whole that each of its own labels becomes; none for one without
             classes, or whose classes do not matter.
         class_names: of the labels of the whole; empty without classes.
+
+    Raises:
+        UserError: the parts have buckets of different sizes.
     """
 
     def __init__(self, parts: Sequence[tuple[SampleDataset, Sequence[int]]], class_names: Sequence[str]) -> None:
@@ -31,6 +35,15 @@ class CombinedDataset(SampleDataset):
         for dataset, labels in self.parts:
             assert len(labels) == (dataset.num_classes if self.class_names else 0), "a label for each of the part's"
             assert bool(labels) == bool(self.class_names), "all parts have classes, or none has"
+        self.bucket_sizes = self.parts[0][0].bucket_sizes
+        if any(list(dataset.bucket_sizes) != list(self.bucket_sizes) for dataset, _ in self.parts):
+            raise UserError("data.buckets: the datasets that are combined have images of different sizes")
+
+    @property
+    def buckets(self) -> torch.Tensor | None:
+        """See `SampleDataset.buckets`."""
+        buckets = [dataset.buckets for dataset, _ in self.parts]
+        return torch.cat([found for found in buckets if found is not None]) if self.bucket_sizes else None
 
     def __len__(self) -> int:
         return self._ends[-1]

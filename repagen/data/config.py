@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
+from repagen.data.buckets import bucket_sizes
 from repagen.data.captions import MissingRule
 from repagen.errors import UserError
 
@@ -54,6 +55,11 @@ class DataConfig:
         num_images: how many shapes are drawn.
         verify_shards: check the sha256 of latent shards when they are opened (their sizes are always checked).
         captions: give samples a caption; none when not given.
+        buckets: sizes that images may have instead of the square alone: ratios such as "3:2" (width : height), at
+            about image_size^2 pixels, or [height, width]. An image goes to the size of the nearest proportions and is
+            cropped to it; every step of training holds one size.
+        bucket_step: what the sides of `buckets` are multiples of, in pixels: the pixels of a token, or more.
+        index_folder: where sizes of images and places in shards are kept; ~/.cache/repagen/data when not given.
     """
 
     kind: DatasetKind = "folder"
@@ -71,6 +77,9 @@ class DataConfig:
     num_images: int = 50_000
     verify_shards: bool = True
     captions: CaptionConfig | None = None
+    buckets: list[Any] = field(default_factory=list)
+    bucket_step: int = 16
+    index_folder: str | None = None
 
     def validate(self) -> None:
         """Check what the types cannot say.
@@ -96,6 +105,9 @@ class DataConfig:
             raise UserError("data.subset: unseen given; only data.kind=shapes has it; allowed: all, train, validation")
         if self.kind not in ("digits", "shapes") and not self.path:
             raise UserError(f"data.path: nothing given; data.kind={self.kind} needs a folder, file or Hub id there")
+        if self.bucket_step < 1:
+            raise UserError(f"data.bucket_step: {self.bucket_step} given; allowed: a positive number of pixels")
+        bucket_sizes(self.buckets, self.image_size, self.bucket_step)
         for name, weight in (self.captions.columns if self.captions else {}).items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not (0 < weight < math.inf):
                 raise UserError(f"data.captions.columns.{name}: {weight!r} given; allowed: a positive weight")

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from repagen.data.buckets import Size
 from repagen.data.captions import NO_CAPTION, CaptionFiles, Captions, captioned_samples
 from repagen.data.config import DataConfig
 from repagen.data.dataset import ImageDataset
-from repagen.data.images import EXTENSIONS, UNREAD_EXTENSIONS, decode_image
+from repagen.data.images import EXTENSIONS, UNREAD_EXTENSIONS, decode_image, read_size
 from repagen.errors import UserError
 from repagen.files import printable, state_of_files
 
@@ -72,6 +73,9 @@ class FolderDataset(ImageDataset):
 
     def _decode(self, index: int) -> Image.Image:
         return decode_image(self._root / self._files[index])
+
+    def _original_size(self, index: int) -> Size:
+        return read_size(self._root / self._files[index])
 
     def _hash_sources(self, digest: hashlib._Hash) -> None:
         for name in self._files:

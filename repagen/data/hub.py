@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from repagen.data.buckets import Size
 from repagen.data.captions import KEYS, NO_CAPTION, Captions, captioned_samples, read_captions
 from repagen.data.config import DataConfig
 from repagen.data.dataset import ImageDataset
-from repagen.data.images import BadImageError, decode_image
+from repagen.data.images import BadImageError, decode_image, read_size
 from repagen.errors import UserError
 from repagen.files import state_of_files
 from repagen.hub.places import repository_command
@@ -63,12 +64,16 @@ class HuggingFaceDataset(ImageDataset):
         return read_captions(self._texts[index], self._columns, where) or NO_CAPTION
 
     def _decode(self, index: int) -> Image.Image:
+        return decode_image(self._source(index))
+
+    def _original_size(self, index: int) -> Size:
+        return read_size(self._source(index))
+
+    def _source(self, index: int) -> bytes | Path:
         value = self._images[index][self._image_column]
         if not value:
             raise BadImageError("the row has no image")
-        if value.get("bytes") is not None:
-            return decode_image(value["bytes"])
-        return decode_image(Path(value["path"]))
+        return value["bytes"] if value.get("bytes") is not None else Path(value["path"])
 
     def _hash_sources(self, digest: hashlib._Hash) -> None:
         config, info = self.config, self._images.info

@@ -62,7 +62,7 @@ def _inspect_all(dataset: ImageDataset) -> Iterable[_Image]:
 def _inspect(dataset: ImageDataset, index: int) -> _Image:
     try:
         image = dataset.original(index)
-        dataset.square(image)
+        dataset.crop(image, dataset.size(index))
     except BadImageError as error:
         return _Image(index, defect=str(error))
     return _Image(index, image.size, hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest())

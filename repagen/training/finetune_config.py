@@ -159,9 +159,8 @@ class FinetuneConfig(GeneratorRunConfig):
         if self.prior.draws:
             require(self.data.kind != "latents", "data.kind", "latents", "images, beside those of prior")
         else:
-            _refuse_idle(
-                "prior", self.prior, PriorConfig(), "prior.images_per_class=0 draws none, nor does prior.prompts=[]"
-            )
+            reason = "prior.images_per_class=0 draws none, nor does prior.prompts=[]"
+            _refuse_idle("prior", self.prior, PriorConfig(), reason)
 
 
 def _require_pipeline(given: str) -> None:

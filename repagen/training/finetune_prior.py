@@ -36,7 +36,7 @@ Wanted = Sequence[int] | Sequence[str]
 
 
 def prior_dataset(run: Run, config: FinetuneConfig, pipeline: Any, wanted: Wanted, facts: Any) -> ImageDataset:
-    """The pipeline's own images of some of its classes, which are its labels in this order, or of prompts, its captions.
+    """The pipeline's own images of some of its classes, which are the labels in this order, or of prompts.
 
     They are drawn where they are not there yet, by all processes; an interrupted drawing goes on. Each image's noise
     depends on (seed, class or place of the prompt, number) alone.
@@ -144,7 +144,8 @@ def _refuse_change(folder: Path, old: dict[str, Any] | None, new: dict[str, Any]
     if old is None:
         per = next(iter(new["prior"]))
         raise UserError(
-            f"prior.{per}: {new['prior'][per]}, but the run has checkpoints and no images in {folder}; put this folder back, set the key back, or choose another output_dir"
+            f"prior.{per}: {new['prior'][per]}, but the run has checkpoints and no images "
+            f"in {folder}; put this folder back, set the key back, or choose another output_dir"
         )
     before, now = flatten(old), flatten(new)
     key = next(key for key in sorted(before.keys() | now.keys()) if value_at(before, key) != value_at(now, key))

@@ -1,4 +1,4 @@
-"""Fine-tuning of a text-to-image pipeline: its captions, its null prompt, and images of prompts it shall not forget."""
+"""Fine-tuning of a text-to-image pipeline: its captions, its null prompt, and images of what it shall not forget."""
 
 from __future__ import annotations
 
