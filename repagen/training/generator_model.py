@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -22,8 +21,6 @@ from repagen.training.generator_config import (
     NewGeneratorConfig,
     TransformerConfig,
 )
-
-logger = logging.getLogger(__name__)
 
 
 def build_model(
@@ -245,7 +242,7 @@ def _pretrained_model(
     _require_arguments(type(model), {**conditions, **more})
     changes = {key: value for key, value in more.items() if model.config.get(key) != value}
     changes |= (_text_changes if "text_dim" in conditions else _class_changes)(model, conditions, transformer)
-    return _rebuilt(model, changes) if changes else model
+    return model.rebuilt(**changes).float().train() if changes else model
 
 
 def _class_changes(model: Any, conditions: Mapping[str, Any], transformer: TransformerConfig) -> dict[str, Any]:
@@ -308,24 +305,3 @@ def _refuse_other_latents(model: Any, latent_shape: tuple[int, int, int]) -> Non
             f"transformer.pretrained: generates latents of shape {model.latent_shape}, but the autoencoder's have "
             f"{tuple(latent_shape)}; set autoencoder.path and data.image_size to those it was trained with"
         )
-
-
-@torch.no_grad()
-def _rebuilt(model: Any, changes: dict[str, Any]) -> Any:
-    """A network with other constructor arguments and, wherever tensors have the same shape, the same weights.
-
-    Of a class table with another number of rows the last one, the null class, is kept.
-    """
-    new = type(model).from_config({**model.config, **changes})
-    new.initialize_weights()
-    own, drawn = model.state_dict(), new.state_dict()
-    fresh = []
-    for name, tensor in drawn.items():
-        if name in own and own[name].shape == tensor.shape:
-            tensor.copy_(own[name])
-            continue
-        fresh.append(name)
-        if name in own and own[name].shape[1:] == tensor.shape[1:] and model.config.class_dropout_prob:
-            tensor[-1] = own[name][-1]
-    logger.info("drawn anew: %s", ", ".join(fresh))
-    return new.float().train()
