@@ -141,11 +141,10 @@ def prepare_classes(config: FinetuneConfig, pipeline: Any, plan: ClassPlan) -> N
         table = model.label_embedder.table.weight.detach()
         model.choose_classes(plan.kept, new_rows(table, plan, model.config.num_classes))
     let_train(config, model)
-    if config.mode != "full":
-        if plan.new:
-            table = model.label_embedder.table
-            rows = NewRows(table.weight.detach()[list(plan.new_ids)], plan.new_ids.start)
-            register_parametrization(table, "weight", rows)
+    if config.mode != "full" and plan.new:
+        table = model.label_embedder.table
+        rows = NewRows(table.weight.detach()[list(plan.new_ids)], plan.new_ids.start)
+        register_parametrization(table, "weight", rows)
     _settle(pipeline, plan)
 
 

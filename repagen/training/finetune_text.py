@@ -29,7 +29,11 @@ def prepare_text(
         UserError: names the key: what is for classes, or adapters of layers that are not there.
     """
     _refuse_class_settings(config)
-    null = "learned" if pipeline.transformer.config.text_dropout_prob else "empty"
+    null = pipeline.config["null_prompt"]
+    if null == "learned" and config.label_dropout and not pipeline.transformer.config.text_dropout_prob:
+        raise UserError(
+            f"label_dropout: {config.label_dropout}, but {config.pipeline} has no null prompt; set it to 0"
+        )
     prompts = shown_prompts(config.sample.prompts, data, config.sample.num_images)
     conditioning = TextConditioning(pipeline.text_encoder, run, null, config.label_dropout, prompts)
     parts: list[tuple[SampleDataset, list[int]]] = [(data, [])]

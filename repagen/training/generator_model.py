@@ -237,17 +237,25 @@ def _pretrained_model(
 ) -> Any:
     transformer = config.transformer
     model = open_transformer(str(transformer.pretrained), transformer.revision)
+    _require_arguments(type(model), {**conditions, **more})
+    if "text_dim" in conditions:
+        model = _reading_text(model, conditions, transformer)
     _refuse_contradictions(model, transformer)
     _refuse_other_latents(model, latent_shape)
-    _require_arguments(type(model), {**conditions, **more})
     changes = {key: value for key, value in more.items() if model.config.get(key) != value}
-    changes |= (_text_changes if "text_dim" in conditions else _class_changes)(model, conditions, transformer)
+    if "text_dim" not in conditions:
+        changes |= _class_changes(model, conditions, transformer)
     return model.rebuilt(**changes).float().train() if changes else model
 
 
 def _class_changes(model: Any, conditions: Mapping[str, Any], transformer: TransformerConfig) -> dict[str, Any]:
     """Constructor arguments that must change so that a pretrained network takes the classes of the data."""
     num_classes, changes = conditions["num_classes"], {}
+    if model.takes_text:
+        raise UserError(
+            f"transformer.pretrained: {transformer.pretrained} takes text; go on with it in text-to-image training, "
+            "-m repagen.training.text_to_image"
+        )
     if num_classes != model.config.num_classes:
         if not transformer.new_classes:
             raise UserError(
@@ -259,15 +267,19 @@ def _class_changes(model: Any, conditions: Mapping[str, Any], transformer: Trans
     return changes
 
 
-def _text_changes(model: Any, conditions: Mapping[str, Any], transformer: TransformerConfig) -> dict[str, Any]:
-    """Constructor arguments that must change so that a pretrained network takes the embeddings of the text encoder."""
-    width, wanted = model.config.get("text_dim") or 0, conditions["text_dim"]
-    if width and width != wanted:
+def _reading_text(model: Any, conditions: Mapping[str, Any], transformer: TransformerConfig) -> Any:
+    """A pretrained network that takes the embeddings of the text encoder; one with classes learns to read them."""
+    width, share = conditions["text_dim"], conditions["text_dropout_prob"]
+    if not model.takes_text:
+        kind = transformer.overrides.get("text_conditioning", model.config.text_conditioning)
+        return model.to_text_conditional(width, kind, share).float().train()
+    if model.config.text_dim != width:
         raise UserError(
-            f"text.encoder: gives embeddings of width {wanted}, but {transformer.pretrained} takes {width}; set "
-            "text.encoder and text.hidden_layer to what it was trained with, or leave out transformer.pretrained"
+            f"text.encoder: gives embeddings of width {width}, but {transformer.pretrained} takes "
+            f"{model.config.text_dim}; name the text encoder that it was trained with, or leave out "
+            "transformer.pretrained"
         )
-    return {key: value for key, value in conditions.items() if model.config.get(key) != value}
+    return model if model.config.text_dropout_prob == share else model.rebuilt(text_dropout_prob=share).float().train()
 
 
 def _refuse_contradictions(model: Any, transformer: TransformerConfig) -> None:

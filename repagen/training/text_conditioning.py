@@ -12,10 +12,11 @@ from repagen.encoders.text import TextEmbeddings, TextEncoder
 from repagen.errors import UserError, naming
 from repagen.flow.conditions import ConditionDropout, Conditions
 from repagen.models.opening import open_component, pipeline_parts
+from repagen.pipelines.prompts import NullPrompt
 from repagen.pipelines.text_to_image import TextToImagePipeline
 from repagen.training.frozen import encoder_source
 from repagen.training.run import Batch, Run
-from repagen.training.text_to_image_config import NullPrompt, TextToImageConfig
+from repagen.training.text_to_image_config import TextToImageConfig
 
 
 class TextConditioning:
@@ -61,7 +62,7 @@ class TextConditioning:
 
     def pipeline(self, **parts: Any) -> Any:
         """See `Conditioning`."""
-        return TextToImagePipeline(text_encoder=self.text_encoder, **parts)
+        return TextToImagePipeline(text_encoder=self.text_encoder, null_prompt=self._null, **parts)
 
     def _embeddings(self, prompts: Sequence[str]) -> TextEmbeddings:
         with self._run.autocast():

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from repagen.config import require
 from repagen.errors import UserError
-from repagen.training.generator_config import ARCHITECTURES, NewGeneratorConfig, require_dropout
-
-NullPrompt = Literal["learned", "empty"]
+from repagen.pipelines.prompts import NullPrompt
+from repagen.training.generator_config import NewGeneratorConfig, require_dropout
 
 
 @dataclass
@@ -72,7 +70,7 @@ class TextToImageConfig(NewGeneratorConfig):
     text: TextConfig = field(default_factory=TextConfig)
 
     def validate(self) -> None:
-        """Check that there is a text encoder, and a network that may take text."""
+        """Check that there is a text encoder."""
         super().validate()
         if self.text.encoder is None and self.transformer.pretrained is None:
             raise UserError(
@@ -81,11 +79,3 @@ class TextToImageConfig(NewGeneratorConfig):
             )
         if self.alignment.class_token is not None:
             raise UserError("alignment.class_token: no network takes both text and a class token; leave it out")
-        architecture = self.transformer.architecture
-        takes_text = architecture is None or architecture in TEXT_ARCHITECTURES
-        allowed = ", ".join(TEXT_ARCHITECTURES)
-        require(takes_text, "transformer.architecture", architecture, f"one that takes text: {allowed}")
-
-
-TEXT_ARCHITECTURES = [name for name in ARCHITECTURES if name in ("ditdh", "raev2")]
-"""The networks that take text."""
