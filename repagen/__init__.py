@@ -42,6 +42,7 @@ _PUBLIC_NAMES = {
     "SiTTransformer2DModel": "repagen.models.transformer_sit",
     "TimeDistribution": "repagen.flow.time",
     "TimeShift": "repagen.flow.time",
+    "TextEncoder": "repagen.encoders.text",
     "UserError": "repagen.errors",
     "VisionEncoder": "repagen.encoders",
     "convert_checkpoint": "repagen.conversion",

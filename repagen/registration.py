@@ -39,6 +39,7 @@ SAVED_CLASSES = frozenset(
         "RAEv2Transformer2DModel",
         "RepresentationAutoencoder",
         "SVGAutoencoder",
+        "TextEncoder",
         "SiTTransformer2DModel",
     }
 )
