@@ -173,6 +173,15 @@ class ClassToImagePipeline(LatentSamplingPipeline):
                 "use guidance_scale=1, or a pipeline with a guidance_transformer"
             )
 
+    def check_components(self) -> None:
+        """See `LatentSamplingPipeline.check_components`."""
+        if self.transformer.config.get("text_dim"):
+            raise UserError(
+                f"the transformer takes text (text_dim is {self.transformer.config.text_dim}), which a "
+                "ClassToImagePipeline has not; use TextToImagePipeline"
+            )
+        super().check_components()
+
     def prepare_class_labels(
         self,
         class_labels: ClassLabels | None,
@@ -200,8 +209,8 @@ class ClassToImagePipeline(LatentSamplingPipeline):
         check_generators(generator, batch_size)
         return batch_size, labels
 
-    def _conditions(self, labels: torch.Tensor | None) -> tuple[Condition, Condition | None]:
+    def _conditions(self, labels: torch.Tensor | None) -> tuple[list[Condition], Condition | None]:
         """Arguments of the transformer for classes (B,), and for the null class."""
         if labels is None:
-            return {}, None
-        return {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.transformer.config.num_classes)}
+            return [{}], None
+        return [{"class_labels": labels}], {"class_labels": torch.full_like(labels, self.transformer.config.num_classes)}

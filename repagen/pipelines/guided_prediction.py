@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,6 +19,9 @@ State = list[torch.Tensor]
 Condition: TypeAlias = dict[str, torch.Tensor]
 """What a transformer is asked for: arguments of its call, each with one row per image."""
 
+# Each condition has a state of a cache of its own.
+_CONTEXTS = ("cond", "cond_2")
+
 
 @dataclass
 class GuidedPrediction:
@@ -28,20 +32,23 @@ class GuidedPrediction:
         guidance_transformer: the weak one of autoguidance.
         method: of guidance.
         options: of the call; the guidance scale comes with each prediction, since callbacks may change it.
-        condition: arguments of the models; a callback may change them between steps.
+        conditions: arguments of the models; a callback may change them between steps. Of two, the predictions are
+            mixed.
         null_condition: those of the null pass; None where no null pass can be made.
         scheduler: of the loop, its grid laid.
         attention_kwargs: passed to the models.
+        mixture: (B,) share of the second condition's prediction in [0, 1]; None where there is one condition.
     """
 
     transformer: Any
     guidance_transformer: Any
     method: GuidanceMethod
     options: SamplingOptions
-    condition: Condition
+    conditions: Sequence[Condition]
     null_condition: Condition | None
     scheduler: Any
     attention_kwargs: dict[str, Any] | None
+    mixture: torch.Tensor | None = None
 
     def __call__(self, state: State, timestep: torch.Tensor, index: int, scale: float) -> State:
         """Predict what the scheduler steps along, one float32 tensor for each of the state's.
@@ -72,33 +79,55 @@ class GuidedPrediction:
     def _unguided(self, state: State, timestep: torch.Tensor, index: int, scale: float) -> State:
         # The call's own scale decides: a callback that ends the guidance must not change the batch under a cache.
         if self.method == "cfg" and self.options.guidance_scale > 1 and self.transformer.is_cache_enabled:
-            return self._both_conditions(state, timestep, index)[0]
-        return self._evaluate(self.transformer, "cond", state, timestep, self.condition, index)
+            return self._all_at_once(state, timestep, index)[0]
+        return self._conditional(self.transformer, state, timestep, index)
 
     def _strong_and_weak(self, state: State, timestep: torch.Tensor, index: int) -> tuple[State, State]:
-        model, condition = self.transformer, self.condition
+        model = self.transformer
         if self.method == "internal":
-            latents = state[0]
-            both = self._forward(model, "cond", state, timestep, condition, index, return_base=True)
-            strong, weak = (self._convert(model, prediction, latents, timestep) for prediction in both[:2])
+            strong, weak = self._mixed([
+                self._both_heads(context, state, timestep, condition, index) for context, condition in self._contexts
+            ])  # fmt: skip
             return [strong], [weak]
         if self.method == "cfg" and model.is_cache_enabled:
-            return self._both_conditions(state, timestep, index)
-        strong_state = self._evaluate(model, "cond", state, timestep, condition, index)
+            return self._all_at_once(state, timestep, index)
+        strong_state = self._conditional(model, state, timestep, index)
         if self.method == "autoguidance":
-            return strong_state, self._evaluate(self.guidance_transformer, "cond", state, timestep, condition, index)
+            return strong_state, self._conditional(self.guidance_transformer, state, timestep, index)
         return strong_state, self._evaluate(model, "uncond", state, timestep, self._null, index)
 
-    def _both_conditions(self, state: State, timestep: torch.Tensor, index: int) -> tuple[State, State]:
-        """With and without the condition in one batch: the state of a cache belongs to a batch of one shape."""
-        doubled = [torch.cat([part, part]) for part in state]
-        null = self._null
-        condition = {name: torch.cat([null[name], value]) for name, value in self.condition.items()}
-        halves = [
-            both.chunk(2)
-            for both in self._evaluate(self.transformer, "cond_uncond", doubled, timestep, condition, index)
-        ]
-        return [strong for _, strong in halves], [weak for weak, _ in halves]
+    def _all_at_once(self, state: State, timestep: torch.Tensor, index: int) -> tuple[State, State]:
+        """With and without condition in one batch: the state of a cache belongs to a batch of one shape."""
+        conditions = [self._null, *self.conditions]
+        repeated = [torch.cat([part] * len(conditions)) for part in state]
+        joined = {name: torch.cat([condition[name] for condition in conditions]) for name in self.conditions[0]}
+        predictions = self._evaluate(self.transformer, "cond_uncond", repeated, timestep, joined, index)
+        weak, *strong = (list(parts) for parts in zip(*(p.chunk(len(conditions)) for p in predictions), strict=True))
+        return self._mixed(strong), weak
+
+    @property
+    def _contexts(self) -> list[tuple[str, Condition]]:
+        return list(zip(_CONTEXTS, self.conditions, strict=False))
+
+    def _conditional(self, model: Any, state: State, timestep: torch.Tensor, index: int) -> State:
+        return self._mixed([
+            self._evaluate(model, context, state, timestep, condition, index) for context, condition in self._contexts
+        ])  # fmt: skip
+
+    def _mixed(self, predictions: Sequence[State]) -> State:
+        """Interpolate between the predictions for two conditions; exact at both ends."""
+        if self.mixture is None:
+            return predictions[0]
+        first, second = predictions
+        return [torch.lerp(a, b, self.mixture.reshape(-1, *[1] * (a.ndim - 1))) for a, b in zip(first, second, strict=True)]
+
+    def _both_heads(
+        self, context: str, state: State, timestep: torch.Tensor, condition: Condition, index: int
+    ) -> State:
+        """The model's prediction for the latents and that of its base head, by one evaluation."""
+        model, latents = self.transformer, state[0]
+        both = self._forward(model, context, state, timestep, condition, index, return_base=True)
+        return [self._convert(model, prediction, latents, timestep) for prediction in both[:2]]
 
     def _evaluate(
         self,

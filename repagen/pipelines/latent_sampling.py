@@ -37,6 +37,7 @@ from repagen.schedulers.presets import DISCRETE_SCHEDULERS, lay_grid
 
 if TYPE_CHECKING:
     from repagen.hub.card import LicenceFact
+    from repagen.pipelines.editing import KnownImage
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -173,9 +174,18 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
         self._current_timestep = None
 
     def check_call(
-        self, num_images_per_prompt: int, output_type: str, callback_on_step_end_tensor_inputs: Sequence[str]
+        self,
+        num_images_per_prompt: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        *,
+        null_given: bool = False,
     ) -> None:
         """Refuse arguments of a call that are no matter of its conditions, and components that do not fit together.
+
+        Args:
+            num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs: of the call.
+            null_given: the call says itself what its null pass is asked for.
 
         Raises:
             UserError: names the argument and what is allowed.
@@ -189,15 +199,15 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
             allowed = ", ".join(self._callback_tensor_inputs)
             raise UserError(f"callback_on_step_end_tensor_inputs has {', '.join(sorted(unknown))}; allowed: {allowed}")
         check_attention_kwargs(self._attention_kwargs)
-        self._check_guidance()
+        self._check_guidance(null_given)
         self.check_components()
 
-    def _check_guidance(self) -> None:
+    def _check_guidance(self, null_given: bool = False) -> None:
         """Refuse guidance and loops that the transformer does not have."""
         config, options = self.transformer.config, self._options
         if options.num_loops is not None and "num_loops" not in config:
             raise UserError(f"num_loops is {options.num_loops}, but the transformer is not looped; leave it out")
-        if self.do_classifier_free_guidance:
+        if self.do_classifier_free_guidance and not null_given:
             self._check_null_condition()
         if self.guidance_method == "autoguidance" and self.guidance_transformer is None:
             raise UserError("guidance_method is 'autoguidance', but the pipeline has no guidance_transformer; set one")
@@ -302,22 +312,23 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
         width = class_token_dim(self.transformer)
         return [randn_tensor((batch_size, width), generator=generator, device=device)] if width else []
 
-    def guided_prediction(self, condition: Condition, null_condition: Condition | None) -> GuidedPrediction:
-        """Return the model as this call's loop sees it.
-
-        Args:
-            condition: arguments of the transformer.
-            null_condition: those of the null pass.
-        """
+    def guided_prediction(
+        self,
+        conditions: Sequence[Condition],
+        null_condition: Condition | None,
+        mixture: torch.Tensor | None = None,
+    ) -> GuidedPrediction:
+        """Return the model as this call's loop sees it; arguments as of `GuidedPrediction`."""
         return GuidedPrediction(
             transformer=self.transformer,
             guidance_transformer=self.guidance_transformer,
             method=self.guidance_method,
             options=self._options,
-            condition=condition,
+            conditions=conditions,
             null_condition=null_condition,
             scheduler=self.scheduler,
             attention_kwargs=self._attention_kwargs,
+            mixture=mixture,
         )
 
     def denoise(
@@ -327,6 +338,7 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
         generator: torch.Generator | list[torch.Generator] | None,
         callback_on_step_end: StepCallback | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        known: KnownImage | None = None,
     ) -> torch.Tensor:
         """Walk the scheduler's grid, which is laid, and return the latents (B, C, h, w) float32 at its end.
 
@@ -336,6 +348,7 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
             generator: of stochastic steps.
             callback_on_step_end: of the call.
             callback_on_step_end_tensor_inputs: names of the tensors it gets.
+            known: an image of which a part is kept.
         """
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
@@ -351,6 +364,8 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
                     scheduler.step(prediction, timestep, part, generator=generator, return_dict=False)[0]
                     for scheduler, prediction, part in zip(schedulers, predictions, state, strict=True)
                 ]
+                if known is not None:
+                    state[0] = known.kept(state[0], self._time_after(index))
                 if callback_on_step_end is not None:
                     places = {"latents": (state, 0), **self._callback_places(predict)}
                     tensors = {name: places[name][0][places[name][1]] for name in callback_on_step_end_tensor_inputs}
@@ -362,6 +377,12 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
                 _end_xla_step()
         self._current_timestep = None
         return state[0]
+
+    def _time_after(self, index: int) -> float:
+        """The time t of the latents after the evaluation at a grid point; 0 after the last, whose noise is all gone."""
+        timesteps = self.scheduler.timesteps
+        last = index + 1 == len(timesteps)
+        return 0.0 if last else float(timesteps[index + 1]) / self.scheduler.config.num_train_timesteps
 
     def _callback_places(self, predict: GuidedPrediction) -> dict[str, tuple[Any, Any]]:
         """Tensors beside the latents that a callback may see and replace: name => (container, key)."""
@@ -384,6 +405,7 @@ def _traits(transformer: Any) -> dict[str, Any]:
     config = transformer.config
     return {
         **{key: config[key] for key in ("in_channels", "sample_size", "num_classes")},
+        "text_dim": config.get("text_dim") or 0,
         "class_token_dim": class_token_dim(transformer),
         "discrete_time": is_discrete(transformer),
     }
