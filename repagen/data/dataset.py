@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from PIL import Image
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageSample(TypedDict):
-    """One training sample: image (3, H, W) float32 in [0, 1], label, index it was read from, its caption if any.
+    """One training sample: image (3, H, W) float32 in [0, 1], label, index it was read from.
 
     H and W are `image_size`, or with buckets those of the sample's bucket.
     """
@@ -41,7 +41,6 @@ class ImageSample(TypedDict):
     image: torch.Tensor
     label: int
     index: int
-    caption: NotRequired[str]
 
 
 class CaptionedSample(ImageSample):

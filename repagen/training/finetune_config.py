@@ -118,8 +118,8 @@ class FinetuneConfig(GeneratorRunConfig):
         pipeline: folder or Hub id of a saved pipeline.
         revision: branch, tag or commit of it on the Hub.
         mode: `full` trains the whole generator; `lora` adapters and the rows of new classes in the label table;
-            `labels` these rows alone, of a pipeline with classes. (`decoder` trains the decoder of the autoencoder, see
-            `FinetuneDecoderConfig`.)
+            `labels` these rows alone, of a pipeline with classes. (`decoder` trains the decoder of the autoencoder,
+            see `FinetuneDecoderConfig`.)
         label_dropout: share of labels, or of prompts, replaced by the null label or the null prompt, which
             classifier-free guidance needs.
         num_classes: classes that the generator has afterwards: `auto`, or the number that is expected.

@@ -70,7 +70,7 @@ def open_pipeline(name: str, revision: str | None) -> Any:
     Raises:
         UserError: nothing that can be loaded is there, or a pipeline of another kind.
     """
-    kind = _PIPELINES.get(pipeline_index(name, "pipeline", revision).get("_class_name"), ClassToImagePipeline)
+    kind = _PIPELINES.get(str(pipeline_index(name, "pipeline", revision).get("_class_name")), ClassToImagePipeline)
     with naming({"": "pipeline: "}):
         pipeline: Any = kind.from_pretrained(name, revision=revision)
     pipeline.set_progress_bar_config(disable=True)

@@ -8,7 +8,7 @@ from repagen.data import CombinedDataset, SampleDataset
 from repagen.errors import UserError
 from repagen.training.finetune_config import FinetuneConfig, LabelsConfig
 from repagen.training.finetune_model import PreparedTuning, let_train
-from repagen.training.finetune_prior import prior_dataset, prior_prompts, repeated
+from repagen.training.finetune_prior import Part, prior_dataset, prior_prompts, repeated
 from repagen.training.run import Run
 from repagen.training.text_conditioning import TextConditioning, shown_prompts
 
@@ -31,12 +31,10 @@ def prepare_text(
     _refuse_class_settings(config)
     null = pipeline.config["null_prompt"]
     if null == "learned" and config.label_dropout and not pipeline.transformer.config.text_dropout_prob:
-        raise UserError(
-            f"label_dropout: {config.label_dropout}, but {config.pipeline} has no null prompt; set it to 0"
-        )
+        raise UserError(f"label_dropout: {config.label_dropout}, but {config.pipeline} has no null token; set it to 0")
     prompts = shown_prompts(config.sample.prompts, data, config.sample.num_images)
     conditioning = TextConditioning(pipeline.text_encoder, run, null, config.label_dropout, prompts)
-    parts: list[tuple[SampleDataset, list[int]]] = [(data, [])]
+    parts: list[Part] = [(data, [])]
     if config.prior.prompts:
         pipeline.to(run.device)
         prior = prior_dataset(run, config, pipeline, prior_prompts(config), pretrained)

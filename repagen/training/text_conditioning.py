@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from repagen.data import SampleDataset
-from repagen.encoders.text import TextEmbeddings, TextEncoder
+from repagen.encoders.prompt_cache import CachedTextEncoder
+from repagen.encoders.text import TextEncoder
 from repagen.errors import UserError, naming
 from repagen.flow.conditions import ConditionDropout, Conditions
 from repagen.models.opening import open_component, pipeline_parts
@@ -23,18 +24,30 @@ class TextConditioning:
     """Captions, as embeddings of a frozen text encoder; see `Conditioning`.
 
     Args:
-        text_encoder: put to work on the run's device.
+        text_encoder: put to work on the run's device, in float32 whatever the run's precision.
         run: gives device and precision.
         null: what a dropped prompt becomes.
         dropout: share of prompts dropped.
         shown: prompts of the sample grids.
+        cache: folder in which embeddings are kept; None: none are.
+
+    Raises:
+        UserError: the cache is of another text encoder.
     """
 
     def __init__(
-        self, text_encoder: TextEncoder, run: Run, null: NullPrompt, dropout: float, shown: Sequence[str]
+        self,
+        text_encoder: Any,
+        run: Run,
+        null: NullPrompt,
+        dropout: float,
+        shown: Sequence[str],
+        cache: str | None = None,
     ) -> None:
-        self.text_encoder: Any = text_encoder.requires_grad_(False).to(run.device)
-        self._run = run
+        self.text_encoder = text_encoder.requires_grad_(False).to(run.device)
+        with naming({"": "text.cache: "}):
+            self._reader = self.text_encoder if cache is None else CachedTextEncoder(cache, self.text_encoder)
+        self._device = run.device
         self._null = null
         self.shown = list(shown)
         self.dropout = ConditionDropout(dropout, self._null_condition())
@@ -53,7 +66,7 @@ class TextConditioning:
 
     def conditions(self, batch: Batch) -> Conditions:
         """See `Conditioning`."""
-        embeddings, mask = self._embeddings(batch["caption"])
+        embeddings, mask = self._reader.encode(batch["caption"], device=self._device)
         return Conditions(text=embeddings, text_mask=mask)
 
     def guides(self, model: Any) -> bool:
@@ -64,13 +77,9 @@ class TextConditioning:
         """See `Conditioning`."""
         return TextToImagePipeline(text_encoder=self.text_encoder, null_prompt=self._null, **parts)
 
-    def _embeddings(self, prompts: Sequence[str]) -> TextEmbeddings:
-        with self._run.autocast():
-            return self.text_encoder.encode(prompts)
-
     def _null_condition(self) -> Conditions:
         """The conditions, of one row, of a dropped prompt."""
-        embeddings, mask = self._embeddings([""])
+        embeddings, mask = self._reader.encode([""], device=self._device)
         if self._null == "learned":
             embeddings, mask = torch.zeros_like(embeddings), torch.zeros_like(mask)
         return Conditions(text=embeddings, text_mask=mask)
