@@ -37,7 +37,7 @@ class TextEmbeddings(NamedTuple):
     mask: torch.Tensor
 
 
-class TextEncoder(PublishedModelMixin, StoredTextEncoder, ModelMixin, ConfigMixin):
+class TextEncoder(PublishedModelMixin, StoredTextEncoder, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """One or several frozen text encoders of transformers, with their tokenizers, as a component of a pipeline.
 
     Every prompt becomes `max_length` embeddings of width `embed_dim`, so that its row depends on no other prompt.

@@ -14,18 +14,15 @@ import torch
 from torch import nn
 
 from repagen.encoders.backbones import architecture, quiet_transformers, transformers_config
-from repagen.encoders.files import CONFIG_FILES, FoundFiles, find_encoder
+from repagen.encoders.files import TEXT_FILES, FoundFiles, find_encoder
 from repagen.encoders.spec import TextEncoderSpec
 from repagen.encoders.text_families import TEXT_FAMILIES, TextFamily, text_family_of
 from repagen.encoders.weights import load_network, refuse_not_finite, weights_sha256
 from repagen.errors import UserError, one_line, refusing
+from repagen.hub.places import repository_command
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "spiece.model", "tokenizer.model"),
-)
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 _PLACE = "{prompt}"
 _PROBE = "A red CUBE, 2 пса & 三只猫 🐈."  # what tokenizers of one vocabulary may read in different ways
@@ -233,7 +230,7 @@ def load_tower(
         UserError: one line for a wrong path, a closed or unreachable repository, an unsupported model type, weights
             that are missing, misshapen or not finite, a tokenizer that cannot be read, a reading that does not fit.
     """
-    files = find_encoder(source, revision, local_files_only, (*CONFIG_FILES, *TOKENIZER_FILES))
+    files = find_encoder(source, revision, local_files_only, TEXT_FILES)
     family = text_family_of(files.config.get("model_type"), files.name)
     nested = files.config.get("text_config")
     description = nested if isinstance(nested, dict) else files.config
@@ -248,7 +245,7 @@ def load_tower(
         revision=files.revision,
     )
     check_reading(spec, config)
-    tokenizer = load_tokenizer(files.folder, files.name)
+    tokenizer = load_tokenizer(files.folder, files.name, files.repo_id)
     return TextTower(spec, _load_model(family, spec, files, dtype), tokenizer)
 
 
@@ -264,8 +261,13 @@ def _load_model(family: TextFamily, spec: TextEncoderSpec, files: FoundFiles, dt
     return model
 
 
-def load_tokenizer(folder: Path, name: str) -> Any:
+def load_tokenizer(folder: Path, name: str, repo_id: str | None = None) -> Any:
     """Load a tokenizer from its folder; no code of it is run.
+
+    Args:
+        folder: with its files.
+        name: the encoder, for messages.
+        repo_id: the Hub repository that has them.
 
     Raises:
         UserError: it is not there, cannot be read, or needs a package that is not installed.
@@ -273,7 +275,8 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     from transformers import AutoTokenizer
 
     if not any((folder / file).is_file() for file in _VOCABULARIES):
-        raise UserError(f"{folder}: no tokenizer of text encoder {name!r} ({', '.join(_VOCABULARIES)})")
+        fetching = f"; fetch it with {repository_command(repo_id)}" if repo_id else ""
+        raise UserError(f"{folder}: no tokenizer ({', '.join(_VOCABULARIES)}) of text encoder {name!r}{fetching}")
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
