@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.hooks import FasterCacheConfig
 from diffusers.image_processor import VaeImageProcessor
 
-from repagen.errors import UserError
+from repagen.errors import UserError, naming
 from repagen.flow.guidance import GuidanceMethod
 from repagen.hub.card import LicenceFact
 from repagen.hub.published import PublishedMixin
+from repagen.models.latents import decoded_size, images_to_latents
 from repagen.pipelines.components import Autoencoder, Scheduler, TextEncoder, Transformer
-from repagen.pipelines.editing import Images, lay_partial_grid
+from repagen.pipelines.editing import Images, KnownImage, image_batch, lay_partial_grid, token_mask
+from repagen.pipelines.guided_prediction import Condition, GuidedPrediction
 from repagen.pipelines.latent_sampling import (
     LatentSamplingPipeline,
     SampledImages,
@@ -21,7 +24,7 @@ from repagen.pipelines.latent_sampling import (
     check_generators,
     tensor_inputs_of,
 )
-from repagen.pipelines.prompts import NULL_PROMPTS, NullPrompt, Prompts
+from repagen.pipelines.prompts import NULL_PROMPTS, NullPrompt, PromptArgument, Prompts, as_many, of_one_length
 from repagen.pipelines.sampling_options import SamplingOptions
 
 _EDITING_STRENGTH = 0.6

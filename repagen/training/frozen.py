@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from repagen.alignment import AlignmentTerm
-from repagen.data import LatentShards, SampleDataset, digits_encoder_path
-from repagen.data.shapes import shapes_encoders_path
+from repagen.data import LatentShards, SampleDataset, digits_encoder_path, shapes_encoders_path
 from repagen.encoders import VisionEncoder, VisionEncoderOutput
 from repagen.encoders.vision import layer_indices
 from repagen.errors import UserError, naming

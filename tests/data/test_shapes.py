@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +14,10 @@ from repagen.data import DataConfig, load_batches, open_dataset
 from repagen.data.shapes import (
     BACKGROUNDS,
     COLOURS,
+    NEW_SHAPES,
     QUADRANTS,
     SHAPES,
+    SIZES,
     UNSEEN_KINDS,
     Scene,
     SceneObject,
@@ -140,6 +143,16 @@ def test_blank_noise_and_half_drawn_pictures_are_wrong() -> None:
         assert not any(judge(found, prompt).right for prompt in RED_AND_BLUE.prompts())
     assert [item.shape for item in read_picture(bar).objects] == [None]
     assert [item.colour for item in read_picture(brown).objects] == [None]
+
+
+def test_new_shapes_are_drawn_and_read_but_never_sampled() -> None:
+    for shape, size in itertools.product(NEW_SHAPES, SIZES):
+        scene = Scene((SceneObject(shape, "red", size, "top left"), SceneObject("circle", "red", size, "top right")))
+        assert check_scene(draw_scene(scene), scene).right
+        alone = replace(scene, objects=scene.objects[:1])
+        circle = replace(alone, objects=(replace(alone.objects[0], shape="circle"),))
+        assert not check_picture(draw_scene(alone), prompt_of(circle, "a red circle")).object
+    assert not any(item.shape in NEW_SHAPES for scene in SCENES for item in scene.objects)
 
 
 def test_counted_prompts_ask_for_as_many() -> None:

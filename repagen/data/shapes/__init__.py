@@ -22,6 +22,7 @@ from repagen.data.shapes.prompts import ObjectRequest, ScenePrompt
 from repagen.data.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
+    NEW_SHAPES,
     QUADRANTS,
     SHAPES,
     SIZES,
@@ -34,6 +35,7 @@ from repagen.data.shapes.scenes import (
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
+    "NEW_SHAPES",
     "QUADRANTS",
     "SHAPES",
     "SIZES",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from repagen.data.shapes.prompts import ObjectRequest, Relation, ScenePrompt
 from repagen.data.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
+    NEW_SHAPES,
     QUADRANTS,
     SHAPES,
     SIZES,
@@ -292,7 +293,7 @@ def _templates(unit: float) -> tuple[np.ndarray, list[Shape]]:
     """Draw every shape in every size, its centroid at 16 places of a window's middle pixel: (T, S, S), and shapes."""
     side = 2 * int(np.ceil(max(SIZES.values()) * max(_SCALES) / 2 * unit) + 1) + 1
     drawn, shapes = [], []
-    for shape, diameter, scale in itertools.product(SHAPES, SIZES.values(), _SCALES):
+    for shape, diameter, scale in itertools.product((*SHAPES, *NEW_SHAPES), SIZES.values(), _SCALES):
         radius = diameter * scale / 2 * unit
         down = _centroid_below_centre(shape) * radius
         for right_phase, down_phase in itertools.product(_PHASES, _PHASES):
@@ -303,7 +304,7 @@ def _templates(unit: float) -> tuple[np.ndarray, list[Shape]]:
     return np.array(drawn), shapes
 
 
-@lru_cache(maxsize=len(SHAPES))
+@cache
 def _unit_coverage(shape: Shape) -> np.ndarray:
     return coverage(shape, (50.0, 50.0), 40.0, 100, 100)
 

@@ -18,6 +18,7 @@ _INSIDE: dict[Shape, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 0.9,
     "triangle": lambda x, y: (y <= 0.85) & (abs(x) <= (y + 0.95) / 1.8),
     "cross": lambda x, y: (np.minimum(abs(x), abs(y)) <= 0.34) & (np.maximum(abs(x), abs(y)) <= 1),
+    "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.25),
 }
 """Whether points lie within a shape of radius 1; x to the right, y down."""
 

@@ -13,7 +13,7 @@ from repagen.randomness import derived_seed
 if TYPE_CHECKING:
     from repagen.data.shapes.prompts import ScenePrompt
 
-Shape = Literal["circle", "square", "triangle", "cross"]
+Shape = Literal["circle", "square", "triangle", "cross", "ring"]
 Colour = Literal["red", "green", "blue", "yellow", "purple", "cyan"]
 Background = Literal["grey", "white", "black"]
 Size = Literal["small", "large"]
@@ -22,6 +22,8 @@ Combinations = Literal["all", "seen", "unseen"]
 Kind = tuple[Shape, Colour]
 
 SHAPES: tuple[Shape, ...] = ("circle", "square", "triangle", "cross")
+NEW_SHAPES: tuple[Shape, ...] = ("ring",)
+"""Drawn and read when asked for, but in no sampled scene: something new to teach a trained generator."""
 COLOURS: dict[Colour, tuple[int, int, int]] = {
     "red": (230, 25, 25),
     "green": (20, 160, 40),
