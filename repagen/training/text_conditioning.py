@@ -54,9 +54,8 @@ class TextConditioning:
 
     @property
     def model_arguments(self) -> Mapping[str, Any]:
-        """See `Conditioning`: a network with a learned null token has a share of dropped prompts in its config."""
-        learned = self.dropout.probability if self._null == "learned" else 0.0
-        text = {"text_dim": self.text_encoder.embed_dim, "text_dropout_prob": learned}
+        """See `Conditioning`."""
+        text = {"text_dim": self.text_encoder.embed_dim, "text_dropout_prob": self.dropout.probability}
         return {"num_classes": 0, "class_dropout_prob": 0.0, **text}
 
     @property
@@ -71,7 +70,7 @@ class TextConditioning:
 
     def guides(self, model: Any) -> bool:
         """See `Conditioning`."""
-        return self.dropout.probability > 0 or bool(model.config.text_dropout_prob)
+        return bool(model.config.text_dropout_prob)
 
     def pipeline(self, **parts: Any) -> Any:
         """See `Conditioning`."""
