@@ -41,6 +41,7 @@ SAVED_CLASSES = frozenset(
         "SVGAutoencoder",
         "TextEncoder",
         "SiTTransformer2DModel",
+        "TextToImagePipeline",
     }
 )
 # Bases that diffusers' loader looks up in our package to tell how a class is saved and loaded.
