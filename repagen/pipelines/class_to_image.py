@@ -213,4 +213,6 @@ class ClassToImagePipeline(LatentSamplingPipeline):
         """Arguments of the transformer for classes (B,), and for the null class."""
         if labels is None:
             return [{}], None
-        return [{"class_labels": labels}], {"class_labels": torch.full_like(labels, self.transformer.config.num_classes)}
+        return [{"class_labels": labels}], {
+            "class_labels": torch.full_like(labels, self.transformer.config.num_classes)
+        }

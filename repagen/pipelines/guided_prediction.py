@@ -119,7 +119,9 @@ class GuidedPrediction:
         if self.mixture is None:
             return predictions[0]
         first, second = predictions
-        return [torch.lerp(a, b, self.mixture.reshape(-1, *[1] * (a.ndim - 1))) for a, b in zip(first, second, strict=True)]
+        return [
+            torch.lerp(a, b, self.mixture.reshape(-1, *[1] * (a.ndim - 1))) for a, b in zip(first, second, strict=True)
+        ]
 
     def _both_heads(
         self, context: str, state: State, timestep: torch.Tensor, condition: Condition, index: int

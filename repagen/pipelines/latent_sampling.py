@@ -172,6 +172,7 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
         self._attention_kwargs = attention_kwargs
         self._interrupt = False
         self._current_timestep = None
+        self._num_timesteps = 0
 
     def check_call(
         self,
@@ -365,7 +366,7 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
                     for scheduler, prediction, part in zip(schedulers, predictions, state, strict=True)
                 ]
                 if known is not None:
-                    state[0] = known.kept(state[0], self._time_after(index))
+                    state[0] = known.kept(state[0], self._time_before(index + 1))
                 if callback_on_step_end is not None:
                     places = {"latents": (state, 0), **self._callback_places(predict)}
                     tensors = {name: places[name][0][places[name][1]] for name in callback_on_step_end_tensor_inputs}
@@ -378,11 +379,10 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
         self._current_timestep = None
         return state[0]
 
-    def _time_after(self, index: int) -> float:
-        """The time t of the latents after the evaluation at a grid point; 0 after the last, whose noise is all gone."""
+    def _time_before(self, index: int) -> float:
+        """The time t of the latents before an evaluation of the loop; 0 after the last, whose noise is all gone."""
         timesteps = self.scheduler.timesteps
-        last = index + 1 == len(timesteps)
-        return 0.0 if last else float(timesteps[index + 1]) / self.scheduler.config.num_train_timesteps
+        return 0.0 if index == len(timesteps) else float(timesteps[index]) / self.scheduler.config.num_train_timesteps
 
     def _callback_places(self, predict: GuidedPrediction) -> dict[str, tuple[Any, Any]]:
         """Tensors beside the latents that a callback may see and replace: name => (container, key)."""

@@ -63,7 +63,9 @@ class PromptArgument:
     def _check_texts(self, texts: Any, text_encoder: Any) -> None:
         listed = [texts] if isinstance(texts, str) else texts
         if not isinstance(listed, (list, tuple)) or not all(isinstance(text, str) for text in listed):
-            raise UserError(f"{self.name} is {str(texts)[:80]!r} of type {type(texts).__name__}; give a text, or a list")
+            raise UserError(
+                f"{self.name} is {str(texts)[:80]!r} of type {type(texts).__name__}; give a text, or a list"
+            )
         if not listed:
             raise UserError(f"{self.name} is an empty list; give at least one text")
         if text_encoder is None:
@@ -91,7 +93,9 @@ class PromptArgument:
             embeddings, mask = text_encoder.encode(texts, device=device)
             return embeddings.to(device), mask.to(device)
         assert self.embeddings is not None
-        mask = self.embeddings.new_ones(self.embeddings.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+        mask = (
+            self.embeddings.new_ones(self.embeddings.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+        )
         return self.embeddings.to(device), mask.to(device)
 
 
