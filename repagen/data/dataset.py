@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageSample(TypedDict):
-    """One training sample: image (3, H, W) float32 in [0, 1], label, index it was read from.
+    """One training sample: image (3, H, W) float32 in [0, 1], its label, and the index it was read from.
 
     H and W are `image_size`, or with buckets those of the sample's bucket.
     """

@@ -31,7 +31,10 @@ def prepare_text(
     _refuse_class_settings(config)
     null = pipeline.config["null_prompt"]
     if config.label_dropout and not pipeline.transformer.config.text_dropout_prob:
-        raise UserError(f"label_dropout: {config.label_dropout}, but {config.pipeline} was trained without null prompts; set it to 0")
+        raise UserError(
+            f"label_dropout: {config.label_dropout}, but {config.pipeline} was trained with a prompt in every sample; "
+            "set it to 0"
+        )
     prompts = shown_prompts(config.sample.prompts, data, config.sample.num_images)
     conditioning = TextConditioning(pipeline.text_encoder, run, null, config.label_dropout, prompts)
     parts: list[Part] = [(data, [])]

@@ -314,3 +314,10 @@ def test_rows_of_a_table_go_to_buckets(tmp_path: Path, monkeypatch: pytest.Monke
     found = [tuple(dataset[index]["image"].shape[1:]) for index in range(len(SHAPES))]
     assert found == [SIZES[name] for name in SHAPES]
     assert math.prod(dataset.original_sizes()[3].tolist()) == 36 * 20
+
+
+def test_shapes_are_drawn_in_every_size() -> None:
+    settings: dict[str, Any] = {"image_size": 64, "bucket_step": 8, "buckets": RATIOS, "num_images": 8}
+    dataset = open_dataset(DataConfig(kind="shapes", **settings))
+    shapes = [tuple(dataset[index]["image"].shape[1:]) for index in range(8)]
+    assert shapes == [(64, 64), (56, 80), (80, 56), (48, 88)] * 2  # height, width; 16:9 of 64^2 is 48 x 85.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -43,8 +44,14 @@ class ShapesDataset(ImageDataset):
                 "data: shapes are neither mirrored nor cropped, their captions would be wrong; drop "
                 "data.horizontal_flip and data.crop"
             )
-        picture_sides(config.image_size)
         super().__init__(config, torch.zeros(config.num_images, dtype=torch.int64), [])
+        for size in self.bucket_sizes or [(config.image_size, config.image_size)]:
+            picture_sides(size)
+
+    @cached_property
+    def buckets(self) -> torch.Tensor | None:
+        """See `SampleDataset.buckets`; scenes are drawn in the sizes in turn."""
+        return torch.arange(len(self)) % len(self.bucket_sizes) if self.bucket_sizes else None
 
     def scene(self, index: int) -> Scene:
         """Return the scene of a sample."""
@@ -62,7 +69,7 @@ class ShapesDataset(ImageDataset):
         return Captions(texts, (1.0,) * len(texts))
 
     def _decode(self, index: int) -> Image.Image:
-        return Image.fromarray(draw_scene(self.scene(index), self.config.image_size))
+        return Image.fromarray(draw_scene(self.scene(index), self.size(index)))
 
     def _hash_sources(self, digest: hashlib._Hash) -> None:
         for index in range(min(len(self), 16)):
