@@ -42,7 +42,6 @@ _PUBLIC_NAMES = {
     "SamplerPreset": "repagen.schedulers.presets",
     "SelfAlignment": "repagen.alignment",
     "SiTTransformer2DModel": "repagen.models.transformer_sit",
-    "TextToImagePipeline": "repagen.pipelines.text_to_image",
     "TimeDistribution": "repagen.flow.time",
     "TimeShift": "repagen.flow.time",
     "TextEncoder": "repagen.encoders.text",

@@ -11,7 +11,6 @@ from typing import TypeAlias
 from diffusers import AutoencoderKL, AutoencoderRAE, DDIMScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from repagen.encoders.text import TextEncoder as TextEncoder
 from repagen.models.autoencoder_pixel import PixelAutoencoder
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 from repagen.models.autoencoder_svg import SVGAutoencoder
