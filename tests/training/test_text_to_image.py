@@ -205,7 +205,7 @@ def test_figures_are_of_captions_of_the_data(parts: Path, tmp_path: Path, finish
     words += ["evaluation.metrics=[fd]", "evaluation.forward_batch_size=20"]
     folder = run(parts, tmp_path, *words)
     row = metric_rows(folder)[-1]
-    assert row["evaluation/fd"] > 0
+    assert row["evaluation/fd_encoder"] > 0
     assert [{k: v for k, v in row.items() if "evaluation" not in k} for row in metric_rows(folder)] == metric_rows(
         finished
     )
