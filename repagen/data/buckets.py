@@ -113,20 +113,23 @@ def index_file(folder: str | None, name: str, *identity: object) -> Path:
 
 
 def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the tensors of an index file, made and written where it is not there or damaged."""
+    """Return the tensors of an index file, made and written where it is not there or damaged.
+
+    They lie in the file: memory is taken for what is read of them, once for all processes.
+    """
     if path.exists():
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             logger.warning("%s is damaged (%s); it is written again", path, error)
-    tensors = make()
+    content = save(make())
     try:
-        put_file(path, save(tensors))
+        put_file(path, content)
     except OSError as error:
         raise UserError(
             f"data.index_folder: {path} cannot be written ({error.strerror}); name another folder"
         ) from None
-    return tensors
+    return load_file(path)
 
 
 def read_sizes(read: Callable[[int], Size], indices: Iterable[int], count: int) -> torch.Tensor:

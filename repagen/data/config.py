@@ -11,7 +11,7 @@ from repagen.data.buckets import bucket_sizes
 from repagen.data.captions import MissingRule
 from repagen.errors import UserError
 
-DatasetKind = Literal["folder", "datasets", "digits", "shapes", "latents"]
+DatasetKind = Literal["folder", "datasets", "webdataset", "digits", "shapes", "latents"]
 CropKind = Literal["center", "random"]
 DigitsSubset = Literal["all", "train", "validation"]
 Subset = Literal["all", "train", "validation", "unseen"]
@@ -38,9 +38,10 @@ class DataConfig:
 
     Attributes:
         kind: `folder` (class folders, or a flat folder without classes), `datasets` (Hugging Face datasets, local or
-            from the Hub), `digits` (bundled), `shapes` (drawn scenes with captions), `latents` (shards written by
-            `repagen cache`).
-        path: folder, file or Hub id; unused by `digits` and `shapes`.
+            from the Hub), `webdataset` (tar shards), `digits` (bundled), `shapes` (drawn scenes with captions),
+            `latents` (shards written by `repagen cache`).
+        path: folder, file or Hub id; of shards a pattern such as shard-{0000..0015}.tar, too; unused by `digits` and
+            `shapes`.
         split: split of a Hugging Face dataset.
         revision: branch, tag or commit of a dataset on the Hub.
         image_column: column of a Hugging Face dataset that holds the images; found by its type when not given.

@@ -15,6 +15,7 @@ from repagen.data.captions import KEYS, NO_CAPTION, Captions, captioned_samples,
 from repagen.data.config import DataConfig
 from repagen.data.dataset import ImageDataset
 from repagen.data.images import BadImageError, decode_image, read_size
+from repagen.data.labels import labels_of_names, labels_of_numbers
 from repagen.errors import UserError
 from repagen.files import state_of_files
 from repagen.hub.places import repository_command
@@ -236,9 +237,7 @@ def _read_labels(table: Any, column: str | None) -> tuple[torch.Tensor, list[str
     if missing is not None:
         raise UserError(f"data.label_column: {column} has no label in row {missing}")
     if all(isinstance(value, str) for value in values):
-        names = sorted(set(values))
-        number = {name: label for label, name in enumerate(names)}
-        return torch.tensor([number[value] for value in values], dtype=torch.int64), names
+        return labels_of_names(values)
     if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         raise UserError(
             f"data.label_column: {column} is {type(feature).__name__}; allowed: ClassLabel, integers or text"
@@ -248,5 +247,5 @@ def _read_labels(table: Any, column: str | None) -> tuple[torch.Tensor, list[str
         raise UserError(
             f"data.label_column: {column} is {min(values)} in row {row}; a split without labels has no classes"
         )
-    class_names = list(feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(max(values) + 1)))
-    return torch.tensor(values, dtype=torch.int64), class_names
+    labels, numbers = labels_of_numbers(values)
+    return labels, list(feature.names) if isinstance(feature, datasets.ClassLabel) else numbers

@@ -45,6 +45,10 @@ def _open(config: DataConfig) -> SampleDataset:
         from repagen.data.hub import HuggingFaceDataset
 
         return HuggingFaceDataset(config)
+    if config.kind == "webdataset":
+        from repagen.data.webdataset import WebDataset
+
+        return WebDataset(config)
     if config.kind == "latents":
         from repagen.data.shards import LatentShards
 
@@ -68,7 +72,9 @@ def open_image_dataset(config: DataConfig, *, several_sizes: bool = False) -> Im
         raise UserError("data.buckets: given, but here all images must have one size; drop it")
     dataset = open_dataset(config)
     if not isinstance(dataset, ImageDataset):
-        raise UserError(f"data.kind={config.kind} holds no images; allowed: folder, datasets, digits, shapes")
+        raise UserError(
+            f"data.kind={config.kind} holds no images; allowed: folder, datasets, webdataset, digits, shapes"
+        )
     return dataset
 
 
