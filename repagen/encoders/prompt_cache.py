@@ -3,8 +3,9 @@
 FOLDER/prompt_cache.json            whose embeddings these are
 FOLDER/ab/abcd...01.safetensors     one prompt each, in at most 256 sub-folders; named by a hash of encoder and prompt
 
-A file takes 4 n D + L bytes and about 200 more, for a prompt of n tokens of its own and width D: 60 kB for 15 tokens of
-Qwen3-0.6B. Files are written in one rename, so that any number of processes may fill a cache and none reads half a file.
+A file takes 4 n D + L bytes and about 200 more, for a prompt of n tokens of its own and width D: 60 kB for 15 tokens
+of Qwen3-0.6B. Files are written in one rename, so that any number of processes may fill a cache and none reads half a
+file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 from repagen.encoders.text import TextEmbeddings, TextEncoder
+from repagen.encoders.text_tower import prompt_list
 from repagen.errors import UserError, refusing
 from repagen.files import put_file
 
@@ -94,7 +96,7 @@ class PromptCache:
 
     def size(self) -> tuple[int, int]:
         """Return the number of prompts and of bytes on disk."""
-        sizes = [path.stat().st_size for path in self.folder.glob("??/*.safetensors")]
+        sizes = [path.stat().st_size for path in self.folder.glob("??/[!.]*.safetensors")]
         return len(sizes), sum(sizes)
 
     def _path(self, prompt: str) -> Path:
@@ -137,17 +139,18 @@ class CachedTextEncoder:
         Raises:
             UserError: a prompt is not there and there is no encoder, naming the first.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        rows = {prompt: self.cache.get(prompt) for prompt in dict.fromkeys(prompts)}
-        self._read([prompt for prompt, row in rows.items() if row is None])
-        found = {prompt: row if row is not None else self.cache.get(prompt) for prompt, row in rows.items()}
-        if not prompts:
-            empty = torch.zeros(0, self.max_length, self.embed_dim, device=device)
-            return TextEmbeddings(empty, torch.zeros(empty.shape[:2], dtype=torch.bool, device=device))
-        embeddings, masks = zip(*(row for prompt in prompts if (row := found[prompt]) is not None), strict=True)
-        return TextEmbeddings(torch.stack(embeddings).to(device), torch.stack(masks).to(device))
+        texts = prompt_list(prompts)
+        rows = {text: self.cache.get(text) for text in texts}
+        self._read([text for text, row in rows.items() if row is None])
+        embeddings = torch.zeros(len(texts), self.max_length, self.embed_dim)
+        masks = torch.zeros(embeddings.shape[:2], dtype=torch.bool)
+        for index, text in enumerate(texts):
+            row = rows[text] or self.cache.get(text)
+            assert row is not None, "it was written just now"
+            embeddings[index], masks[index] = row
+        return TextEmbeddings(embeddings.to(device), masks.to(device))
 
-    def fill(self, prompts: Iterable[str], batch_size: int = _BATCH) -> int:
+    def fill(self, prompts: Sequence[str], batch_size: int = _BATCH) -> int:
         """Read and keep the prompts that are not there, and the empty one.
 
         Args:
@@ -160,7 +163,7 @@ class CachedTextEncoder:
         Raises:
             UserError: as `encode`.
         """
-        wanted = [prompt for prompt in dict.fromkeys(["", *prompts]) if self.cache.get(prompt) is None]
+        wanted = [prompt for prompt in dict.fromkeys(["", *prompt_list(prompts)]) if self.cache.get(prompt) is None]
         self._read(wanted, batch_size, progress=True)
         count, size = self.cache.size()
         logger.info("%s: %d prompts, %.1f MB", self.cache.folder, count, size / 1e6)
@@ -171,8 +174,8 @@ class CachedTextEncoder:
             return
         if self.encoder is None:
             raise UserError(
-                f"{self.cache.folder}: {len(prompts)} prompts are not in this cache, the first is {prompts[0][:80]!r}; "
-                f"fill it with the encoder it was made by ({_names(self.cache.description)})"
+                f"{self.cache.folder}: {len(prompts)} prompts are not in this cache, the first is "
+                f"{prompts[0][:80]!r}; fill it with the encoder it was made by ({_names(self.cache.description)})"
             )
         starts = range(0, len(prompts), batch_size)
         for start in tqdm(starts, desc="prompts", disable=not progress):

@@ -68,7 +68,7 @@ class TextTower(nn.Module):
         counts as its own. A prompt of more than `max_length` tokens loses its end, which is said once.
 
         Raises:
-            UserError: for anything but texts, and ids beyond the network's vocabulary.
+            UserError: for a text that is none of Unicode, and ids beyond the network's vocabulary.
         """
         if self.tokenizer is None:
             raise UserError(f"text encoder {label(self.spec)}: there is no tokenizer; load it by from_pretrained")
@@ -94,6 +94,9 @@ class TextTower(nn.Module):
         Args:
             ids, mask: of `tokenize`, on the device of the weights.
         """
+        length = self.spec.max_length
+        if not len(ids):
+            return torch.zeros(0, length, self.width, device=ids.device), mask[:, :length]
         output = self.model(
             input_ids=ids,
             attention_mask=None if self.family.sees_padding else mask.long(),
@@ -101,7 +104,6 @@ class TextTower(nn.Module):
             **self.family.arguments,
         )
         states = output.last_hidden_state if self._is_last else output.hidden_states[self._layer + 1]
-        length = self.spec.max_length
         mask = mask[:, :length]
         return states[:, :length].float().masked_fill(~mask[..., None], 0.0), mask
 
@@ -112,8 +114,6 @@ class TextTower(nn.Module):
         return self._fingerprint
 
     def _text(self, prompt: str) -> str:
-        if not isinstance(prompt, str):
-            raise UserError(f"prompts must be texts, got {type(prompt).__name__}: {one_line(ValueError(prompt), 40)}")
         text = prompt.lower() if self.family.lower_case else prompt
         return text if self.spec.template is None else self.spec.template.replace(_PLACE, text)
 
@@ -151,6 +151,19 @@ class TextTower(nn.Module):
                 parent, _, leaf = name.rpartition(".")
                 self.get_submodule(parent)._buffers[leaf] = buffer.to(moved.device)
         return self
+
+
+def prompt_list(prompts: Sequence[str]) -> list[str]:
+    """Return prompts as a list; one text alone counts as one prompt.
+
+    Raises:
+        UserError: for anything but texts.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"prompts must be texts, got {type(text).__name__} at {index}")
+    return texts
 
 
 def label(spec: TextEncoderSpec) -> str:
