@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import TorchAoConfig
 from peft import LoraConfig
-from transformer_cases import DITDH, RAEV2, SIT, Case, all_text_generators, build, inputs, output
+from torchao.quantization import Int8WeightOnlyConfig
+from transformer_cases import DITDH, RAEV2, SIT, Case, all_text_generators, build, inputs, output, relative_error
 
 from repagen import DiTDHTransformer2DModel, RAEv2Transformer2DModel, UserError
 from repagen.alignment import AlignmentTarget, RepresentationAlignment
@@ -298,3 +300,16 @@ def test_initial_weights_of_text(case: Case) -> None:
         assert block.cross_attn is None or not block.cross_attn.attn.to_out[0].weight.any()
     if embedder.pooled_proj is not None:
         assert embedder.pooled_proj.weight.std().item() == pytest.approx(0.02, rel=0.15)
+
+
+def test_eight_bits_leave_norms_alone_and_stay_close(case: Case, tmp_path: Path) -> None:
+    model = build(case)
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    loaded = case.model_class.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
+    quantized = {name for name, weight in loaded.named_parameters() if type(weight).__name__ == "Int8Tensor"}
+    text = {name for name, weight in loaded.named_parameters() if "text_embedder" in name or "cross_attn" in name}
+    left = {name for name in text - quantized if not name.endswith("bias")}
+    assert "text_embedder.proj.weight" in quantized and all("norm" in name or "null" in name for name in left)
+    assert all(loaded.get_parameter(name).dtype == torch.float32 for name in left if "norm" in name)
+    assert 0 < relative_error(output(loaded, case), output(model, case)) < 0.05
