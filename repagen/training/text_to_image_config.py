@@ -22,7 +22,7 @@ class TextConfig:
         max_length: tokens of a prompt; None: those of the family. A list has one for each encoder.
         template: words around each prompt, with `{prompt}` in its place.
         revision: branch, tag or commit on the Hub.
-        null: what takes the place of a dropped prompt, and guides in sampling: `learned`, a token that the generator
+        null_prompt: what takes the place of a dropped prompt, and guides in sampling: `learned`, a token that the generator
             learns, or `empty`, the embeddings of the empty text.
         dropout: share of prompts dropped, which classifier-free guidance needs.
         cache: folder in which embeddings are kept, so that each prompt is encoded once; None: encode at every step.
@@ -33,7 +33,7 @@ class TextConfig:
     max_length: int | list[int] | None = None
     template: str | None = None
     revision: str | None = None
-    null: NullPrompt = "learned"
+    null_prompt: NullPrompt = "learned"
     dropout: float = 0.1
     cache: str | None = None
 

@@ -164,7 +164,7 @@ def test_compiled_blocks_change_nothing(parts: Path, tmp_path: Path, finished: P
 
 
 def test_an_empty_null_prompt_is_the_embedding_of_no_words(parts: Path, tmp_path: Path, finished: Path) -> None:
-    folder = run(parts, tmp_path, "text.null=empty", "sampler.guidance_scale=3")
+    folder = run(parts, tmp_path, "text.null_prompt=empty", "sampler.guidance_scale=3")
     pipeline = loaded(folder)
     assert pipeline.config.null_prompt == "empty"
     assert pipeline.config.sampling_defaults["guidance_scale"] == 3
@@ -253,7 +253,7 @@ def test_text_widths_that_differ_are_refused(parts: Path, finished: Path, tmp_pa
         run(parts, tmp_path, *words)
 
 
-@pytest.mark.parametrize("word", ["text.dropout=0.2", "text.null=empty", "text.max_length=10"])
+@pytest.mark.parametrize("word", ["text.dropout=0.2", "text.null_prompt=empty", "text.max_length=10"])
 def test_changes_of_the_text_are_refused_on_resume(parts: Path, finished: Path, tmp_path: Path, word: str) -> None:
     shutil.copytree(finished, tmp_path / "run")
     config = write_settings(text_settings(parts, tmp_path / "run"), tmp_path / "config.yaml")
