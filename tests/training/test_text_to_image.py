@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from generator_parts import finish, metric_rows, start, training_state, write_settings
+from generator_parts import TINY, finish, metric_rows, start, training_state, write_settings
 from safetensors.torch import load_file
 from text_parts import stop_text_after, text_settings, train_text, write_text_parts
 
 from repagen import ClassToImagePipeline, TextToImagePipeline
-from repagen.config import load_config
+from repagen.config import load_config, preset_names, read_preset
 from repagen.data import DataConfig, open_dataset
 from repagen.encoders.text import TextEncoder
 from repagen.errors import UserError
@@ -259,3 +259,52 @@ def test_changes_of_the_text_are_refused_on_resume(parts: Path, finished: Path, 
     config = write_settings(text_settings(parts, tmp_path / "run"), tmp_path / "config.yaml")
     with pytest.raises(UserError, match=word.partition("=")[0]):
         train(load_config(TextToImageConfig, config, [word]))
+
+
+# --- presets -------------------------------------------------------------------------------------------------------
+
+PRESETS = ["raev2_text_to_image", "raev2_text_to_image_finetune", "shapes_text_to_image"]
+
+
+def small(name: str, parts: Path, output: Path) -> list[str]:
+    """Words that shrink a preset to tiny parts and drawn shapes; everything else stays the recipe's."""
+    _, widths = TINY["raev2" if name.startswith("raev2") else "ditdh"]
+    values = {
+        "output_dir": output,
+        "max_steps": 1,
+        "global_batch_size": 4,
+        "num_workers": 0,
+        "device": "cpu",
+        "progress_bar": "false",
+        "data.kind": "shapes",
+        "data.path": "null",
+        "data.image_size": 32,
+        "data.num_images": 8,
+        "autoencoder.path": parts / "rae",
+        "text.max_length": 12,
+        "sample.num_images": 2,
+        "sample.every_steps": 1,
+        "sampler.num_inference_steps": 3,
+        "text.encoder": parts / "qwen",
+        **{f"transformer.overrides.{key}": value for key, value in widths.items()},
+    }
+    if name == "shapes_text_to_image":
+        values |= {"alignment.targets.0.encoder": parts / "encoder"}
+    if name.endswith("finetune"):
+        values |= {"transformer.pretrained": "null", "transformer.architecture": "raev2", "transformer.size": "XL"}
+        values |= {"autoencoder.subfolder": "null"}
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_one_training_step_of_each_preset(name: str, parts: Path, tmp_path: Path) -> None:
+    config = load_config(TextToImageConfig, name, small(name, parts, tmp_path / "run"))
+    recipe = config.recipe
+    assert all((recipe.title, recipe.paper, recipe.cost, recipe.expected)) and recipe.program == "text_to_image"
+    pipeline = train(config)
+    assert (pipeline / "model_index.json").is_file()
+    assert (tmp_path / "run" / "samples" / "step-00000001.png").is_file()
+
+
+def test_these_are_all_presets_of_the_program() -> None:
+    assert {name for name in preset_names() if read_preset(name)["recipe"]["program"] == "text_to_image"} == {*PRESETS}
