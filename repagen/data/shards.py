@@ -1,10 +1,10 @@
 """Cached latents and alignment targets in safetensors shards, as `repagen cache` writes them.
 
 folder/
-    latents-00000.safetensors ...   rows of "latent" (R, C, h, w), "label" (R,), "index" (R,), one "target.K"
-                                    (R, N, D) per alignment encoder, "latent_std" for KL autoencoders, and the
-                                    same of the mirrored image with the suffix ".flipped"; of images with captions
-                                    "captions", the bytes of all rows' captions, and "captions_size" (R,)
+    latents-00000.safetensors ...   rows of "latent" (R, C, h, w), all of one size, "label" (R,), "index" (R,), one
+                                    "target.K" (R, N, D) per alignment encoder, "latent_std" for KL autoencoders,
+                                    and the same of the mirrored image with the suffix ".flipped"; of images with
+                                    captions "captions", the bytes of all rows' captions, and "captions_size" (R,)
     manifest.json                   what made them, and name, rows, size and sha256 of each shard; written last
 """
 
@@ -14,6 +14,7 @@ import bisect
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class LatentShards(SampleDataset):
     Attributes:
         manifest: what `repagen cache` recorded.
         labels: label of every sample (N,) int64.
-        latent_shape: (C, h, w).
+        latent_shape: (C, h, w); where there are several sizes, of the first shard.
         flipped: whether latents of the mirrored images are there as well.
     """
 
@@ -62,16 +63,27 @@ class LatentShards(SampleDataset):
         self._num_targets = len(self.manifest["encoders"])
         self._files: dict[int, Any] = {}
         first = self._file(0)
-        self.latent_shape = tuple(first.get_slice("latent").get_shape()[1:])
+        shapes = [self._file(number).get_slice("latent").get_shape() for number in range(len(self._shards))]
+        self.latent_shape = tuple(shapes[0][1:])
+        sizes = [(height, width) for _, _, height, width in shapes]
+        if len(set(sizes)) > 1:
+            self.bucket_sizes = list(dict.fromkeys(sizes))
+        self._bucket_of_shard = [self.bucket_sizes.index(size) if self.bucket_sizes else 0 for size in sizes]
         self._has_std = "latent_std" in first.keys()  # noqa: SIM118 - an open file, not a dict
         self.labels = torch.cat([self._file(number).get_tensor("label") for number in range(len(self._shards))])
         self.has_captions = "captions" in first.keys()  # noqa: SIM118
         if self.has_captions:
-            sizes = [self._file(number).get_tensor("captions_size") for number in range(len(self._shards))]
-            self._captions_end = [part.cumsum(0) for part in sizes]
+            lengths = [self._file(number).get_tensor("captions_size") for number in range(len(self._shards))]
+            self._captions_end = [part.cumsum(0) for part in lengths]
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @cached_property
+    def buckets(self) -> torch.Tensor | None:
+        """See `SampleDataset.buckets`; the sizes are those of the latents."""
+        rows = torch.tensor([shard["rows"] for shard in self._shards])
+        return torch.tensor(self._bucket_of_shard).repeat_interleave(rows) if self.bucket_sizes else None
 
     def load(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         """Return sample `index`.
