@@ -29,7 +29,7 @@ from repagen.training.perceptual import LpipsConfig
 BLANK = "./to-be-given"
 """Stands in a configuration where a recipe leaves a required path to the user."""
 
-NeedKind = Literal["encoder", "model", "dataset", "file", "path", "statistics"]
+NeedKind = Literal["encoder", "text_encoder", "model", "dataset", "file", "path", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Need:
     """One thing that a recipe does not hold itself.
 
     Attributes:
-        kind: `encoder` (the weights of a vision encoder on the Hub), `model` (a pipeline, autoencoder, generator or
+        kind: `encoder` (the weights of a vision encoder on the Hub), `text_encoder` (the weights and the tokenizer of
+            a text encoder on the Hub), `model` (a pipeline, autoencoder, generator or
             adapter on the Hub), `dataset` (on the Hub), `file` (of `PUBLISHED_FILES`), `path` (on this machine, or
             left to the user: nothing to fetch, but it may refer to an encoder), `statistics` (a file that only the
             user can get).
@@ -58,7 +59,7 @@ class Need:
     @property
     def on_hub(self) -> bool:
         """Whether it is a Hub repository."""
-        return self.kind in ("encoder", "model", "dataset")
+        return self.kind in ("encoder", "text_encoder", "model", "dataset")
 
     @property
     def identity(self) -> tuple[str, str, str | None, str | None]:
