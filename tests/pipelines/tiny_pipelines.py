@@ -141,12 +141,23 @@ class PipelineMaker:
 
     transformer_class: type
 
-    def __call__(self, **overrides: Any) -> ClassToImagePipeline:
+    def __call__(self, **overrides: Any) -> Any:
         return tiny_pipeline(self.transformer_class, **overrides)
 
     def weaker(self) -> Any:
         """Another transformer of that class, for autoguidance."""
         return tiny_transformer(self.transformer_class, seed=5)
+
+
+@dataclass(frozen=True)
+class TextPipelineMaker(PipelineMaker):
+    """The same, of pipelines that take prompts."""
+
+    def __call__(self, **overrides: Any) -> Any:
+        return tiny_text_pipeline(self.transformer_class, **overrides)
+
+    def weaker(self) -> Any:
+        return tiny_text_transformer(self.transformer_class, seed=5)
 
 
 def inputs(**overrides: Any) -> dict[str, Any]:
