@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from diffusers import AutoModel
 
+from repagen.data import SampleDataset
 from repagen.errors import UserError, refusing
 from repagen.models.identity import describe_autoencoder
+from repagen.models.latents import require_sizes
 from repagen.models.opening import component_place, open_component, pinned_revision
 from repagen.randomness import derived_seed
 from repagen.training.generator_config import (
@@ -47,6 +49,50 @@ def build_model(
     model = make(config, latent_shape, conditions, more)
     refuse_idle_settings(config, model)
     return model
+
+
+def refuse_sizes(
+    config: GeneratorRunConfig,
+    dataset: SampleDataset,
+    autoencoder: Any,
+    model: Any,
+    latent_shape: tuple[int, int, int],
+) -> None:
+    """Refuse images or latents of several sizes that autoencoder, network or alignment do not take.
+
+    Args:
+        config: of the training.
+        dataset: of the training.
+        autoencoder: of the latents.
+        model: the generator.
+        latent_shape: (C, h, w) of `data.image_size`.
+
+    Raises:
+        UserError: that names the key.
+    """
+    sizes = dataset.bucket_sizes
+    if not sizes:
+        return
+    if not model.any_size:
+        raise UserError(
+            f"data.buckets: {type(model).__name__} takes latents of {latent_shape[1]}x{latent_shape[2]} alone; leave "
+            "it out, or take a network that takes text"
+        )
+    for name in config.alignment.schedules:
+        raise UserError(
+            f"data.buckets: alignment ({name}) compares tokens of one square grid; leave one of them out (the base "
+            "head of transformer.architecture=raev2 aligns without an encoder)"
+        )
+    pixels = 1 if config.data.kind == "latents" else config.data.image_size // latent_shape[1]
+    if pixels > 1:
+        require_sizes(autoencoder, sizes, "data.buckets")
+    side = pixels * model.config.patch_size
+    for height, width in sizes:
+        if height % side or width % side:
+            raise UserError(
+                f"data.buckets: {height}x{width} is no multiple of the {side} that a token of the network takes; set "
+                f"data.bucket_step={side}"
+            )
 
 
 def refuse_idle_settings(config: GeneratorRunConfig, model: Any) -> None:

@@ -13,11 +13,10 @@ from repagen.encoders.text import TextEncoder
 from repagen.errors import UserError, naming
 from repagen.flow.conditions import ConditionDropout, Conditions
 from repagen.models.opening import open_component, pipeline_parts
-from repagen.pipelines.prompts import NullPrompt
 from repagen.pipelines.text_to_image import TextToImagePipeline
 from repagen.training.frozen import encoder_source
 from repagen.training.run import Batch, Run
-from repagen.training.text_to_image_config import TextToImageConfig
+from repagen.training.text_to_image_config import NullPrompt, TextToImageConfig
 
 
 class TextConditioning:

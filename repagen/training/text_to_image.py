@@ -43,7 +43,9 @@ def train(config: TextToImageConfig) -> Path:
         dataset = open_captioned(config.data)
         prompts = shown_prompts(config.sample.prompts, dataset, config.sample.num_images)
         text = config.text
-        conditioning = TextConditioning(open_text_encoder(config), run, text.null_prompt, text.dropout, prompts, text.cache)
+        conditioning = TextConditioning(
+            open_text_encoder(config), run, text.null_prompt, text.dropout, prompts, text.cache
+        )
         return train_new(run, config, FrozenParts.open(config, dataset, run), conditioning, dataset)
 
 

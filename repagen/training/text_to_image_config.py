@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from repagen.config import require
 from repagen.errors import UserError
-from repagen.pipelines.prompts import NullPrompt
 from repagen.training.generator_config import NewGeneratorConfig, require_dropout
+
+NullPrompt = Literal["learned", "empty"]
+"""`NULL_PROMPTS` of the pipeline."""
 
 
 @dataclass
@@ -22,8 +25,8 @@ class TextConfig:
         max_length: tokens of a prompt; None: those of the family. A list has one for each encoder.
         template: words around each prompt, with `{prompt}` in its place.
         revision: branch, tag or commit on the Hub.
-        null_prompt: what takes the place of a dropped prompt, and guides in sampling: `learned`, a token that the generator
-            learns, or `empty`, the embeddings of the empty text.
+        null_prompt: what takes the place of a dropped prompt, and guides in sampling: `learned`, a token that the
+            generator learns, or `empty`, the embeddings of the empty text.
         dropout: share of prompts dropped, which classifier-free guidance needs.
         cache: folder in which embeddings are kept, so that each prompt is encoded once; None: encode at every step.
     """

@@ -91,7 +91,7 @@ def test_prompts_reach_the_network(parts: Path, finished: Path, tmp_path: Path) 
 
 
 def test_training_lowers_the_loss(parts: Path, tmp_path: Path) -> None:
-    words = ["max_steps=40", "optimizer.learning_rate=3e-3", "checkpoint.every_steps=40", "data.num_images=8"]
+    words = ["max_steps=30", "optimizer.learning_rate=3e-3", "checkpoint.every_steps=30", "data.num_images=8"]
     found = losses(run(parts, tmp_path, *words))
     assert found[-10:].mean() < 0.8 * found[:10].mean()
 
@@ -308,3 +308,62 @@ def test_one_training_step_of_each_preset(name: str, parts: Path, tmp_path: Path
 
 def test_these_are_all_presets_of_the_program() -> None:
     assert {name for name in preset_names() if read_preset(name)["recipe"]["program"] == "text_to_image"} == {*PRESETS}
+
+
+# --- images of several sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide_and_tall(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Captioned pictures of four shapes."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, size in enumerate([(40, 40), (60, 40), (40, 60), (80, 45)] * 4):
+        Image.new("RGB", size, (number * 16, 80, 255 - number * 16)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}\n")
+    return folder
+
+
+def bucket_words(parts: Path, pictures: Path, index: Path, *words: str) -> list[str]:
+    return [
+        "data.kind=folder",
+        f"data.path={pictures}",
+        "data.buckets=['1:1', '3:2', '2:3', '16:9']",
+        "data.bucket_step=4",
+        f"data.index_folder={index}",
+        f"autoencoder.path={parts / 'kl'}",
+        "alignment={}",
+        "global_batch_size=4",
+        "max_steps=5",
+        *words,
+    ]
+
+
+def test_sizes_train_in_turns_and_are_sampled(parts: Path, wide_and_tall: Path, tmp_path: Path) -> None:
+    words = bucket_words(parts, wide_and_tall, tmp_path / "index")
+    whole = run(parts, tmp_path / "whole", *words)
+    stop_text_after(text_settings(parts, tmp_path / "cut"), tmp_path / "cut", 3, *words)
+    assert metric_rows(run(parts, tmp_path / "cut", *words)) == metric_rows(whole)
+    split = run(parts, tmp_path / "split", *words, "micro_batch_size=2")
+    assert torch.allclose(losses(split), losses(whole), atol=1e-5, rtol=1e-5)
+    pipeline = loaded(whole)
+    assert pipeline.scheduler.config.shift == pytest.approx((4 * 8 * 8 / 4096) ** 0.5)  # of the square
+    assert pipeline("picture 3", num_inference_steps=2, height=24, width=40).images[0].size == (40, 24)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"autoencoder.path": "{parts}/rae"}, "data.buckets: .* encodes squares alone"),
+        ({"transformer.patch_size": "2"}, "data.buckets: .* no multiple of the 8 that a token"),
+        ({"alignment": "{{dispersive: {{block: 1}}}}"}, "data.buckets: alignment"),
+    ],
+)
+def test_sizes_that_something_does_not_take_are_refused(
+    parts: Path, wide_and_tall: Path, tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    given = dict(word.split("=", 1) for word in bucket_words(parts, wide_and_tall, tmp_path / "index"))
+    given |= {key: value.format(parts=parts) for key, value in changes.items()}
+    with pytest.raises(UserError, match=message):
+        run(parts, tmp_path, *(f"{key}={value}" for key, value in given.items()))

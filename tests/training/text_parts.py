@@ -43,9 +43,9 @@ def train_text(values: dict[str, Any], folder: Path, *words: str) -> Path:
     return folder / "run"
 
 
-def stop_text_after(values: dict[str, Any], folder: Path, steps: int) -> Path:
+def stop_text_after(values: dict[str, Any], folder: Path, steps: int, *words: str) -> Path:
     """Train and stop by a signal within the last of `steps` steps; => the run's folder."""
-    return stop_after(values, folder, steps, train=train_text)
+    return stop_after(values, folder, steps, *words, train=train_text)
 
 
 def save_wider(folder: Path) -> Path:
