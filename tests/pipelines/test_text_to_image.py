@@ -342,8 +342,8 @@ class TestStorage:
         loaded = TextToImagePipeline.from_pretrained(tmp_path)
         loaded.set_progress_bar_config(disable=True)
         assert loaded.text_encoder is None and same(images(loaded, prompt=None, **encoded), expected)
-        complete = TextToImagePipeline.from_pretrained(tmp_path, text_encoder=tiny_text_encoder())
-        assert complete.text_encoder is tiny_text_encoder()
+        text_encoder = tiny_text_encoder()
+        assert TextToImagePipeline.from_pretrained(tmp_path, text_encoder=text_encoder).text_encoder is text_encoder
 
     def test_pipelines_of_classes_and_of_prompts_are_told_apart(self, tmp_path):
         tiny_text_pipeline().save_pretrained(tmp_path)
