@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from repagen.errors import UserError
+from repagen.flow.conditions import Conditions
 from repagen.randomness import generator_for
 
 Need = Literal["targets", "attention", "class_token", "teacher"]
@@ -36,7 +37,7 @@ class AlignmentBatch:
         latents: x (B, C, h, w) float32, standardised.
         noise: (B, C, h, w) float32, standard normal; the generator saw x_t = (1 - t) x + t noise.
         t: (B,) float32 in [0, 1]; 0 = data, 1 = noise.
-        labels: (B,) as the generator got them, null labels included; None without classes.
+        labels, text, text_mask: as the generator got them, null conditions included; see `Conditions`.
         targets: tokens (B, N, D_k) of each encoder of a `RepresentationAlignment`, from the images behind the latents.
         attention: attention maps (B, heads, N, N) of the encoder layers that an `AttentionAlignment` follows.
         class_token: class token (B, D) of an encoder, from the same images.
@@ -48,12 +49,19 @@ class AlignmentBatch:
     latents: torch.Tensor
     noise: torch.Tensor
     t: torch.Tensor
-    labels: torch.Tensor | None
+    labels: torch.Tensor | None = None
     targets: Sequence[torch.Tensor] | None = None
     attention: Sequence[torch.Tensor] | None = None
     class_token: torch.Tensor | None = None
     teacher: nn.Module | None = None
     generators: Callable[[str], Sequence[torch.Generator]] | None = None
+    text: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
+
+    @property
+    def conditions(self) -> Conditions:
+        """What the generator was told."""
+        return Conditions(self.labels, self.text, self.text_mask)
 
     def need(self, name: Need, term: str) -> Any:
         """The field `name`.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from repagen.alignment import AlignmentTerm
-from repagen.data import LatentShards, SampleDataset, digits_encoder_path
+from repagen.data import LatentShards, SampleDataset, digits_encoder_path, shapes_encoders_path
 from repagen.encoders import VisionEncoder, VisionEncoderOutput
 from repagen.encoders.vision import layer_indices
 from repagen.errors import UserError, naming
@@ -22,8 +22,8 @@ from repagen.training.generator_config import (
     AlignmentTargetConfig,
     AttentionAlignmentConfig,
     ClassTokenConfig,
-    GeneratorConfig,
     GeneratorRunConfig,
+    NewGeneratorConfig,
 )
 from repagen.training.generator_model import token_grid
 from repagen.training.latent_cache import require_matching_cache
@@ -33,7 +33,7 @@ from repagen.training.run import Batch, Run
 EncoderSection = AlignmentTargetConfig | AttentionAlignmentConfig | ClassTokenConfig
 _Place = tuple[str, str | None, int | None]
 
-BUNDLED_ENCODERS: dict[str, Callable[[], Path]] = {"digits": digits_encoder_path}
+BUNDLED_ENCODERS: dict[str, Callable[[], Path]] = {"digits": digits_encoder_path, "shapes": shapes_encoders_path}
 """Encoders that ship with the package, by the name a configuration gives them."""
 
 
@@ -80,7 +80,7 @@ class FrozenParts:
         self._load_encoders(dataset, grid_of(self.latent_shape))
 
     @classmethod
-    def open(cls, config: GeneratorConfig, dataset: SampleDataset, run: Run) -> FrozenParts:
+    def open(cls, config: NewGeneratorConfig, dataset: SampleDataset, run: Run) -> FrozenParts:
         """Load the autoencoder and the encoders that a training names.
 
         Raises:
