@@ -352,13 +352,14 @@ def test_a_damaged_pipeline_is_one_line(damage: str, tmp_path: Path) -> None:
         load_pipeline(str(folder), "cpu", "float32")
 
 
-class TestPrompts:
-    @pytest.fixture(scope="class")
-    def text_model(self, tmp_path_factory) -> str:
-        folder = tmp_path_factory.mktemp("text_model")
-        tiny_text_pipeline(vae=any_size_autoencoder()).save_pretrained(folder)
-        return str(folder)
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("text_model")
+    tiny_text_pipeline(vae=any_size_autoencoder()).save_pretrained(folder)
+    return str(folder)
 
+
+class TestPrompts:
     def test_one_image_per_prompt_with_its_facts(self, text_model, tmp_path, monkeypatch):
         words = ["--prompt", "a red cube", "ein *blauer* Ball", "--negative-prompt", "grey", "--guidance-scale", "2"]
         sample(monkeypatch, "--model", text_model, *words, "--output", str(tmp_path / "a"))
@@ -417,4 +418,6 @@ class TestPrompts:
         words = ["--model", text_model, "--prompt", "a", "b", "--num-inference-steps", "2", "--output", str(output)]
         monkeypatch.setattr(sys, "argv", ["sample.py", *words])
         runpy.run_path(str(DOOR.with_name("text_to_image") / "sample.py"), run_name="__main__")
-        assert Image.open(output).size == (16, 8) and "wrote" in capsys.readouterr().out
+        with Image.open(output) as grid:
+            assert grid.size == (16, 8)
+        assert "wrote" in capsys.readouterr().out
