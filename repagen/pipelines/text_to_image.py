@@ -10,7 +10,7 @@ from diffusers.hooks import FasterCacheConfig
 from diffusers.image_processor import VaeImageProcessor
 
 from repagen.encoders.text import TextEncoder
-from repagen.errors import UserError, naming
+from repagen.errors import UserError
 from repagen.flow.guidance import GuidanceMethod
 from repagen.hub.published import PublishedMixin
 from repagen.models.latents import decoded_size, images_to_latents
@@ -289,9 +289,8 @@ class TextToImagePipeline(LatentSamplingPipeline):
         """
         grid, prompts = (noise.shape[2], noise.shape[3]), len(noise) // num_images_per_prompt
         size = decoded_size(self.vae, noise.shape[1:])
-        with naming({"images must be square": "image must be square"}):
-            pixels = image_batch(image, size, "image", channels=3).to(noise.device)
-            clean = images_to_latents(self.vae, pixels, sample_posterior=False).float()
+        pixels = image_batch(image, size, "image", channels=3).to(noise.device)
+        clean = images_to_latents(self.vae, pixels, sample_posterior=False).float()
         repainted = None
         if mask_image is not None:
             mask = image_batch(mask_image, size, "mask_image", channels=1).to(noise.device)

@@ -152,9 +152,9 @@ class TestBatches:
             drawn(pipe, image=[image, other])
 
     def test_non_square(self, pipe):
-        wide = torch.rand(1, 3, 8, 16)
-        with pytest.raises(UserError, match="image must be square, got 8 x 16 px"):
-            drawn(pipe, image=wide, height=8, width=16, strength=0.0)
+        wide = torch.rand(3, 8, 16, generator=torch.Generator().manual_seed(3))
+        found = drawn(pipe, image=wide, height=8, width=16, strength=0.0, output_type="latent")
+        assert torch.equal(found, encoded(pipe, wide))
 
     def test_the_encoder_is_fetched_for_editing_alone(self, image, monkeypatch):
         monkeypatch.setattr(AutoencoderKL, "encode", lambda *_, **__: pytest.fail("encoded"))

@@ -5,23 +5,30 @@ from __future__ import annotations
 import pytest
 import test_lora as of_classes
 import torch
-from lora_parts import add_adapter, close, latents, make_adapter, rows
-from tiny_pipelines import TEXT_GENERATORS, TextPipelineMaker
+from lora_parts import ATTENTION, close, latents, make_adapter, rows
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny_pipelines import TextPipelineMaker
 
 from repagen import RAEv2Transformer2DModel, UserError
+from repagen.pipelines.lora import default_lora_targets
 
 
 class TestEveryGenerator(of_classes.TestEveryGenerator):
-    @pytest.fixture(params=TEXT_GENERATORS, ids=lambda cls: cls.__name__.removesuffix("Transformer2DModel"))
-    def make_any_pipe(self, request) -> TextPipelineMaker:
-        return TextPipelineMaker(request.param)
+    @pytest.fixture
+    def make_any_pipe(self) -> TextPipelineMaker:
+        return TextPipelineMaker(RAEv2Transformer2DModel)
 
     def test_default_targets_are_attention_and_feed_forward_of_all_blocks(self, make_any_pipe):
-        """Those of cross-attention bear the same names."""
+        """And what text enters by."""
         transformer = make_any_pipe().transformer
-        targets = of_classes.default_lora_targets(transformer)
-        add_adapter(make_any_pipe(), target_modules=targets)
-        assert {"to_q", "to_k", "to_v", "to_out.0", "ff.linear_in", "ff.linear_out"} <= set(targets)
+        targets = default_lora_targets(transformer)
+        assert targets[:6] == [*ATTENTION, "ff.linear_in", "ff.linear_out"]
+        transformer.add_adapter(LoraConfig(target_modules=targets))
+        reached = {name for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)}
+        across = transformer.config.text_conditioning == "cross_attention"  # its layers bear the same names
+        blocks, heads = len(transformer.blocks), len(transformer.head_blocks)
+        assert len(reached) == 6 * (blocks + heads) + 4 * blocks * across + len(targets[6:])
 
 
 @pytest.fixture
