@@ -39,7 +39,9 @@ SAVED_CLASSES = frozenset(
         "RAEv2Transformer2DModel",
         "RepresentationAutoencoder",
         "SVGAutoencoder",
+        "TextEncoder",
         "SiTTransformer2DModel",
+        "TextToImagePipeline",
     }
 )
 # Bases that diffusers' loader looks up in our package to tell how a class is saved and loaded.

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -33,6 +33,8 @@ class CommitLoading(DiffusionPipeline):
     """
 
     hub_commit: str | None = None
+    # Components that a folder may lack. diffusers' own list of such is for those that a call never needs.
+    _may_be_absent: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
@@ -67,6 +69,7 @@ class CommitLoading(DiffusionPipeline):
         left = {key: value for key, value in kwargs.items() if key not in {*_OF_THE_HUB, *_REMOTE_CODE, "revision"}}
         inspect_folder(folder, f"pipeline {name}")
         index = _read_index(folder, name, cls)
+        left = {**{key: None for key in cls._may_be_absent if index.get(key) == [None, None]}, **left}
         _refuse_missing(folder, name, index, cls, left)
         again = ""
         if commit is not None and is_offline_mode():

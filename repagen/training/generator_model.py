@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -17,8 +16,6 @@ from repagen.models.identity import describe_autoencoder
 from repagen.models.opening import component_place, open_component, pinned_revision
 from repagen.randomness import derived_seed
 from repagen.training.generator_config import ARCHITECTURES, GeneratorConfig, GeneratorRunConfig, TransformerConfig
-
-logger = logging.getLogger(__name__)
 
 
 def build_model(
@@ -232,7 +229,7 @@ def _pretrained_model(
             )
         changes["num_classes"] = num_classes
     refuse_label_dropout(config, model, num_classes, str(transformer.pretrained))
-    return _rebuilt(model, changes) if changes else model
+    return model.rebuilt(**changes).float().train() if changes else model
 
 
 def _refuse_contradictions(model: Any, transformer: TransformerConfig) -> None:
@@ -270,24 +267,3 @@ def _refuse_other_latents(model: Any, latent_shape: tuple[int, int, int]) -> Non
             f"transformer.pretrained: generates latents of shape {model.latent_shape}, but the autoencoder's have "
             f"{tuple(latent_shape)}; set autoencoder.path and data.image_size to those it was trained with"
         )
-
-
-@torch.no_grad()
-def _rebuilt(model: Any, changes: dict[str, Any]) -> Any:
-    """A network with other constructor arguments and, wherever tensors have the same shape, the same weights.
-
-    Of a class table with another number of rows the last one, the null class, is kept.
-    """
-    new = type(model).from_config({**model.config, **changes})
-    new.initialize_weights()
-    own, drawn = model.state_dict(), new.state_dict()
-    fresh = []
-    for name, tensor in drawn.items():
-        if name in own and own[name].shape == tensor.shape:
-            tensor.copy_(own[name])
-            continue
-        fresh.append(name)
-        if name in own and own[name].shape[1:] == tensor.shape[1:] and model.config.class_dropout_prob:
-            tensor[-1] = own[name][-1]
-    logger.info("drawn anew: %s", ", ".join(fresh))
-    return new.float().train()

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-from repagen.layers.attention import AttentionBackendMixin, SelfAttention, check_attention_backend
+from repagen.layers.attention import Attention, AttentionBackendMixin, check_attention_backend
 from repagen.layers.rope import RotaryTable, apply_rotary
 
 
@@ -23,7 +23,7 @@ class Model(AttentionBackendMixin, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, dim: int = 16) -> None:
         super().__init__()
-        self.attn = SelfAttention(dim, 2)
+        self.attn = Attention(dim, 2)
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *packages: str, cuda: bool) -> None:
@@ -37,7 +37,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, *packages: str, cuda: bool) -> No
 @pytest.mark.parametrize("qk_norm", [None, "layer", "rms"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_equals_the_formula(rotary: bool, qk_norm: Any, bias: bool) -> None:
-    attention = SelfAttention(24, 3, bias=bias, qk_norm=qk_norm)
+    attention = Attention(24, 3, bias=bias, qk_norm=qk_norm)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     table = RotaryTable((2, 3), 8) if rotary else None
@@ -60,13 +60,13 @@ def test_equals_the_formula(rotary: bool, qk_norm: Any, bias: bool) -> None:
 
 
 def test_state_keys_are_those_of_diffusers() -> None:
-    keys = set(SelfAttention(8, 2, bias=False).state_dict())
+    keys = set(Attention(8, 2, bias=False).state_dict())
     assert keys == {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"}
 
 
 def test_head_count_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="width 10 is not a multiple of the number of heads 3"):
-        SelfAttention(10, 3)
+        Attention(10, 3)
 
 
 def test_every_backend_of_diffusers_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:

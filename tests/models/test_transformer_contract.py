@@ -22,7 +22,7 @@ from torch.nn.functional import mse_loss
 from transformer_cases import Case, all_generators, build, fill_, inputs, output, relative_error
 
 from repagen.errors import UserError
-from repagen.layers.attention import SelfAttentionProcessor
+from repagen.layers.attention import AttentionProcessor
 
 pytestmark = all_generators
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -319,9 +319,9 @@ def test_processors_are_got_and_set(case: Case) -> None:
     model = build(case)
     names = model.attn_processors.keys()
     assert len(names) == case.config["depth"] + case.config.get("head_depth", 0)
-    assert all(isinstance(processor, SelfAttentionProcessor) for processor in model.attn_processors.values())
+    assert all(isinstance(processor, AttentionProcessor) for processor in model.attn_processors.values())
     attention = model.blocks[0].attn
-    replacement = SelfAttentionProcessor()
+    replacement = AttentionProcessor()
     attention.set_processor(replacement)
     assert attention.get_processor() is replacement
     model.set_attn_processor({name: AttnProcessor() for name in names})
