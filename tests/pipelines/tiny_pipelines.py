@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -98,8 +97,7 @@ TEXT_LENGTH, TEXT_DIM = 20, 32
 @cache
 def tiny_text_encoder() -> TextEncoder:
     """A T5 of random weights with a tokenizer of bytes; frozen, so that all pipelines share it."""
-    sys.path.append(str(Path(__file__).parents[1] / "encoders"))
-    from tiny_text_encoders import save_tiny
+    from encoders.tiny_text_encoders import save_tiny
 
     with tempfile.TemporaryDirectory() as folder:
         encoder = TextEncoder.from_encoder(save_tiny(Path(folder), "t5"), max_length=TEXT_LENGTH)
