@@ -1,4 +1,4 @@
-"""Training data: image folders, Hugging Face datasets, the bundled digits, latent shards, and the resumable stream."""
+"""Training data: image folders, Hugging Face datasets, digits, drawn shapes, latent shards, the resumable stream."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from repagen.data.dataset import ImageDataset, ImageSample, SampleDataset
 from repagen.data.digits import digits_encoder_path, digits_to_images, load_digits
 from repagen.data.loading import load_batches, load_in_order, open_dataset, open_image_dataset
 from repagen.data.sampler import StreamBatchSampler, sample_indices
+from repagen.data.shapes import ShapesDataset, shapes_encoders_path
 from repagen.data.shards import LatentShards
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ImageSample",
     "LatentShards",
     "SampleDataset",
+    "ShapesDataset",
     "StreamBatchSampler",
     "data_config_from_words",
     "digits_encoder_path",
@@ -27,4 +29,5 @@ __all__ = [
     "open_dataset",
     "open_image_dataset",
     "sample_indices",
+    "shapes_encoders_path",
 ]

@@ -8,9 +8,10 @@ from typing import Literal, cast
 
 from repagen.errors import UserError
 
-DatasetKind = Literal["folder", "datasets", "digits", "latents"]
+DatasetKind = Literal["folder", "datasets", "digits", "shapes", "latents"]
 CropKind = Literal["center", "random"]
 DigitsSubset = Literal["all", "train", "validation"]
+Subset = Literal["all", "train", "validation", "unseen"]
 
 
 @dataclass
@@ -19,8 +20,9 @@ class DataConfig:
 
     Attributes:
         kind: `folder` (class folders, or a flat folder without classes), `datasets` (Hugging Face datasets, local or
-            from the Hub), `digits` (bundled), `latents` (shards written by `repagen cache`).
-        path: folder, file or Hub id; unused by `digits`.
+            from the Hub), `digits` (bundled), `shapes` (drawn scenes with captions), `latents` (shards written by
+            `repagen cache`).
+        path: folder, file or Hub id; unused by `digits` and `shapes`.
         split: split of a Hugging Face dataset.
         revision: branch, tag or commit of a dataset on the Hub.
         image_column: column of a Hugging Face dataset that holds the images; found by its type when not given.
@@ -31,7 +33,8 @@ class DataConfig:
         horizontal_flip: mirror half of the training samples.
         max_bad_images: how many unreadable images a run may meet before it stops. A bad image is replaced by another
             one that depends on its index alone, and is named once in the log.
-        subset: part of the digits.
+        subset: part of the digits or shapes; `unseen` is of shapes.
+        num_images: how many shapes are drawn.
         verify_shards: check the sha256 of latent shards when they are opened (their sizes are always checked).
     """
 
@@ -46,7 +49,8 @@ class DataConfig:
     resize_px: int | None = None
     horizontal_flip: bool = False
     max_bad_images: int = 0
-    subset: DigitsSubset = "all"
+    subset: Subset = "all"
+    num_images: int = 50_000
     verify_shards: bool = True
 
     def validate(self) -> None:
@@ -67,7 +71,11 @@ class DataConfig:
             raise UserError(
                 f"data.resize_px: {self.resize_px} given; allowed: at least data.image_size={self.image_size}"
             )
-        if self.kind != "digits" and not self.path:
+        if self.num_images < 1:
+            raise UserError(f"data.num_images: {self.num_images} given; allowed: 1 or more")
+        if self.subset == "unseen" and self.kind != "shapes":
+            raise UserError("data.subset: unseen given; only data.kind=shapes has it; allowed: all, train, validation")
+        if self.kind not in ("digits", "shapes") and not self.path:
             raise UserError(f"data.path: nothing given; data.kind={self.kind} needs a folder, file or Hub id there")
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from PIL import Image
@@ -20,11 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 class ImageSample(TypedDict):
-    """One training sample: image (3, S, S) float32 in [0, 1], its label, and the index it was read from."""
+    """One training sample: image (3, S, S) float32 in [0, 1], label, index it was read from, its caption if any."""
 
     image: torch.Tensor
     label: int
     index: int
+    caption: NotRequired[str]
 
 
 class SampleDataset(Dataset[Any], ABC):

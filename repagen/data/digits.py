@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class DigitsDataset(ImageDataset):
             raise UserError(
                 "data: the digits are neither mirrored nor cropped; drop data.horizontal_flip and data.crop"
             )
-        digits, labels = load_digits(config.subset)
+        digits, labels = load_digits(cast(DigitsSubset, config.subset))
         digits_to_images(digits[:1], config.image_size)  # refuses a wrong size here rather than in a worker
         super().__init__(config, torch.from_numpy(labels), list(CLASS_NAMES))
         self._digits = digits

@@ -24,6 +24,10 @@ def open_dataset(config: DataConfig) -> SampleDataset:
         from repagen.data.digits import DigitsDataset
 
         return DigitsDataset(config)
+    if config.kind == "shapes":
+        from repagen.data.shapes import ShapesDataset
+
+        return ShapesDataset(config)
     if config.kind == "datasets":
         from repagen.data.hub import HuggingFaceDataset
 
@@ -45,7 +49,7 @@ def open_image_dataset(config: DataConfig) -> ImageDataset:
     """
     dataset = open_dataset(config)
     if not isinstance(dataset, ImageDataset):
-        raise UserError(f"data.kind={config.kind} holds no images; allowed: folder, datasets, digits")
+        raise UserError(f"data.kind={config.kind} holds no images; allowed: folder, datasets, digits, shapes")
     return dataset
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from repagen.alignment import AlignmentTerm
-from repagen.data import LatentShards, SampleDataset, digits_encoder_path
+from repagen.data import LatentShards, SampleDataset, digits_encoder_path, shapes_encoders_path
 from repagen.encoders import VisionEncoder, VisionEncoderOutput
 from repagen.encoders.vision import layer_indices
 from repagen.errors import UserError, naming
@@ -33,7 +33,7 @@ from repagen.training.run import Batch, Run
 EncoderSection = AlignmentTargetConfig | AttentionAlignmentConfig | ClassTokenConfig
 _Place = tuple[str, str | None, int | None]
 
-BUNDLED_ENCODERS: dict[str, Callable[[], Path]] = {"digits": digits_encoder_path}
+BUNDLED_ENCODERS: dict[str, Callable[[], Path]] = {"digits": digits_encoder_path, "shapes": shapes_encoders_path}
 """Encoders that ship with the package, by the name a configuration gives them."""
 
 

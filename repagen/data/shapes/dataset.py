@@ -1,0 +1,72 @@
+"""Drawn scenes as training samples."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from repagen.data.config import DataConfig
+from repagen.data.dataset import ImageDataset, ImageSample
+from repagen.data.shapes.drawing import draw_scene, picture_sides
+from repagen.data.shapes.scenes import Combinations, Scene, sample_scene
+from repagen.errors import UserError
+
+TRAINING_SEED, VALIDATION_SEED = 0, 1
+"""Of the scenes of `subset=train`, and of all others."""
+_COMBINATIONS: dict[str, Combinations] = {"all": "all", "train": "seen", "validation": "seen", "unseen": "unseen"}
+
+
+def shapes_encoders_path() -> Path:
+    """Return the folder of the bundled SigLIP-like pair trained on shapes (both towers, 32 px, 4x4 tokens)."""
+    return Path(__file__).parents[1] / "shapes_encoders"
+
+
+class ShapesDataset(ImageDataset):
+    """Drawn scenes with captions, without classes.
+
+    Of `data.subset`, `train` and `validation` hold other scenes of the same combinations, `unseen` scenes with a
+    combination of shape and colour, or of two objects, that `train` leaves out, and `all` scenes of both sorts.
+
+    Raises:
+        UserError: crops or flips are asked for (captions would no longer be true), or pictures too small.
+    """
+
+    has_captions = True
+
+    def __init__(self, config: DataConfig) -> None:
+        if config.crop != "center" or config.horizontal_flip:
+            raise UserError(
+                "data: shapes are neither mirrored nor cropped, their captions would be wrong; drop "
+                "data.horizontal_flip and data.crop"
+            )
+        picture_sides(config.image_size)
+        super().__init__(config, torch.zeros(config.num_images, dtype=torch.int64), [])
+
+    def scene(self, index: int) -> Scene:
+        """Return the scene of a sample."""
+        subset = self.config.subset
+        seed = TRAINING_SEED if subset == "train" else VALIDATION_SEED
+        return sample_scene(seed, index, combinations=_COMBINATIONS[subset])
+
+    def describe(self, index: int) -> str:
+        """Return the number of the scene within its subset."""
+        return f"scene {index} of subset {self.config.subset}"
+
+    def try_load(self, index: int, generator: torch.Generator | None = None) -> ImageSample | None:
+        """Return sample `index` with a caption: one of the scene's prompts, or its first without a generator."""
+        sample = super().try_load(index, generator)
+        if sample is not None:
+            prompts = self.scene(index).prompts()
+            choice = int(torch.randint(len(prompts), (), generator=generator)) if generator is not None else 0
+            sample["caption"] = prompts[choice].text
+        return sample
+
+    def _decode(self, index: int) -> Image.Image:
+        return Image.fromarray(draw_scene(self.scene(index), self.config.image_size))
+
+    def _hash_sources(self, digest: hashlib._Hash) -> None:
+        for index in range(min(len(self), 16)):
+            digest.update(repr(self.scene(index)).encode() + draw_scene(self.scene(index)).tobytes())
