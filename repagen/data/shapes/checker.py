@@ -121,7 +121,8 @@ def check_picture(picture: np.ndarray | torch.Tensor, prompt: ScenePrompt) -> Sc
 def judge(found: FoundScene, prompt: ScenePrompt) -> SceneVerdict:
     """Judge what a picture shows against a prompt.
 
-    Objects asked for are paired with objects found such that most of them are entirely right.
+    Objects asked for are paired with objects found such that most of them are entirely right, then such that most have
+    their shape and colour, wherever they are.
     """
     wanted = prompt.objects
     pool: list[FoundObject | None] = [*found.objects, *[None] * len(wanted)]
@@ -130,7 +131,10 @@ def judge(found: FoundScene, prompt: ScenePrompt) -> SceneVerdict:
         + [(_stands(order, prompt.relation),)]
         for order in itertools.permutations(pool[: len(wanted) + _MAX_CONSIDERED], len(wanted))
     ]
-    best = max(judged, key=lambda rows: (sum(map(all, rows)), sum(map(sum, rows))))
+    best = max(
+        judged,
+        key=lambda rows: (sum(map(all, rows)), sum(all(row[:2]) for row in rows[:-1]), sum(map(sum, rows))),
+    )
     *objects, (related,) = best
     shape, colour, size, position = (all(column) for column in zip(*objects, strict=True))
     return SceneVerdict(
