@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from accelerate import PartialState
 from repagen.errors import UserError, require_at_least
 from repagen.evaluation.extractor import Pooling
 from repagen.evaluation.generation import evaluate_generation, open_extractors
+from repagen.evaluation.interruptible import run_interruptible
 from repagen.evaluation.metrics.ratios import load_normalisers
 from repagen.evaluation.pipeline_images import PipelineImages
 from repagen.evaluation.places import require_result_file, write_result
@@ -29,7 +29,6 @@ from repagen.evaluation.reference_building import require_new_npz
 from repagen.evaluation.result import GenerationResult
 from repagen.evaluation.samples import ImageSource, LabelMode, open_images
 from repagen.evaluation.sinks import SampleWriter
-from repagen.evaluation.store import require_own_folder
 from repagen.pipelines.adapters import load_adapters
 from repagen.pipelines.sample_command import add_sampler_options, load_pipeline, sampler_options
 
@@ -121,34 +120,22 @@ def run(args: argparse.Namespace) -> str | None:
     normalisers = load_normalisers(args.normalisers) if args.normalisers else None
     extractors = open_extractors(protocol, args.extractor_weights)
     samples = _open_samples(args, name, protocol)
-    features = Path(f"{args.output}.partial") if args.output else None
-    continuing = features is not None and features.exists()
-    if features is not None:
-        require_own_folder(features)
-    writer = SampleWriter(Path(args.save_samples), len(samples), continuing=continuing) if args.save_samples else None
-    result = evaluate_generation(
-        samples,
-        reference,
-        protocol,
-        extractors,
-        name=name,
-        normalisers=normalisers,
-        batch_size=args.batch_size,
-        max_bad_images=args.max_bad,
-        folder=features,
-        sink=writer,
-    )
-    PartialState().wait_for_everyone()
-    if not PartialState().is_main_process:
-        return None
-    if writer is not None:
-        writer.finish()
-    _write(result, args)
-    if features is not None:
-        shutil.rmtree(features)
-    if writer is not None:
-        writer.remove_rows()
-    return result.table()
+
+    def evaluate(folder: Path | None, sink: SampleWriter | None) -> GenerationResult:
+        return evaluate_generation(
+            samples,
+            reference,
+            protocol,
+            extractors,
+            name=name,
+            normalisers=normalisers,
+            batch_size=args.batch_size,
+            max_bad_images=args.max_bad,
+            folder=folder,
+            sink=sink,
+        )
+
+    return run_interruptible(args, len(samples), evaluate, lambda result: _write(result, args))
 
 
 def _require_options(args: argparse.Namespace) -> None:

@@ -62,6 +62,11 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what a text-to-image pipeline is asked for."""
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="of a text-to-image model: prompts, taken in turn")
     parser.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, in place of --prompt")
+    add_prompt_options(parser)
+
+
+def add_prompt_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add what the call of a text-to-image pipeline takes beside prompts."""
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from; default: nothing")
     parser.add_argument("--height", type=int, metavar="PX", help="of the images; default: that of the training")
     parser.add_argument("--width", type=int, metavar="PX", help="of the images; default: that of the training")
