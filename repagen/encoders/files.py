@@ -28,6 +28,10 @@ from repagen.hub.places import repository_command
 logger = logging.getLogger(__name__)
 
 CONFIG_FILES = ["config.json", "preprocessor_config.json"]
+TEXT_FILES = [
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "spiece.model", "tokenizer.model"),
+]
 # Safetensors first; a repository that has none is fetched once more for the older format.
 WEIGHT_FILES = (["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"], ["pytorch_model.bin"])
 _WEIGHT_NAMES = (

@@ -15,7 +15,7 @@ from torch import nn
 from repagen.encoders.families import licence_fact
 from repagen.encoders.spec import TextEncoderSpec
 from repagen.encoders.text_storage import StoredTextEncoder
-from repagen.encoders.text_tower import TextTower, load_tower, text_family, tower_config
+from repagen.encoders.text_tower import TextTower, load_tower, prompt_list, text_family, tower_config
 from repagen.errors import UserError
 from repagen.hub.published import PublishedModelMixin
 
@@ -37,7 +37,7 @@ class TextEmbeddings(NamedTuple):
     mask: torch.Tensor
 
 
-class TextEncoder(PublishedModelMixin, StoredTextEncoder, ModelMixin, ConfigMixin):
+class TextEncoder(PublishedModelMixin, StoredTextEncoder, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """One or several frozen text encoders of transformers, with their tokenizers, as a component of a pipeline.
 
     Every prompt becomes `max_length` embeddings of width `embed_dim`, so that its row depends on no other prompt.
@@ -142,7 +142,7 @@ class TextEncoder(PublishedModelMixin, StoredTextEncoder, ModelMixin, ConfigMixi
     @torch.no_grad()
     def forward(self, prompts: Sequence[str], *, device: torch.device | None = None) -> TextEmbeddings:
         """See `encode`."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = prompt_list(prompts)
         self.load()
         device = self.device if device is None else torch.device(device)
         width, parts = self.embed_dim, []

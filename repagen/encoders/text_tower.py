@@ -14,18 +14,15 @@ import torch
 from torch import nn
 
 from repagen.encoders.backbones import architecture, quiet_transformers, transformers_config
-from repagen.encoders.files import CONFIG_FILES, FoundFiles, find_encoder
+from repagen.encoders.files import TEXT_FILES, FoundFiles, find_encoder
 from repagen.encoders.spec import TextEncoderSpec
 from repagen.encoders.text_families import TEXT_FAMILIES, TextFamily, text_family_of
 from repagen.encoders.weights import load_network, refuse_not_finite, weights_sha256
 from repagen.errors import UserError, one_line, refusing
+from repagen.hub.places import repository_command
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "spiece.model", "tokenizer.model"),
-)
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 _PLACE = "{prompt}"
 _PROBE = "A red CUBE, 2 пса & 三只猫 🐈."  # what tokenizers of one vocabulary may read in different ways
@@ -71,7 +68,7 @@ class TextTower(nn.Module):
         counts as its own. A prompt of more than `max_length` tokens loses its end, which is said once.
 
         Raises:
-            UserError: for anything but texts, and ids beyond the network's vocabulary.
+            UserError: for a text that is none of Unicode, and ids beyond the network's vocabulary.
         """
         if self.tokenizer is None:
             raise UserError(f"text encoder {label(self.spec)}: there is no tokenizer; load it by from_pretrained")
@@ -97,6 +94,9 @@ class TextTower(nn.Module):
         Args:
             ids, mask: of `tokenize`, on the device of the weights.
         """
+        length = self.spec.max_length
+        if not len(ids):
+            return torch.zeros(0, length, self.width, device=ids.device), mask[:, :length]
         output = self.model(
             input_ids=ids,
             attention_mask=None if self.family.sees_padding else mask.long(),
@@ -104,7 +104,6 @@ class TextTower(nn.Module):
             **self.family.arguments,
         )
         states = output.last_hidden_state if self._is_last else output.hidden_states[self._layer + 1]
-        length = self.spec.max_length
         mask = mask[:, :length]
         return states[:, :length].float().masked_fill(~mask[..., None], 0.0), mask
 
@@ -115,8 +114,6 @@ class TextTower(nn.Module):
         return self._fingerprint
 
     def _text(self, prompt: str) -> str:
-        if not isinstance(prompt, str):
-            raise UserError(f"prompts must be texts, got {type(prompt).__name__}: {one_line(ValueError(prompt), 40)}")
         text = prompt.lower() if self.family.lower_case else prompt
         return text if self.spec.template is None else self.spec.template.replace(_PLACE, text)
 
@@ -154,6 +151,19 @@ class TextTower(nn.Module):
                 parent, _, leaf = name.rpartition(".")
                 self.get_submodule(parent)._buffers[leaf] = buffer.to(moved.device)
         return self
+
+
+def prompt_list(prompts: Sequence[str]) -> list[str]:
+    """Return prompts as a list; one text alone counts as one prompt.
+
+    Raises:
+        UserError: for anything but texts.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"prompts must be texts, got {type(text).__name__} at {index}")
+    return texts
 
 
 def label(spec: TextEncoderSpec) -> str:
@@ -233,7 +243,7 @@ def load_tower(
         UserError: one line for a wrong path, a closed or unreachable repository, an unsupported model type, weights
             that are missing, misshapen or not finite, a tokenizer that cannot be read, a reading that does not fit.
     """
-    files = find_encoder(source, revision, local_files_only, (*CONFIG_FILES, *TOKENIZER_FILES))
+    files = find_encoder(source, revision, local_files_only, TEXT_FILES)
     family = text_family_of(files.config.get("model_type"), files.name)
     nested = files.config.get("text_config")
     description = nested if isinstance(nested, dict) else files.config
@@ -248,7 +258,7 @@ def load_tower(
         revision=files.revision,
     )
     check_reading(spec, config)
-    tokenizer = load_tokenizer(files.folder, files.name)
+    tokenizer = load_tokenizer(files.folder, files.name, files.repo_id)
     return TextTower(spec, _load_model(family, spec, files, dtype), tokenizer)
 
 
@@ -264,8 +274,13 @@ def _load_model(family: TextFamily, spec: TextEncoderSpec, files: FoundFiles, dt
     return model
 
 
-def load_tokenizer(folder: Path, name: str) -> Any:
+def load_tokenizer(folder: Path, name: str, repo_id: str | None = None) -> Any:
     """Load a tokenizer from its folder; no code of it is run.
+
+    Args:
+        folder: with its files.
+        name: the encoder, for messages.
+        repo_id: the Hub repository that has them.
 
     Raises:
         UserError: it is not there, cannot be read, or needs a package that is not installed.
@@ -273,7 +288,8 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     from transformers import AutoTokenizer
 
     if not any((folder / file).is_file() for file in _VOCABULARIES):
-        raise UserError(f"{folder}: no tokenizer of text encoder {name!r} ({', '.join(_VOCABULARIES)})")
+        fetching = f"; fetch it with {repository_command(repo_id)}" if repo_id else ""
+        raise UserError(f"{folder}: no tokenizer ({', '.join(_VOCABULARIES)}) of text encoder {name!r}{fetching}")
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

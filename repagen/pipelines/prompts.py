@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,9 @@ from repagen.errors import UserError
 
 Prompts: TypeAlias = str | Sequence[str]
 
-NullPrompt = Literal["learned", "empty"]
+NULL_PROMPTS = ("learned", "empty")
 """What the null pass of classifier-free guidance is asked for where a call says nothing of it: the generator's own
 learned token, or the text encoder's embedding of the empty text. As the generator was trained."""
-NULL_PROMPTS: tuple[str, ...] = ("learned", "empty")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from diffusers.hooks import FasterCacheConfig
 from diffusers.image_processor import VaeImageProcessor
 
 from repagen.encoders.text import TextEncoder
-from repagen.errors import UserError, naming
+from repagen.errors import UserError
 from repagen.flow.guidance import GuidanceMethod
 from repagen.hub.published import PublishedMixin
 from repagen.models.latents import decoded_size, images_to_latents
@@ -24,7 +24,7 @@ from repagen.pipelines.latent_sampling import (
     check_generators,
     tensor_inputs_of,
 )
-from repagen.pipelines.prompts import NULL_PROMPTS, NullPrompt, PromptArgument, Prompts, as_many, of_one_length
+from repagen.pipelines.prompts import NULL_PROMPTS, PromptArgument, Prompts, as_many, of_one_length
 from repagen.pipelines.sampling_options import SamplingOptions
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class TextToImagePipeline(LatentSamplingPipeline):
         guidance_transformer: a weaker model of the same latents and embeddings, for autoguidance (2406.02507); where
             it is set, autoguidance is the method by default, else classifier-free guidance (2207.12598).
         sampling_defaults: what calls use for arguments that are not given, by the fields of `SamplingOptions`.
-        null_prompt: what the null pass is asked for without a negative prompt; see `NullPrompt`.
+        null_prompt: what the null pass is asked for without a negative prompt; see `NULL_PROMPTS`.
 
     Raises:
         UserError: `sampling_defaults` with an unknown key or a value that no model takes, or an unknown `null_prompt`.
@@ -71,7 +71,7 @@ class TextToImagePipeline(LatentSamplingPipeline):
         text_encoder: TextEncoder,
         guidance_transformer: Transformer | None = None,
         sampling_defaults: dict[str, Any] | None = None,
-        null_prompt: NullPrompt = "learned",
+        null_prompt: str = "learned",
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -271,7 +271,7 @@ class TextToImagePipeline(LatentSamplingPipeline):
 
     @property
     def _text_dim(self) -> int | None:
-        return None if self.transformer is None else self.transformer.config.text_dim
+        return None if self.transformer is None else self.transformer.config.get("text_dim", 0)
 
     def encode_image(
         self, image: Images, mask_image: Images | None, noise: torch.Tensor, num_images_per_prompt: int = 1
@@ -289,9 +289,8 @@ class TextToImagePipeline(LatentSamplingPipeline):
         """
         grid, prompts = (noise.shape[2], noise.shape[3]), len(noise) // num_images_per_prompt
         size = decoded_size(self.vae, noise.shape[1:])
-        with naming({"images must be square": "image must be square"}):
-            pixels = image_batch(image, size, "image", channels=3).to(noise.device)
-            clean = images_to_latents(self.vae, pixels, sample_posterior=False).float()
+        pixels = image_batch(image, size, "image", channels=3).to(noise.device)
+        clean = images_to_latents(self.vae, pixels, sample_posterior=False).float()
         repainted = None
         if mask_image is not None:
             mask = image_batch(mask_image, size, "mask_image", channels=1).to(noise.device)
@@ -341,7 +340,7 @@ class TextToImagePipeline(LatentSamplingPipeline):
         super().check_components()
 
     def _check_null_condition(self) -> None:
-        if not self.transformer.config.text_dropout_prob:
+        if self._text_dim and not self.transformer.config.text_dropout_prob:
             raise UserError(
                 f"guidance_scale is {self.guidance_scale}, but the transformer was trained with a prompt in every "
                 "sample (text_dropout_prob is 0); give a negative_prompt, or use guidance_scale=1"

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> str | None:
     Raises:
         UserError: dataset, autoencoder or an encoder cannot be used, an image is bad, or the folder is taken.
     """
-    dataset = open_image_dataset(data_config_from_words(args.data))
+    dataset = open_image_dataset(data_config_from_words(args.data), several_sizes=True)
     config = CacheConfig(
         batch_size=args.batch_size,
         shard_rows=args.shard_rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -94,9 +95,13 @@ TEXT_GENERATORS: dict[type, dict[str, Any]] = {
 TEXT_LENGTH, TEXT_DIM = 20, 32
 
 
-@cache
 def tiny_text_encoder() -> TextEncoder:
-    """A T5 of random weights with a tokenizer of bytes; frozen, so that all pipelines share it."""
+    """A T5 of random weights with a tokenizer of bytes."""
+    return copy.deepcopy(_saved_text_encoder())
+
+
+@cache
+def _saved_text_encoder() -> TextEncoder:
     from encoders.tiny_text_encoders import save_tiny
 
     with tempfile.TemporaryDirectory() as folder:
@@ -141,12 +146,23 @@ class PipelineMaker:
 
     transformer_class: type
 
-    def __call__(self, **overrides: Any) -> ClassToImagePipeline:
+    def __call__(self, **overrides: Any) -> Any:
         return tiny_pipeline(self.transformer_class, **overrides)
 
     def weaker(self) -> Any:
         """Another transformer of that class, for autoguidance."""
         return tiny_transformer(self.transformer_class, seed=5)
+
+
+@dataclass(frozen=True)
+class TextPipelineMaker(PipelineMaker):
+    """The same, of pipelines that take prompts."""
+
+    def __call__(self, **overrides: Any) -> Any:
+        return tiny_text_pipeline(self.transformer_class, **overrides)
+
+    def weaker(self) -> Any:
+        return tiny_text_transformer(self.transformer_class, seed=5)
 
 
 def inputs(**overrides: Any) -> dict[str, Any]:

@@ -17,7 +17,15 @@ from PIL import Image
 
 import repagen
 from repagen.cli import main
-from repagen.data import DataConfig, ImageDataset, LatentShards, StreamBatchSampler, load_batches, open_dataset
+from repagen.data import (
+    CaptionConfig,
+    DataConfig,
+    ImageDataset,
+    LatentShards,
+    StreamBatchSampler,
+    load_batches,
+    open_dataset,
+)
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
 from repagen.models.latents import images_to_latents
@@ -296,3 +304,59 @@ def test_two_processes_write_the_same_bytes(autoencoder: object, photos: Path, t
             [*launcher, "-m", "repagen.cli", *words], check=True, env=environment, capture_output=True, timeout=300
         )
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_cache_keeps_captions_and_several_sizes(tmp_path: Path) -> None:
+    """Every cached latent is that of its own image with its own captions, whatever its size; and a batch has one."""
+    torch.manual_seed(0)
+    kl = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shapes = [(16, 16), (24, 16), (16, 24)]
+    for number in range(11):
+        width, height = shapes[number % 3]
+        noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(f"picture {number}\nanother blå {number}")
+    config = DataConfig(
+        path=str(folder), image_size=16, captions=CaptionConfig(), buckets=["1:1", "3:2", "2:3"], bucket_step=4,
+        index_folder=str(tmp_path / "index"),
+    )  # fmt: skip
+    dataset = open_dataset(config)
+    assert isinstance(dataset, ImageDataset)
+    shards = cache_latents(kl, dataset, tmp_path / "cache", config=CacheConfig(batch_size=2, shard_rows=3))
+    assert len(shards) == 11 and shards.bucket_sizes == [(8, 8), (6, 10), (10, 6)] and shards.has_captions
+    assert shards.buckets is not None and shards.buckets.bincount().tolist() == [4, 4, 3]
+    seen = []
+    for row in range(11):
+        source = int(shards.describe(row).split("image ")[1].split()[0])
+        expected = images_to_latents(kl, dataset[source]["image"][None], sample_posterior=False)[0]
+        torch.testing.assert_close(shards[row]["latent"], expected, atol=1e-5, rtol=1e-5)
+        assert shards.captions(row) == dataset.captions(source) and shards[row]["caption"] == f"picture {source}"
+        assert shards[row]["latent"].shape[1:] == shards.bucket_sizes[int(shards.buckets[row])]
+        seen.append(source)
+    assert sorted(seen) == list(range(11))
+    sampler = StreamBatchSampler(11, 2, seed=0, num_steps=12, buckets=shards.buckets)
+    assert {batch["latent"].shape[2:] for batch in load_batches(shards, sampler, 0)} == {(8, 8), (6, 10), (10, 6)}
+    copy = open_dataset(DataConfig(kind="latents", path=str(tmp_path / "cache"), captions=CaptionConfig()))
+    assert copy.captions(3) == shards.captions(3)
+
+
+def test_what_cannot_be_cached_in_several_sizes_is_refused(
+    autoencoder: object, encoder: VisionEncoder, photos: Path, tmp_path: Path
+) -> None:
+    dataset = opened(photos, buckets=[[16, 16], [16, 24]], bucket_step=8, index_folder=str(tmp_path / "index"))
+    with pytest.raises(UserError, match=r"data\.buckets: 16x24 px, but RepresentationAutoencoder"):
+        cache_latents(autoencoder, dataset, tmp_path / "cache", config=CONFIG)
+    square = opened(photos, buckets=["1:1"], bucket_step=8, index_folder=str(tmp_path / "index"))
+    with pytest.raises(UserError, match=r"data\.buckets: alignment targets"):
+        cache_latents(autoencoder, square, tmp_path / "cache", encoders=[encoder], config=CONFIG)
+
+
+def test_a_cache_without_captions_refuses_to_give_them(autoencoder: object, photos: Path, tmp_path: Path) -> None:
+    cache_latents(autoencoder, opened(photos), tmp_path / "cache", config=CONFIG)
+    with pytest.raises(UserError, match=r"data\.captions: given, but data\.kind=latents"):
+        open_dataset(DataConfig(kind="latents", path=str(tmp_path / "cache"), captions=CaptionConfig()))
