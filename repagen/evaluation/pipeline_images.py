@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from abc import abstractmethod
-=======
 import hashlib
->>>>>>> pipeline
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -21,35 +18,26 @@ from repagen.randomness import generator_for
 
 if TYPE_CHECKING:
     from repagen.pipelines.class_to_image import ClassToImagePipeline
+    from repagen.pipelines.text_to_image import TextToImagePipeline
 
 
 class DrawnImages(ImageSource):
     """Images that a pipeline draws when they are asked for; a subclass says of what.
 
-<<<<<<< HEAD
     Networks see batches of one shape, so that image i is the same bit by bit for every number of images and processes,
     where noise and condition are functions of (seed, index) alone. The pipeline's own progress bar is switched off.
 
     Args:
         pipeline: a `ClassToImagePipeline` or `TextToImagePipeline`.
-=======
-    Noise, and the label in mode `random`, are functions of (seed, index) alone, and the networks see batches
-    of one shape, so that image i is the same bit by bit for every number of images and processes. The pipeline's own
-    progress bar is switched off.
-
-    Args:
-        pipeline: class-conditional, unconditional where its transformer has no classes, or one that takes prompts.
->>>>>>> pipeline
         num_images: how many there are.
         seed: of noise, and of conditions that are drawn.
         rounding: how pixels become 8-bit.
-        prompts: of a pipeline that takes them, which take turns.
         forward_batch_size: images in one pass of the pipeline. Another number rounds differently in the last bits.
         adapters: that the pipeline has loaded, as `load_adapters` describes them, for `protocol`.
         options: sampling options as in the pipeline's call (steps, guidance); those not given are the pipeline's own.
 
     Raises:
-        UserError: when no image is asked for, an option is unknown, or prompts are missing or not taken.
+        UserError: when no image is asked for, or an option is unknown.
     """
 
     def __init__(
@@ -59,7 +47,6 @@ class DrawnImages(ImageSource):
         *,
         seed: int = 0,
         rounding: Rounding = "round",
-        prompts: Sequence[str] = (),
         forward_batch_size: int = 32,
         adapters: Sequence[Mapping[str, Any]] = (),
         **options: Any,
@@ -70,18 +57,6 @@ class DrawnImages(ImageSource):
         self.pipeline = pipeline
         self.num_images = num_images
         self.seed = seed
-<<<<<<< HEAD
-=======
-        self.num_classes: int = self.pipeline.transformer.config.num_classes
-        self.prompts = prompts
-        takes_text = bool(getattr(self.pipeline.transformer, "takes_text", False))
-        if takes_text != bool(prompts):
-            raise UserError(
-                f"prompts: {len(prompts)} given, but the pipeline takes {'them' if takes_text else 'none'}; "
-                + ("give some, such as the captions of a dataset" if takes_text else "leave them out")
-            )
-        self.label_mode = label_mode if self.num_classes else "prompts" if prompts else "unconditional"
->>>>>>> pipeline
         self.rounding: Rounding = rounding
         self.forward_batch_size = forward_batch_size
         self.adapters = [dict(adapter) for adapter in adapters]
@@ -105,10 +80,6 @@ class DrawnImages(ImageSource):
         """The generator of an image's noise."""
         return generator_for(self.seed, "evaluation noise", index)
 
-    def condition(self, index: int) -> int | str | None:
-        """Prompt or class of image `index`; None for an unconditional pipeline."""
-        return self.prompts[index % len(self.prompts)] if self.prompts else self.label(index)
-
     def load(self, indices: Sequence[int]) -> list[torch.Tensor | Unreadable]:
         """Sample the images at `indices`."""
         batches = (
@@ -119,32 +90,17 @@ class DrawnImages(ImageSource):
 
     def _sample(self, indices: Sequence[int]) -> list[torch.Tensor]:
         padded = [*indices, *[indices[-1]] * (self.forward_batch_size - len(indices))]
-<<<<<<< HEAD
         images = self.pipeline(
             **self.condition(padded),
             generator=[self.noise(index) for index in padded],
             output_type="pt",
             **self.options,
-=======
-        generators = [generator_for(self.seed, "evaluation noise", index) for index in padded]
-        conditions = None if self.label_mode == "unconditional" else [self.condition(index) for index in padded]
-        count = len(padded) if conditions is None else 1
-        images = self.pipeline(
-            conditions, num_images_per_prompt=count, generator=generators, output_type="pt", **self.options
->>>>>>> pipeline
         ).images[: len(indices)]
         finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
         if not all(finite):
             raise UserError(f"{self.describe(indices[finite.index(False)])} has pixels that are not finite")
         return list(to_uint8(images, self.rounding).cpu())
 
-<<<<<<< HEAD
-=======
-    def describe(self, index: int) -> str:
-        """Number and label of a sample."""
-        return f"sample {index} ({'prompt' if self.prompts else 'label'} {self.condition(index)})"
-
->>>>>>> pipeline
     @property
     def protocol(self) -> dict[str, Any]:
         """Everything that moves the figure: conditions, seed, sampler, steps, guidance, dtype."""
@@ -153,12 +109,7 @@ class DrawnImages(ImageSource):
             "kind": "pipeline",
             "path": self.pipeline.config.get("_name_or_path"),
             **({"adapters": self.adapters} if self.adapters else {}),
-<<<<<<< HEAD
             **self.condition_facts,
-=======
-            "label_mode": self.label_mode,
-            **({"prompts_sha256": self._prompts_sha256()} if self.prompts else {}),
->>>>>>> pipeline
             "seed": self.seed,
             "rounding": self.rounding,
             "forward_batch_size": self.forward_batch_size,
@@ -168,12 +119,6 @@ class DrawnImages(ImageSource):
             "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
             **{name: value for name, value in asdict(self.resolved).items() if value is not None},
         }
-
-    def _prompts_sha256(self) -> str:
-        digest = hashlib.sha256()
-        for index in range(self.num_images):
-            digest.update(str(self.condition(index)).encode("utf-8", "surrogatepass") + b"\0")
-        return digest.hexdigest()
 
     @property
     def training(self) -> dict[str, Any]:
@@ -186,33 +131,42 @@ class DrawnImages(ImageSource):
 
 
 class PipelineImages(DrawnImages):
-    """Images of classes, or of nothing in particular, that a pipeline draws; see `DrawnImages`.
+    """Images of classes, of prompts, or of nothing in particular, that a pipeline draws; see `DrawnImages`.
 
     Args:
-        pipeline: class-conditional, or unconditional where its transformer has no classes.
+        pipeline: class-conditional, unconditional where its transformer has no classes, or one that takes prompts.
         num_images: how many there are.
         label_mode: `balanced` takes class i mod num_classes (RAE, JiT); `random` draws it uniformly (SiT, REPA).
             RAE reports a FID about 0.1 lower with balanced labels.
+        prompts: of a pipeline that takes them, which take turns.
         options: further ones of `DrawnImages`.
 
     Raises:
-        UserError: when no image is asked for, or an option is unknown.
+        UserError: when no image is asked for, an option is unknown, or prompts are missing or not taken.
     """
 
     def __init__(
         self,
-        pipeline: ClassToImagePipeline,
+        pipeline: ClassToImagePipeline | TextToImagePipeline,
         num_images: int,
         *,
         label_mode: LabelMode = "balanced",
+        prompts: Sequence[str] = (),
         **options: Any,
     ) -> None:
         super().__init__(pipeline, num_images, **options)
         self.num_classes: int = self.pipeline.transformer.config.num_classes
-        self.label_mode = label_mode if self.num_classes else "unconditional"
+        self.prompts = prompts
+        takes_text = bool(getattr(self.pipeline.transformer, "takes_text", False))
+        if takes_text != bool(prompts):
+            raise UserError(
+                f"prompts: {len(prompts)} given, but the pipeline takes {'them' if takes_text else 'none'}; "
+                + ("give some, such as the captions of a dataset" if takes_text else "leave them out")
+            )
+        self.label_mode = label_mode if self.num_classes else "prompts" if prompts else "unconditional"
 
     def label(self, index: int) -> int | None:
-        """Class of image `index`; None for an unconditional pipeline."""
+        """Class of image `index`; None for a pipeline without classes."""
         if self.num_classes == 0:
             return None
         if self.label_mode == "balanced":
@@ -220,17 +174,28 @@ class PipelineImages(DrawnImages):
         generator = generator_for(self.seed, "evaluation label", index)
         return int(torch.randint(self.num_classes, (), generator=generator))
 
+    def prompt(self, index: int) -> str:
+        """Prompt of image `index`, of a pipeline that takes them."""
+        return self.prompts[index % len(self.prompts)]
+
     def condition(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Their classes; without classes, how many they are."""
+        """Their prompts or classes; without either, how many they are."""
+        if self.prompts:
+            return {"prompt": [self.prompt(index) for index in indices]}
         if self.num_classes == 0:
             return {"class_labels": None, "num_images_per_prompt": len(indices)}
         return {"class_labels": [self.label(index) for index in indices]}
 
     def describe(self, index: int) -> str:
-        """Number and label of a sample."""
-        return f"sample {index} (label {self.label(index)})"
+        """Number and prompt or label of a sample."""
+        return f"sample {index} ({f'prompt {self.prompt(index)}' if self.prompts else f'label {self.label(index)}'})"
 
     @property
     def condition_facts(self) -> dict[str, Any]:
-        """How labels are chosen."""
-        return {"label_mode": self.label_mode}
+        """How labels are chosen, or which prompts there are."""
+        if not self.prompts:
+            return {"label_mode": self.label_mode}
+        digest = hashlib.sha256()
+        for index in range(self.num_images):
+            digest.update(self.prompt(index).encode("utf-8", "surrogatepass") + b"\0")
+        return {"label_mode": self.label_mode, "prompts_sha256": digest.hexdigest()}

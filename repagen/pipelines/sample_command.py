@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _GRID_IMAGES = 64
 _OF_CLASSES = ("ClassToImagePipeline",)
-_ALL_KINDS = (*_OF_CLASSES, "TextToImagePipeline")
+PIPELINE_KINDS = (*_OF_CLASSES, "TextToImagePipeline")
+"""Classes of pipelines that draw images."""
 _PROMPT_ARGUMENTS = ("prompt", "prompts_file", "negative_prompt", "height", "width")
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -152,7 +153,7 @@ def open_numbered_images(args: argparse.Namespace) -> NumberedImages:
         UserError: a model that cannot be loaded, or arguments that do not fit it.
     """
     require_at_least(args, {"number": 1, "batch_size": 1})
-    pipe, origin = open_pipeline(args, _ALL_KINDS)
+    pipe, origin = open_pipeline(args, PIPELINE_KINDS)
     subjects, arguments = _choose_subjects(pipe, args)
     options = sampler_options(args)
     pipe.check_options(options)

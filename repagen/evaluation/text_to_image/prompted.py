@@ -80,5 +80,5 @@ class PipelinePromptImages(DrawnImages, PromptedImages):
     @property
     def condition_facts(self) -> dict[str, Any]:
         """Prompts, and what else the pipeline was asked for."""
-        facts = {"prompts": self.prompts.sha256, "images_per_prompt": self.images_per_prompt, **self.arguments}
+        facts = {"prompts_sha256": self.prompts.sha256, "images_per_prompt": self.images_per_prompt, **self.arguments}
         return {**facts, "null_prompt": self.pipeline.config["null_prompt"]}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines.tiny_pipelines import any_size_autoencoder, tiny_pipeline, tiny_text_pipeline, tiny_text_transformer
+from pipelines.tiny_pipelines import tiny_pipeline
 
 from repagen import TextToImagePipeline
 from repagen.errors import UserError
@@ -20,15 +20,6 @@ from repagen.evaluation.text_to_image.scores import ScoringModel, clip_score
 
 TEXTS = ["a red cat", "two dogs", "a boat"]
 STEPS = ["--num-inference-steps", 2, "--guidance-scale", 2, "--forward-batch-size", 4]
-
-
-@pytest.fixture(scope="session")
-def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved pipeline that draws pictures of 32 px."""
-    folder = tmp_path_factory.mktemp("text") / "pipeline"
-    pipe = tiny_text_pipeline(transformer=tiny_text_transformer(sample_size=16), vae=any_size_autoencoder())
-    pipe.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +51,7 @@ def test_arguments_of_the_call_reach_the_picture_and_the_protocol(pipe: Any) -> 
     wide = images_of(pipe, arguments={"width": 48, "negative_prompt": "a dog", "height": None})
     assert wide.load([0])[0].shape == (3, 32, 48)  # type: ignore[union-attr]
     assert {"width": 48, "negative_prompt": "a dog", "guidance_scale": 2.0}.items() <= wide.protocol.items()
-    assert "height" not in wide.protocol and wide.protocol["prompts"] == prompt_set("other", TEXTS).sha256
+    assert "height" not in wide.protocol and wide.protocol["prompts_sha256"] == prompt_set("other", TEXTS).sha256
     plain = images_of(pipe, arguments={"width": 48})
     assert not torch.equal(plain.load([0])[0], wide.load([0])[0])  # type: ignore[arg-type]
 
