@@ -16,7 +16,8 @@ from repagen.encoders.spec import TextEncoderSpec
 from repagen.encoders.text_tower import TextTower, label, load_tokenizer, load_tower, text_family, tokenizer_sha256
 from repagen.errors import UserError
 from repagen.hub.fetching import complete_snapshot
-from repagen.hub.saved_models import WholeModelMixin, inspected_source
+from repagen.hub.saved_models import inspected_source
+from repagen.hub.whole_models import WholeModelMixin
 
 logger = logging.getLogger(__name__)
 

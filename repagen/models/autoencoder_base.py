@@ -13,7 +13,7 @@ from torch import nn
 from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
 from repagen.hub.published import PublishedModelMixin
-from repagen.hub.saved_models import WholeModelMixin
+from repagen.hub.whole_models import WholeModelMixin
 from repagen.models import encoder_storage
 
 if TYPE_CHECKING:

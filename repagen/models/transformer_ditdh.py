@@ -159,20 +159,14 @@ class DiTDHTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases dis
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict from a noisy latent.
+        """Predict from a noisy latent, and from a class or a text.
+
+        The other arguments and the result are those of `LatentTransformerMixin.forward`.
 
         Args:
-            hidden_states: x_t, (B, C, h, w).
-            timestep: t in [0, 1], 0 = data, 1 = noise; (B,), or one number for all.
-            class_labels: (B,) integers in [0, num_classes), or num_classes for no class where there is a null row.
             encoder_hidden_states: text embeddings (B, L, text_dim), in a model that takes text.
             encoder_attention_mask: (B, L) bool, True for real tokens; a row of False is an absent prompt. None: all
                 tokens are real.
-            attention_kwargs: {"scale": float} scales LoRA layers.
-            return_dict: an output object, else a tuple.
-
-        Returns:
-            `sample` (B, C, h, w) in the dtype of `hidden_states`, in the prediction type of the config.
 
         Raises:
             UserError: (a ValueError) a latent of another size, a time or a class that is none, text that does not

@@ -17,12 +17,9 @@ from repagen.config import load_config
 from repagen.data import DataConfig, SampleDataset, open_dataset
 from repagen.data.config import CaptionConfig
 from repagen.errors import UserError, run_as_program
-from repagen.training.frozen import FrozenParts
 from repagen.training.generator import train_new
-from repagen.training.generator_alignment import refuse_single_samples
-from repagen.training.generator_model import pinned_pretrained
 from repagen.training.launch import program_main
-from repagen.training.run import open_run
+from repagen.training.run import Run, open_run
 from repagen.training.text_conditioning import TextConditioning, open_text_encoder, shown_prompts
 from repagen.training.text_to_image_config import TextToImageConfig
 
@@ -38,15 +35,13 @@ def train(config: TextToImageConfig) -> Path:
         RunStopped: when a signal stopped the run after a checkpoint.
     """
     with open_run(config, "text_to_image") as run:
-        refuse_single_samples(config.alignment, run.plan.micro_size)
-        config.transformer.revision = run.on_main(partial(pinned_pretrained, config.transformer))
-        dataset = open_captioned(config.data)
-        prompts = shown_prompts(config.sample.prompts, dataset, config.sample.num_images)
-        text = config.text
-        conditioning = TextConditioning(
-            open_text_encoder(config), run, text.null_prompt, text.dropout, prompts, text.cache
-        )
-        return train_new(run, config, FrozenParts.open(config, dataset, run), conditioning, dataset)
+        return train_new(run, config, open_captioned, partial(_read_captions, config, run))
+
+
+def _read_captions(config: TextToImageConfig, run: Run, dataset: SampleDataset) -> TextConditioning:
+    prompts = shown_prompts(config.sample.prompts, dataset, config.sample.num_images)
+    encoder, text = open_text_encoder(config), config.text
+    return TextConditioning(encoder, run, text.null_prompt, text.dropout, prompts, text.cache)
 
 
 def open_captioned(config: DataConfig) -> SampleDataset:

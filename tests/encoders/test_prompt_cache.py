@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from encoders.tiny_text_encoders import PROMPTS, save_tiny
+from safetensors.torch import save
 
 from repagen.encoders.prompt_cache import CachedTextEncoder, PromptCache
 from repagen.encoders.text import TextEmbeddings, TextEncoder
@@ -102,12 +103,13 @@ def test_damaged_files_are_read_again(encoder: TextEncoder, tmp_path: Path, monk
     expected = cached.encode(["a"])
     (path,) = tmp_path.rglob("*.safetensors")
     read = count_reads(encoder, monkeypatch)
-    for damage in (path.read_bytes()[:-10], b"", path.read_bytes()[:4]):
+    other = save({"mask": torch.ones(3, dtype=torch.bool), "embeddings": torch.zeros(3, 32)})
+    for damage in (path.read_bytes()[:-10], b"", path.read_bytes()[:4], other):
         path.write_bytes(damage)
         assert same(cached.encode(["a"]), expected)
     (path.parent / ".tmp-1-half.safetensors").write_bytes(b"of a killed process")
     assert cached.cache.size() == (1, path.stat().st_size)
-    assert len(read) == 3 and same(CachedTextEncoder(tmp_path).encode(["a"]), expected)
+    assert len(read) == 4 and same(CachedTextEncoder(tmp_path).encode(["a"]), expected)
 
 
 def test_what_is_no_cache_is_refused(encoder: TextEncoder, tmp_path: Path) -> None:

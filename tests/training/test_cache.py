@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from encoders.tiny_text_encoders import save_tiny
 from PIL import Image
 
 import repagen
@@ -27,6 +28,8 @@ from repagen.data import (
     open_dataset,
 )
 from repagen.encoders import VisionEncoder
+from repagen.encoders.prompt_cache import CachedTextEncoder
+from repagen.encoders.text import TextEncoder
 from repagen.errors import UserError
 from repagen.models.latents import images_to_latents
 from repagen.training.latent_cache import CacheConfig, cache_latents, require_matching_cache
@@ -271,6 +274,52 @@ def test_command_caches_targets_of_named_encoders(
     shards = LatentShards(tmp_path / "cache")
     assert shards[0]["targets"][0].shape == (4, 8)
     require_matching_cache(shards, repagen.RepresentationAutoencoder.from_pretrained(tmp_path / "ae"), [encoder])
+
+
+def test_command_keeps_captions_and_their_embeddings(
+    autoencoder: object, photos: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Afterwards every caption is found without the text encoder, as the text encoder reads it."""
+    for number, path in enumerate(sorted(photos.rglob("*.png"))):
+        path.with_suffix(".txt").write_text(f"a red cube\nnumber {number}")
+    text = save_tiny(tmp_path / "text", "qwen3")
+    first, *others = command(autoencoder, photos, tmp_path, "cache")
+    words = [first, "data.captions={}", *others, "--prompt-cache", str(tmp_path / "prompts"), "--text-encoder"]
+    words += [str(text), "--max-length", "12", "--hidden-layer", "-2"]
+    monkeypatch.setattr(sys, "argv", ["repagen", *words])
+    main()
+    assert capsys.readouterr().out.strip().endswith(f"text.cache={tmp_path / 'prompts'}")
+    shards = LatentShards(tmp_path / "cache")
+    texts = [text for index in range(COUNT) for text in shards.captions(index).texts]
+    assert set(texts) == {"a red cube", *(f"number {number}" for number in range(COUNT))}
+    encoder = TextEncoder.from_encoder(text, max_length=12, hidden_layer=-2)
+    cached = CachedTextEncoder(tmp_path / "prompts")
+    assert cached.cache.size()[0] == COUNT + 2  # and the empty one
+    for one, other in zip(cached.encode(texts[:5]), encoder.encode(texts[:5]), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--text-encoder", "x"], "--text-encoder and --prompt-cache go together"),
+        (["--text-encoder", "x", "--prompt-cache", "y"], "the images have no captions"),
+        (
+            ["data.captions.missing=empty", "--text-encoder", "no/where", "--prompt-cache", "y"],
+            "--text-encoder: .*no/where",
+        ),
+    ],
+)
+def test_command_refuses_captions_it_cannot_encode(
+    autoencoder: object, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    first, *others = command(autoencoder, photos, tmp_path, "cache")
+    settings = [word for word in words if word.startswith("data.")]
+    others += words[len(settings) :]
+    monkeypatch.setattr(sys, "argv", ["repagen", "--debug", first, *settings, *others])
+    with pytest.raises(UserError, match=message):
+        main()
 
 
 @pytest.mark.slow
