@@ -12,6 +12,7 @@ from repagen.hub.card import CardFacts, CardKind, LicenceFact, class_to_ask_for,
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PIPELINE_FILE = "model_index.json"
+_PIPELINES = ("ClassToImagePipeline", "TextToImagePipeline")
 _PROMPT = "a picture of a cat"
 _ONE_SIDED = "What it draws is as one-sided as the images it was trained on; nothing filters it."
 
@@ -43,7 +44,7 @@ def carries_code(folder: Path) -> bool:
     if not (folder / PIPELINE_FILE).is_file():
         return False
     kind = _read(folder / PIPELINE_FILE).get("_class_name")
-    return isinstance(kind, list) and kind[-1:] == ["ClassToImagePipeline"]
+    return isinstance(kind, list) and bool(kind) and kind[-1] in _PIPELINES
 
 
 def _text_pipeline_facts(folder: Path, parts: Mapping[str, str], licences: Sequence[LicenceFact]) -> CardFacts:
@@ -68,9 +69,10 @@ def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
     if defaults:
         parts["sampling"] = ", ".join(f"{key} {value}" for key, value in defaults.items())
     parts = {name: text for name, text in parts.items() if text}
-    if index.get("_class_name") == "TextToImagePipeline":
+    kind = index.get("_class_name")
+    if (kind[-1] if carries_code(folder) else kind) == "TextToImagePipeline":
         return _text_pipeline_facts(folder, parts, licences)
-    if index.get("_class_name") != "ClassToImagePipeline" and not carries_code(folder):
+    if kind != "ClassToImagePipeline" and not carries_code(folder):
         raise _unknown_class(index, folder / PIPELINE_FILE)
     transformer = _config(folder / "transformer")
     autoencoder = _config(folder / "vae")
