@@ -56,7 +56,7 @@ def _text_pipeline_facts(folder: Path, parts: Mapping[str, str], licences: Seque
         parts={**parts, **{name: text for name in ("text_encoder",) if (text := _part(folder / name))}},
         prompt=_PROMPT,
         tags=("text-to-image",),
-        licences=licences or _unstated_encoder(autoencoder),
+        licences=licences or (*_unstated_encoders(autoencoder), *_unstated_encoders(_config(folder / "text_encoder"))),
         encoder_outside=_encoder_outside(autoencoder),
         limits=(_ONE_SIDED,),
     )
@@ -89,7 +89,7 @@ def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         num_classes=num_classes,
         example=class_to_ask_for(names),
         tags=("class-conditional",) if num_classes else (),
-        licences=licences or _unstated_encoder(autoencoder),
+        licences=licences or _unstated_encoders(autoencoder),
         encoder_outside=_encoder_outside(autoencoder),
         limits=_class_limits(num_classes),
     )
@@ -114,7 +114,7 @@ def _model_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         parts={kind: _part(folder)},
         num_classes=config.get("num_classes", 0),
         tags=("autoencoder" if kind == "autoencoder" else "generator",),
-        licences=licences or _unstated_encoder(config),
+        licences=licences or _unstated_encoders(config),
         encoder_outside=outside,
         limits=_class_limits(config["num_classes"]) if "num_classes" in config else (),
     )
@@ -155,13 +155,19 @@ def _class_limits(num_classes: int) -> tuple[str, ...]:
     return (known, _ONE_SIDED)
 
 
-def _unstated_encoder(config: Mapping[str, Any]) -> tuple[LicenceFact, ...]:
-    """The encoder that a config names, where nobody said its licence."""
-    encoder = config.get("encoder")
-    if not encoder:
-        return ()
-    name = str(without_local_paths(encoder.get("name_or_path") or encoder.get("family")))
-    return (LicenceFact(part="encoder", name=name, licence="unknown here", consequence="see the encoder's own card"),)
+def _unstated_encoders(config: Mapping[str, Any]) -> tuple[LicenceFact, ...]:
+    """The encoders, of images or texts, that a component's config names, where nobody said their licences."""
+    named = [("encoder", encoder) for encoder in [config.get("encoder")] if encoder]
+    named += [("text encoder", encoder) for encoder in config.get("encoders") or ()]
+    return tuple(
+        LicenceFact(
+            part=part,
+            name=str(without_local_paths(encoder.get("name_or_path") or encoder.get("family"))),
+            licence="unknown here",
+            consequence="see the encoder's own card",
+        )
+        for part, encoder in named
+    )
 
 
 def _encoder_outside(config: Mapping[str, Any]) -> bool:
