@@ -70,9 +70,10 @@ def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         parts["sampling"] = ", ".join(f"{key} {value}" for key, value in defaults.items())
     parts = {name: text for name, text in parts.items() if text}
     kind = index.get("_class_name")
-    if (kind[-1] if carries_code(folder) else kind) == "TextToImagePipeline":
+    kind = kind[-1] if kind and carries_code(folder) else kind
+    if kind == "TextToImagePipeline":
         return _text_pipeline_facts(folder, parts, licences)
-    if kind != "ClassToImagePipeline" and not carries_code(folder):
+    if kind != "ClassToImagePipeline":
         raise _unknown_class(index, folder / PIPELINE_FILE)
     transformer = _config(folder / "transformer")
     autoencoder = _config(folder / "vae")
