@@ -13,8 +13,9 @@ from random weights the same steps left shapes that nobody could tell apart (54 
 Trained on attributes alone, a 4x4 grid lost the colours too.
 
 Then the text tower, against the locked vision tower (SigLiT of SigLIP, 2303.15343): sigmoid contrastive loss; each
-token names its own word, so that no token collapses; and the mean token tells what stands in which quadrant and which
-objects there are, so that words are bound to each other.
+token names its own word, so that no token collapses; each name of a shape tells its colour, size and quadrant, and the
+mean token what stands in which quadrant and which objects there are, so that words are bound to each other. Without
+the former a linear probe found the colour that goes with a shape in 69 %, its quadrant in 52 %.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from repagen.data.shapes import (
     SHAPES,
     SIZES,
     Scene,
+    ScenePrompt,
     check_scene,
     draw_scene,
     sample_scene,
@@ -71,6 +73,7 @@ TEXT = {
     "max_position_embeddings": MAX_WORDS, "projection_size": VISION["hidden_size"],
 }  # fmt: skip
 QUADRANT_CLASSES = {"shape": [None, *SHAPES], "colour": [None, *COLOURS], "size": [None, *SIZES]}
+BOUND_CLASSES = {"colour": [None, *COLOURS], "size": [None, *SIZES], "quadrant": [None, *QUADRANTS]}
 KINDS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 
 
@@ -96,6 +99,8 @@ class Scenes:
     Attributes:
         images: (N, 3, 32, 32) uint8.
         ids: (N, P, 24) tokens of P prompts each; scenes with fewer repeat theirs.
+        bindings: attribute => what goes with each token (N, P, 24): 0: the prompt does not say; -1: the token is no
+            name of a shape.
         quadrants: attribute => class in each quadrant (N, 4).
         backgrounds: (N,); `kinds`: (N, 24) whether such an object is there; `counts`: objects (N,), from 0.
     """
@@ -103,10 +108,14 @@ class Scenes:
     def __init__(self, scenes: list[Scene], tokenizer: PreTrainedTokenizerFast) -> None:
         self.scenes = scenes
         self.images = torch.from_numpy(np.stack([draw_scene(scene) for scene in scenes])).permute(0, 3, 1, 2)
-        texts = [[prompt.text for prompt in scene.prompts()] for scene in scenes]
-        most = max(map(len, texts))
-        rows = [row[i % len(row)] for row in texts for i in range(most)]
-        self.ids = tokenize(tokenizer, rows).unflatten(0, (len(scenes), most))
+        prompts = [scene.prompts() for scene in scenes]
+        most = max(map(len, prompts))
+        rows = [row[i % len(row)] for row in prompts for i in range(most)]
+        flat = tokenize(tokenizer, [prompt.text for prompt in rows])
+        self.ids = flat.unflatten(0, (len(scenes), most))
+        self.bindings = {
+            name: bound.unflatten(0, (len(scenes), most)) for name, bound in _bindings(flat, rows, tokenizer).items()
+        }
         self.quadrants = {
             name: torch.tensor([_quadrant_classes(scene, name) for scene in scenes]) for name in QUADRANT_CLASSES
         }
@@ -117,6 +126,21 @@ class Scenes:
     def pixels(self, chosen: torch.Tensor | slice) -> torch.Tensor:
         """Return normalised pixels."""
         return (self.images[chosen].float() / 255 - MEAN) / STD
+
+
+def _bindings(
+    ids: torch.Tensor, prompts: list[ScenePrompt], tokenizer: PreTrainedTokenizerFast
+) -> dict[str, torch.Tensor]:
+    """What goes with each token (N, 24) of prompts: their shapes are named in the order of their objects."""
+    names = {word for shape in SHAPES for word in (shape, f"{shape}s", f"{shape}es")}
+    known = torch.tensor([id for word, id in tokenizer.get_vocab().items() if word in names])
+    bound = {name: torch.full_like(ids, -1, dtype=torch.int8) for name in BOUND_CLASSES}
+    rows, columns = torch.isin(ids, known).nonzero(as_tuple=True)
+    turns = torch.cat([torch.arange(count) for count in rows.bincount().tolist()])
+    for row, column, turn in zip(rows.tolist(), columns.tolist(), turns.tolist(), strict=True):
+        for name, classes in BOUND_CLASSES.items():
+            bound[name][row, column] = classes.index(getattr(prompts[row].objects[turn], name))
+    return bound
 
 
 def _quadrant_classes(scene: Scene, name: str) -> list[int]:
@@ -149,6 +173,7 @@ class Objective(nn.Module):
         self.pooled_head = nn.Linear(width, of_scene)
         self.word_head = nn.Linear(text_width, vocabulary)
         self.scene_head = nn.Linear(text_width, of_scene)
+        self.bound_head = nn.Linear(text_width, sum(map(len, BOUND_CLASSES.values())))
 
     @torch.no_grad()
     def start_from_components(self, pixels: torch.Tensor, generator: torch.Generator) -> None:
@@ -209,8 +234,18 @@ class Objective(nn.Module):
         return {
             "contrastive": self.sigmoid_loss(seen[chosen], pooled),
             "words": F.cross_entropy(self.word_head(words)[real], ids[real]),
+            "bound": self.bound_loss(words, {name: of[chosen, prompt] for name, of in data.bindings.items()}),
             "scene": self.scene_loss(self.scene_head(mean), data, chosen),
         }
+
+    def bound_loss(self, words: torch.Tensor, bindings: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What goes with the names of shapes."""
+        parts = self.bound_head(words).split([len(classes) for classes in BOUND_CLASSES.values()], -1)
+        losses = [
+            F.cross_entropy(part.flatten(0, 1), bindings[name].long().flatten(), ignore_index=-1)
+            for name, part in zip(BOUND_CLASSES, parts, strict=True)
+        ]
+        return torch.stack(losses).sum()
 
     def sigmoid_loss(self, seen: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """SigLIP, algorithm 1."""
@@ -246,7 +281,15 @@ def _quadrant_loss(logits: torch.Tensor, targets: dict[str, torch.Tensor], chose
     return torch.stack(losses).sum()
 
 
-WEIGHTS = {"pixels": 1.0, "quadrants": 0.1, "pooled": 0.05, "contrastive": 0.5, "words": 0.3, "scene": 0.5}
+WEIGHTS = {
+    "pixels": 1.0,
+    "quadrants": 0.1,
+    "pooled": 0.05,
+    "contrastive": 0.5,
+    "words": 0.3,
+    "bound": 0.5,
+    "scene": 0.5,
+}
 
 
 def train(
@@ -281,7 +324,11 @@ def train_vision(objective: Objective, data: Scenes, steps: int, seed: int) -> l
     objective.start_from_components(data.pixels(slice(0, 4000)), generator_for(seed, "shapes_encoders/mixing"))
     heads = (objective.decoder, objective.quadrant_head, objective.pooled_head)
     parameters = [p for part in (objective.model.vision_model, *heads) for p in part.parameters()]
-    return train([*parameters, objective.places], partial(objective.vision_losses, data), steps, seed, "vision")
+    log = train([*parameters, objective.places], partial(objective.vision_losses, data), steps, seed, "vision")
+    with torch.no_grad():
+        for parameter in objective.model.vision_model.parameters():
+            parameter.copy_(parameter.half())  # what is saved is what the text tower is trained against
+    return log
 
 
 def train_text(objective: Objective, data: Scenes, steps: int, seed: int) -> list[dict[str, float]]:
@@ -289,7 +336,7 @@ def train_text(objective: Objective, data: Scenes, steps: int, seed: int) -> lis
     with torch.no_grad():
         parts = torch.arange(TRAIN_SCENES).split(500)
         seen = torch.cat([objective.see(data.pixels(part))[1] for part in tqdm(parts, desc="pictures")])
-    heads = (objective.word_head, objective.scene_head)
+    heads = (objective.word_head, objective.bound_head, objective.scene_head)
     parameters = [p for part in (objective.model.text_model, *heads) for p in part.parameters()]
     parameters += [objective.model.logit_scale, objective.model.logit_bias]
     return train(parameters, partial(objective.text_losses, data, seen), steps, seed, "text")
