@@ -28,6 +28,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,8 +73,13 @@ TEXT = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
     "max_position_embeddings": MAX_WORDS, "projection_size": VISION["hidden_size"],
 }  # fmt: skip
-QUADRANT_CLASSES = {"shape": [None, *SHAPES], "colour": [None, *COLOURS], "size": [None, *SIZES]}
-BOUND_CLASSES = {"colour": [None, *COLOURS], "size": [None, *SIZES], "quadrant": [None, *QUADRANTS]}
+Classes = dict[str, list[Any]]
+QUADRANT_CLASSES: Classes = {"shape": [None, *SHAPES], "colour": [None, *COLOURS], "size": [None, *SIZES]}
+BOUND_CLASSES: Classes = {
+    "colour": [None, *COLOURS],
+    "size": [None, *SIZES],
+    "quadrant": [None, *QUADRANTS],
+}
 KINDS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 
 

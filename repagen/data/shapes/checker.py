@@ -126,13 +126,11 @@ def judge(found: FoundScene, prompt: ScenePrompt) -> SceneVerdict:
     wanted = prompt.objects
     pool: list[FoundObject | None] = [*found.objects, *[None] * len(wanted)]
     judged = [
-        [_judge(item, request) for item, request in zip(order, wanted, strict=True)]
-        + [(_stands(order, prompt.relation),)]
+        ([_judge(item, request) for item, request in zip(order, wanted, strict=True)], _stands(order, prompt.relation))
         for order in itertools.permutations(pool[: len(wanted) + _MAX_CONSIDERED], len(wanted))
     ]
-    best = max(judged, key=lambda rows: (sum(map(all, rows)), sum(map(sum, rows))))
-    *objects, (related,) = best
-    shape, colour, size, position = (all(column) for column in zip(*objects, strict=True))
+    rows, related = max(judged, key=lambda pair: (sum(map(all, pair[0])) + pair[1], sum(map(sum, pair[0]))))
+    shape, colour, size, position = (all(column) for column in zip(*rows, strict=True))
     return SceneVerdict(
         object=shape,
         colour=colour,
