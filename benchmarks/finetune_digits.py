@@ -7,11 +7,12 @@ replication) at random places, sizes, slants and widths. The pipeline is fine-tu
 
 - `full`: the whole generator, with some of the pipeline's own images of each digit (prior preservation);
 - `lora`: adapters and the new rows of the label table, with prior images;
-- `labels`: the new rows alone, which begin with the mean of the digits' rows.
+- `labels`: the new rows alone.
 
 These three take `FORMS`: a chair, a hoop, a snail and a swan, forms that the generator has (of 4, 0, 6 and 2) under
-names that it does not have. `full_strokes`, `lora_strokes` and `labels_strokes` take `STROKES` that no digit has: a
-cross, a plus, a corner and a cup.
+names that it does not have. The new rows begin with those of these digits (`labels.start_from`), and in
+`labels_from_mean` with the mean of all digits. `full_strokes`, `lora_strokes` and `labels_strokes` take `STROKES` that
+no digit has: a cross, a plus, a corner and a cup.
 
 The judge is the quickstart's classifier, trained on the real training digits and on 150 further drawings of each
 class: it has seen none of the 20 images, and shares nothing with encoder, autoencoder and generator. A stroke is a
@@ -128,18 +129,18 @@ _SHARED = ["flow.time=logit_normal", "optimizer.schedule.kind=linear", "optimize
 _TARGETS = (
     "[to_q, to_k, to_v, to_out.0, ff.linear_in, ff.linear_out, modulation, modulation_out, condition_proj, proj_out]"
 )
-_FULL = ["optimizer.learning_rate=1.5e-3", "prior.images_per_class=10"]
-_LORA = [
-    "optimizer.learning_rate=1e-2", "prior.images_per_class=10",
-    "lora.rank=4", "lora.alpha=16", f"lora.target_modules={_TARGETS}",
-]  # fmt: skip
+_FULL = ["prior.images_per_class=10"]
+_LORA = ["prior.images_per_class=10", "lora.rank=4", "lora.alpha=16", f"lora.target_modules={_TARGETS}"]
 _LABELS = ["max_steps=300", "optimizer.learning_rate=0.05"]
+_FROM_DIGITS = [f"labels.start_from.{name}='{digit}'" for name, digit in FORMS.like.items()]
+# Forms ask little change of a generator that has them; strokes need higher rates and more steps.
 MODES = {
-    "full": Mode("finetune_full", ["max_steps=500", *_FULL]),
-    "lora": Mode("finetune_lora", ["max_steps=500", *_LORA]),
-    "labels": Mode("finetune_labels", _LABELS),
-    "full_strokes": Mode("finetune_full", ["max_steps=1800", *_FULL], STROKES),
-    "lora_strokes": Mode("finetune_lora", ["max_steps=1500", *_LORA], STROKES),
+    "full": Mode("finetune_full", ["max_steps=300", "optimizer.learning_rate=4e-4", *_FULL, *_FROM_DIGITS]),
+    "lora": Mode("finetune_lora", ["max_steps=300", "optimizer.learning_rate=3e-3", *_LORA, *_FROM_DIGITS]),
+    "labels": Mode("finetune_labels", ["max_steps=300", "optimizer.learning_rate=1e-3", *_FROM_DIGITS]),
+    "labels_from_mean": Mode("finetune_labels", _LABELS),
+    "full_strokes": Mode("finetune_full", ["max_steps=1800", "optimizer.learning_rate=1.5e-3", *_FULL], STROKES),
+    "lora_strokes": Mode("finetune_lora", ["max_steps=1500", "optimizer.learning_rate=1e-2", *_LORA], STROKES),
     "labels_strokes": Mode("finetune_labels", _LABELS, STROKES),
 }
 
