@@ -21,6 +21,8 @@ _PUBLIC_NAMES = {
     "AttentionAlignment": "repagen.alignment",
     "ClassToImagePipeline": "repagen.pipelines.class_to_image",
     "ClassToImagePipelineOutput": "repagen.pipelines.class_to_image",
+    "TextToImagePipeline": "repagen.pipelines.text_to_image",
+    "TextToImagePipelineOutput": "repagen.pipelines.text_to_image",
     "ClassTokenDenoising": "repagen.alignment",
     "DDPMDiTTransformer2DModel": "repagen.models.transformer_dit",
     "DDTTransformer2DModel": "repagen.models.transformer_ddt",

@@ -147,6 +147,8 @@ class AlignmentTerm(nn.Module):
         self._record.grid = network.token_grid
         for number, module in self._record.modules.items():
             listen(module, self._record, number, self.listens_to)
+        if getattr(network, "any_size", False):
+            listen(network.patch_embed, self._record, 0, "grid")
 
     @contextmanager
     def capture(self, model: nn.Module) -> Iterator[None]:
@@ -190,7 +192,7 @@ class Record:
 
     Attributes:
         active: whether taps write into it.
-        grid: rows and columns of the generator's tokens.
+        grid: rows and columns of the generator's tokens; of the last pass, in a generator for any size.
         modules: what is listened to, by block number.
         values: what was kept, by block number.
     """
@@ -220,17 +222,25 @@ class Record:
         return {"active": False, "grid": self.grid, "modules": {}, "values": {}}
 
 
+TapKind = Literal["output", "input", "grid"]
+
+
 class _Tap:
     """Forward hook of one module."""
 
-    def __init__(self, record: Record, number: int, kind: Literal["output", "input"], keeps: bool) -> None:
+    def __init__(self, record: Record, number: int, kind: TapKind, keeps: bool) -> None:
         self.record = record
         self.number = number
         self.kind = kind
         self.keeps = keeps
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.keeps and self.record.active:
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        if not (self.keeps and self.record.active):
+            return
+        if self.kind == "grid":
+            rows, columns = (n // k for n, k in zip(args[0].shape[2:], module.proj.kernel_size, strict=True))
+            self.record.grid = (rows, columns)
+        else:
             self.record.values[self.number] = output if self.kind == "output" else args
 
 
@@ -238,16 +248,16 @@ def listen(
     module: nn.Module,
     record: Record,
     number: int,
-    kind: Literal["output", "input"] = "output",
+    kind: TapKind = "output",
     keeps: bool = True,
 ) -> RemovableHandle | None:
-    """Hook a module once, however often it is asked, so that a record keeps its output, or its positional inputs.
+    """Hook a module once, however often it is asked, so that a record keeps something of its passes.
 
     Args:
         module: to listen to.
         record: that keeps.
         number: under which it does.
-        kind: what is kept.
+        kind: what is kept: its output, its positional inputs, or of a `PatchEmbedding` the grid of tokens.
         keeps: False for a hook that does nothing, see `AttentionAlignment.attach`.
 
     Returns:

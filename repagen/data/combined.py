@@ -20,8 +20,8 @@ class CombinedDataset(SampleDataset):
 
     Args:
         parts: datasets, each with the label of the whole that each of its own labels becomes; none for one without
-            classes.
-        class_names: of the labels of the whole; empty without classes, which all parts are then.
+            classes, or whose classes do not matter.
+        class_names: of the labels of the whole; empty without classes.
 
     Raises:
         UserError: the parts have buckets of different sizes.
@@ -33,7 +33,7 @@ class CombinedDataset(SampleDataset):
         self.has_captions = all(dataset.has_captions for dataset, _ in parts)
         self._ends = list(accumulate(len(dataset) for dataset, _ in parts))
         for dataset, labels in self.parts:
-            assert len(labels) == dataset.num_classes, "a label of the whole for each label of the part"
+            assert len(labels) == (dataset.num_classes if self.class_names else 0), "a label for each of the part's"
             assert bool(labels) == bool(self.class_names), "all parts have classes, or none has"
         self.bucket_sizes = self.parts[0][0].bucket_sizes
         if any(list(dataset.bucket_sizes) != list(self.bucket_sizes) for dataset, _ in self.parts):
@@ -52,7 +52,7 @@ class CombinedDataset(SampleDataset):
         """Return sample `index` of the whole, with its label and index there."""
         dataset, labels, own = self._place(index)
         sample = dataset.load(own, generator)
-        return {**sample, "label": labels[sample["label"]] if labels else sample["label"], "index": index}
+        return {**sample, "label": labels[sample["label"]] if labels else 0, "index": index}
 
     def captions(self, index: int) -> Captions:
         """Return all captions of sample `index`; where every part has captions."""

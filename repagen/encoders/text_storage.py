@@ -21,14 +21,14 @@ from repagen.hub.whole_models import WholeModelMixin
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER = "tokenizer_{}"  # sub-folder of each encoder's tokenizer
+_TOKENIZER = "tokenizer.{}"  # sub-folder of each; a name without a dot breaks diffusers' search for variants
 
 
 class StoredTextEncoder(WholeModelMixin):
     """The part of `TextEncoder` that loads and saves.
 
     The folder holds `config.json` and, where the weights are saved along, `diffusion_pytorch_model*.safetensors` of
-    all encoders and a sub-folder `tokenizer_0`, `tokenizer_1` ... of each one's tokenizer.
+    all encoders and a sub-folder `tokenizer.0`, `tokenizer.1` ... of each one's tokenizer.
     """
 
     config: Any

@@ -7,12 +7,12 @@ The same command again continues an interrupted run, and writes the pipeline aga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from repagen.config import load_config
-from repagen.data import SampleDataset, open_dataset
+from repagen.data import DataConfig, SampleDataset, open_dataset
 from repagen.errors import run_as_program
 from repagen.training.conditioning import ClassConditioning, Conditioning
 from repagen.training.frozen import FrozenParts
@@ -36,30 +36,37 @@ def train(config: GeneratorConfig) -> Path:
         RunStopped: when a signal stopped the run after a checkpoint.
     """
     with open_run(config, "generator") as run:
-        refuse_single_samples(config.alignment, run.plan.micro_size)
-        config.transformer.revision = run.on_main(partial(pinned_pretrained, config.transformer))
-        dataset = open_dataset(config.data)
-        frozen = FrozenParts.open(config, dataset, run)
-        conditioning = ClassConditioning.of_all(dataset.class_names, config.label_dropout)
-        return train_new(run, config, frozen, conditioning, dataset)
+        return train_new(
+            run,
+            config,
+            open_dataset,
+            lambda dataset: ClassConditioning.of_all(dataset.class_names, config.label_dropout),
+        )
 
 
 def train_new(
-    run: Run, config: NewGeneratorConfig, frozen: FrozenParts, conditioning: Conditioning, dataset: SampleDataset
+    run: Run,
+    config: NewGeneratorConfig,
+    open_data: Callable[[DataConfig], SampleDataset],
+    condition_on: Callable[[SampleDataset], Conditioning],
 ) -> Path:
     """Make the network, or take a pretrained one, train it and release a pipeline.
 
     Args:
         run: the run.
         config: of the training.
-        frozen: autoencoder and encoders.
-        conditioning: what the network is conditioned on.
-        dataset: of the training.
+        open_data: opens the dataset.
+        condition_on: makes of a dataset what the network is conditioned on.
 
     Raises:
         UserError: parts do not fit together; a step went wrong.
         RunStopped: when a signal stopped the run after a checkpoint.
     """
+    refuse_single_samples(config.alignment, run.plan.micro_size)
+    config.transformer.revision = run.on_main(partial(pinned_pretrained, config.transformer))
+    dataset = open_data(config.data)
+    conditioning = condition_on(dataset)
+    frozen = FrozenParts.open(config, dataset, run)
     model = build_model(config, frozen.latent_shape, conditioning.model_arguments, frozen.class_token_dim)
     refuse_other_autoencoder(config, frozen.fingerprints["autoencoder"])
     pipeline = build_pipeline(config, model, frozen.autoencoder, conditioning, frozen.latent_shape)

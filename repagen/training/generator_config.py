@@ -400,12 +400,14 @@ class SampleConfig:
 
     Attributes:
         every_steps: a grid after every so many optimiser steps; 0: none.
-        num_images: images in a grid; classes take turns.
+        num_images: images in a grid; classes or prompts take turns.
+        prompts: of a text-to-image generator; none given: the first captions of the data.
         guidance_scale: 1 is unguided; None: the sampler's.
     """
 
     every_steps: int = 0
     num_images: int = 16
+    prompts: list[str] = field(default_factory=list)
     guidance_scale: float | None = None
 
     def validate(self) -> None:
@@ -484,3 +486,4 @@ class GeneratorConfig(NewGeneratorConfig):
         """Check the ranges."""
         super().validate()
         require_dropout(self.label_dropout)
+        require(not self.sample.prompts, "sample.prompts", self.sample.prompts, "none: this program's are classes")

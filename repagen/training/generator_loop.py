@@ -23,6 +23,7 @@ from repagen.training.evaluation import open_evaluation
 from repagen.training.frozen import FrozenParts
 from repagen.training.generator_alignment import build_terms
 from repagen.training.generator_config import GeneratorRunConfig
+from repagen.training.generator_model import refuse_sizes
 from repagen.training.generator_step import GeneratorStep
 from repagen.training.noising import FlowMatching, NoiseProcess
 from repagen.training.objective import GeneratorObjective
@@ -70,6 +71,7 @@ class GeneratorTraining:
         self.run, self.config, self.frozen, self.dataset = run, config, frozen, dataset
         self.model = model = pipeline.transformer
         self._pipeline, self._conditioning = pipeline, conditioning
+        refuse_sizes(config, dataset, frozen.autoencoder, model, frozen.latent_shape)
         self._terms = build_terms(config.alignment, model, frozen.target_dims)
         objective = run.wrap(
             GeneratorObjective(model, process, self._terms), find_unused_parameters=config.alignment.changes_over_time

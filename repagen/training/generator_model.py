@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 from diffusers import AutoModel
 
+from repagen.data import SampleDataset
 from repagen.errors import UserError, refusing
 from repagen.models.identity import describe_autoencoder
+from repagen.models.latents import require_sizes
 from repagen.models.opening import component_place, open_component, pinned_revision
 from repagen.randomness import derived_seed
 from repagen.training.generator_config import (
@@ -22,8 +23,6 @@ from repagen.training.generator_config import (
     NewGeneratorConfig,
     TransformerConfig,
 )
-
-logger = logging.getLogger(__name__)
 
 
 def build_model(
@@ -50,6 +49,50 @@ def build_model(
     model = make(config, latent_shape, conditions, more)
     refuse_idle_settings(config, model)
     return model
+
+
+def refuse_sizes(
+    config: GeneratorRunConfig,
+    dataset: SampleDataset,
+    autoencoder: Any,
+    model: Any,
+    latent_shape: tuple[int, int, int],
+) -> None:
+    """Refuse images or latents of several sizes that autoencoder, network or alignment do not take.
+
+    Args:
+        config: of the training.
+        dataset: of the training.
+        autoencoder: of the latents.
+        model: the generator.
+        latent_shape: (C, h, w) of `data.image_size`.
+
+    Raises:
+        UserError: that names the key.
+    """
+    sizes = dataset.bucket_sizes
+    if not sizes:
+        return
+    if not model.any_size:
+        raise UserError(
+            f"data.buckets: {type(model).__name__} takes latents of {latent_shape[1]}x{latent_shape[2]} alone; leave "
+            "it out, or take a network that takes text"
+        )
+    for name in config.alignment.schedules:
+        raise UserError(
+            f"data.buckets: alignment ({name}) compares tokens of one square grid; leave one of them out (the base "
+            "head of transformer.architecture=raev2 aligns without an encoder)"
+        )
+    pixels = 1 if config.data.kind == "latents" else config.data.image_size // latent_shape[1]
+    if pixels > 1:
+        require_sizes(autoencoder, sizes, "data.buckets")
+    side = pixels * model.config.patch_size
+    for height, width in sizes:
+        if height % side or width % side:
+            raise UserError(
+                f"data.buckets: {height}x{width} is no multiple of the {side} that a token of the network takes; set "
+                f"data.bucket_step={side}"
+            )
 
 
 def refuse_idle_settings(config: GeneratorRunConfig, model: Any) -> None:
@@ -240,17 +283,25 @@ def _pretrained_model(
 ) -> Any:
     transformer = config.transformer
     model = open_transformer(str(transformer.pretrained), transformer.revision)
+    _require_arguments(type(model), {**conditions, **more})
+    if "text_dim" in conditions:
+        model = _reading_text(model, conditions, transformer)
     _refuse_contradictions(model, transformer)
     _refuse_other_latents(model, latent_shape)
-    _require_arguments(type(model), {**conditions, **more})
     changes = {key: value for key, value in more.items() if model.config.get(key) != value}
-    changes |= (_text_changes if "text_dim" in conditions else _class_changes)(model, conditions, transformer)
-    return _rebuilt(model, changes) if changes else model
+    if "text_dim" not in conditions:
+        changes |= _class_changes(model, conditions, transformer)
+    return model.rebuilt(**changes).float().train() if changes else model
 
 
 def _class_changes(model: Any, conditions: Mapping[str, Any], transformer: TransformerConfig) -> dict[str, Any]:
     """Constructor arguments that must change so that a pretrained network takes the classes of the data."""
     num_classes, changes = conditions["num_classes"], {}
+    if model.takes_text:
+        raise UserError(
+            f"transformer.pretrained: {transformer.pretrained} takes text; go on with it in text-to-image training, "
+            "-m repagen.training.text_to_image"
+        )
     if num_classes != model.config.num_classes:
         if not transformer.new_classes:
             raise UserError(
@@ -262,15 +313,19 @@ def _class_changes(model: Any, conditions: Mapping[str, Any], transformer: Trans
     return changes
 
 
-def _text_changes(model: Any, conditions: Mapping[str, Any], transformer: TransformerConfig) -> dict[str, Any]:
-    """Constructor arguments that must change so that a pretrained network takes the embeddings of the text encoder."""
-    width, wanted = model.config.get("text_dim") or 0, conditions["text_dim"]
-    if width and width != wanted:
+def _reading_text(model: Any, conditions: Mapping[str, Any], transformer: TransformerConfig) -> Any:
+    """A pretrained network that takes the embeddings of the text encoder; one with classes learns to read them."""
+    width, share = conditions["text_dim"], conditions["text_dropout_prob"]
+    if not model.takes_text:
+        kind = transformer.overrides.get("text_conditioning", model.config.text_conditioning)
+        return model.to_text_conditional(width, kind, share).float().train()
+    if model.config.text_dim != width:
         raise UserError(
-            f"text.encoder: gives embeddings of width {wanted}, but {transformer.pretrained} takes {width}; set "
-            "text.encoder and text.hidden_layer to what it was trained with, or leave out transformer.pretrained"
+            f"text.encoder: gives embeddings of width {width}, but {transformer.pretrained} takes "
+            f"{model.config.text_dim}; name the text encoder that it was trained with, or leave out "
+            "transformer.pretrained"
         )
-    return {key: value for key, value in conditions.items() if model.config.get(key) != value}
+    return model if model.config.text_dropout_prob == share else model.rebuilt(text_dropout_prob=share).float().train()
 
 
 def _refuse_contradictions(model: Any, transformer: TransformerConfig) -> None:
@@ -308,24 +363,3 @@ def _refuse_other_latents(model: Any, latent_shape: tuple[int, int, int]) -> Non
             f"transformer.pretrained: generates latents of shape {model.latent_shape}, but the autoencoder's have "
             f"{tuple(latent_shape)}; set autoencoder.path and data.image_size to those it was trained with"
         )
-
-
-@torch.no_grad()
-def _rebuilt(model: Any, changes: dict[str, Any]) -> Any:
-    """A network with other constructor arguments and, wherever tensors have the same shape, the same weights.
-
-    Of a class table with another number of rows the last one, the null class, is kept.
-    """
-    new = type(model).from_config({**model.config, **changes})
-    new.initialize_weights()
-    own, drawn = model.state_dict(), new.state_dict()
-    fresh = []
-    for name, tensor in drawn.items():
-        if name in own and own[name].shape == tensor.shape:
-            tensor.copy_(own[name])
-            continue
-        fresh.append(name)
-        if name in own and own[name].shape[1:] == tensor.shape[1:] and model.config.class_dropout_prob:
-            tensor[-1] = own[name][-1]
-    logger.info("drawn anew: %s", ", ".join(fresh))
-    return new.float().train()

@@ -175,6 +175,7 @@ def release_pipeline(
         folder=run.folder / name,
         save=partial(save_with_facts, save, {**training_facts(run, step, dataset), **(facts or {})}),
         draw=partial(write_sample_grid, config, pipeline, shown),
+        prompt=next((prompt for prompt in shown if isinstance(prompt, str)), None),
         licences=pipeline.part_licences(),
         base_model=base_model,
         base_revision=base_revision,

@@ -52,7 +52,7 @@ def test_a_pipeline_keeps_it_whole(encoder: TextEncoder, source: Path, tmp_path:
     written = {path.relative_to(tmp_path / "text_encoder").as_posix() for path in tmp_path.glob("text_encoder/**/*.*")}
     assert written == {
         "config.json", "diffusion_pytorch_model.safetensors",
-        "tokenizer_0/tokenizer.json", "tokenizer_0/tokenizer_config.json",
+        "tokenizer.0/tokenizer.json", "tokenizer.0/tokenizer_config.json",
     }  # fmt: skip
     assert str(source) not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
     loaded = PromptPipeline.from_pretrained(tmp_path).text_encoder
@@ -148,12 +148,12 @@ def test_damaged_and_unsafe_folders_are_refused(encoder: TextEncoder, tmp_path: 
     with pytest.raises(UserError, match=r"1 tensors of the TextEncoder are missing, the first is towers\.0\.mod"):
         TextEncoder.from_pretrained(folder)
     folder = copy("code")
-    path = folder / "tokenizer_0" / "tokenizer_config.json"
+    path = folder / "tokenizer.0" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["a.B", None]}}))
     with pytest.raises(UserError, match="'auto_map' asks for code from elsewhere"):
         TextEncoder.from_pretrained(folder)
     folder = copy("no tokenizer")
-    shutil.rmtree(folder / "tokenizer_0")
+    shutil.rmtree(folder / "tokenizer.0")
     with pytest.raises(UserError, match="no tokenizer"):
         TextEncoder.from_pretrained(folder)
     folder = copy("unknown key")
