@@ -107,8 +107,8 @@ class EncoderFamily(TransformersFamily):
         """
         if grid != (own, own) and not (self.any_grid and self.takes_side(config)):
             raise UserError(
-                f"encoder: images of {grid[0]}x{grid[1]} tokens, but an encoder of the family {self.name!r} opened for "
-                f"{own}x{own} has no positions for others; take squares of that size, or an encoder of another family"
+                f"encoder: images of {grid[0]}x{grid[1]} tokens, but this {self.name} has positions for the "
+                f"{own}x{own} that it was opened for alone; take squares of that size, or an encoder of another family"
             )
 
 

@@ -304,7 +304,7 @@ class VisionEncoder(nn.Module):
         check_images(images, square=grid[0] == grid[1])
         height, width = images.shape[-2:]
         if height * grid[1] != width * grid[0]:
-            raise UserError(f"images of {height} x {width} px have not the proportions of {grid[0]} x {grid[1]} tokens")
+            raise UserError(f"images: {height}x{width} px are not of the proportions of the grid {grid[0]}x{grid[1]}")
         self._require_grid(grid)
         pixels, size = images.float(), (grid[0] * self.patch_size, grid[1] * self.patch_size)
         if (height, width) != size:

@@ -436,7 +436,7 @@ class RepresentationAutoencoder(
         return EncoderOutput(latent=latents) if return_dict else (latents,)
 
     def raw_latents(self, images: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
-        """Encode images (B, 3, H, W) to latents (B, C, h, w) float32 before noise and standardisation; see `encode`."""
+        """Encode images (B, 3, H, W) to latents (B, C, h, w) float32 before noise and standardisation."""
         grid = self._grid_of(images, grid)
         encoder = self._placed_encoder(images.device)
         batches = images.split(1) if self.use_slicing and len(images) > 1 else [images]

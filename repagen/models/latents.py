@@ -33,8 +33,8 @@ def images_to_latents(
         sample_posterior: draw from that posterior, as generators are trained; False: take its mode, without chance.
 
     Returns:
-        (B, C, h, w) in the autoencoder's dtype, one token a patch: `latent_shape` of the size. `AutoencoderKL`: (z - shift_factor) * scaling_factor, or with latent
-        statistics in its config (z - mean) / std * scaling_factor.
+        (B, C, h, w) in the autoencoder's dtype, of the size's `latent_shape`. `AutoencoderKL`: (z - shift_factor) *
+        scaling_factor, or with latent statistics in its config (z - mean) / std * scaling_factor.
 
     Raises:
         UserError: for images that are no float batches, or of a size that is not encoded, or an autoencoder of another

@@ -110,18 +110,18 @@ class FrozenParts:
                 if section is not None:
                     raise UserError(f"alignment.{name}: needs images, and data.kind=latents has none; train from them")
             return
-        named = {f"targets.{number}": target for number, target in enumerate(config.targets)}
-        self.target_dims = [self._load(target, grid, name).hidden_size for name, target in named.items()]
+        sections: dict[str, EncoderSection] = {f"targets.{k}": target for k, target in enumerate(config.targets)}
+        self.target_dims = [self._load(target, grid, name).hidden_size for name, target in sections.items()]
         self.fingerprints["alignment encoders"] = [self._describe(target) for target in config.targets]
         for name, section in further.items():
             if section is not None:
                 self._load(section, grid, name)
                 self.fingerprints[f"{name} encoder"] = self._describe(section)
-                named[name] = section
-        for name, section in named.items():
+                sections[name] = section
+        for option, seeing in sections.items():
             for size in dataset.bucket_sizes:
-                option = f"data.buckets (alignment.{name}.encoder)"
-                self._encoders[_place(section)].grid_of(size, self._image_size, option)
+                name = f"data.buckets (alignment.{option}.encoder)"
+                self._encoders[_place(seeing)].grid_of(size, self._image_size, name)
         if config.attention is not None:
             count = self._encoders[_place(config.attention)].backbone.num_layers
             with naming({"encoder.": "alignment.attention."}):
