@@ -18,10 +18,24 @@ from diffusers import AutoencoderKL
 from folders import folder_bytes
 from hub_uploads import UPLOAD_WARNING, UploadHub, reach, serve_uploads
 from huggingface_hub import ModelCard
-from pipelines.tiny_pipelines import ID2LABEL, inputs, tiny_pipeline, tiny_transformer
+from pipelines.tiny_pipelines import (
+    ID2LABEL,
+    inputs,
+    text_inputs,
+    tiny_pipeline,
+    tiny_text_pipeline,
+    tiny_transformer,
+)
 from safetensors.torch import save_file
 
-from repagen import ClassToImagePipeline, RepresentationAutoencoder, SiTTransformer2DModel, UserError, VisionEncoder
+from repagen import (
+    ClassToImagePipeline,
+    RepresentationAutoencoder,
+    SiTTransformer2DModel,
+    TextToImagePipeline,
+    UserError,
+    VisionEncoder,
+)
 from repagen.export.remote_code import export_remote_code
 from repagen.hub import push_command
 from repagen.hub.publishing import check_repository, open_repository, publish_folder
@@ -81,6 +95,28 @@ def test_the_card_of_a_pipeline_is_ours(uploads: UploadHub, saved: Path) -> None
     assert "class_labels=['tabby']" in found.text and "Golden Retriever" in found.text
     assert "ORG/NAME" not in found.content
     assert not (saved / "README.md").exists()
+
+
+@torch.no_grad()
+def test_a_pipeline_of_prompts_is_published_with_its_text_encoder(uploads: UploadHub, tmp_path: Path) -> None:
+    pipe = tiny_text_pipeline()
+    pipe.save_pretrained(tmp_path / "saved")
+    publish_folder(tmp_path / "saved", "org/text")
+    loaded = TextToImagePipeline.from_pretrained(uploads.branch("org/text"))
+    saved = TextToImagePipeline.from_pretrained(tmp_path / "saved")
+    for one in (loaded, saved):
+        one.set_progress_bar_config(disable=True)
+    assert torch.equal(loaded(**text_inputs()).images, saved(**text_inputs()).images)
+    found = card(uploads, "org/text")
+    assert found.data.pipeline_tag == "text-to-image" and "text_encoder" in found.text
+    assert 'repagen.TextToImagePipeline.from_pretrained("org/text")' in found.text
+    assert "| text encoder | t5 | unknown here | see the encoder's own card |" in found.text
+    assert "--prompt" in uploads.branch("org/text").joinpath("sample.py").read_text()
+
+    publish_folder(export_remote_code(tmp_path / "saved", tmp_path / "code"), "org/text", revision="remote-code")
+    there = uploads.files("org/text", "remote-code")
+    assert "text_encoder/tokenizer.0/tokenizer.json" in there
+    assert "trust_remote_code=True" in card(uploads, "org/text", "remote-code").text
 
 
 @torch.no_grad()
@@ -332,8 +368,15 @@ def test_the_lines_of_every_card_run_as_they_are_copied(uploads: UploadHub, save
     publish_folder(tmp_path / "kl", "org/kl")
     autoencoder_with_encoder().push_to_hub("org/rae")
     tiny_transformer().push_to_hub("org/sit")
+    tiny_text_pipeline().push_to_hub("org/text")
     code = ""
-    for repo_id, branch in {"org/pipeline": "v1", "org/kl": "main", "org/rae": "main", "org/sit": "main"}.items():
+    for repo_id, branch in {
+        "org/text": "main",
+        "org/pipeline": "v1",
+        "org/kl": "main",
+        "org/rae": "main",
+        "org/sit": "main",
+    }.items():
         code += "".join(re.findall(r"```python\n(.*?)```", card(uploads, repo_id, branch).text, re.DOTALL))
     code += "print(image.size, images.shape, type(transformer).__name__)\n"
     environment = {
