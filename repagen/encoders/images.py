@@ -20,7 +20,7 @@ def check_images(images: torch.Tensor, *, square: bool = True) -> None:
         raise UserError(f"images must be square, got {images.shape[-2]} x {images.shape[-1]} px; crop them first")
 
 
-def image_grid(size: Sequence[int], image_size: int, grid_size: int, name: str) -> tuple[int, int]:
+def image_grid(size: Sequence[int], image_size: int, grid_size: int, name: str, whose: str) -> tuple[int, int]:
     """Rows and columns of the tokens of an image, each token of as many pixels as in a square of a known grid.
 
     Args:
@@ -28,6 +28,7 @@ def image_grid(size: Sequence[int], image_size: int, grid_size: int, name: str) 
         image_size: side of the square in pixels.
         grid_size: its tokens per row and column.
         name: what the user gave the size as, for the message.
+        whose: the tokens are, for the message.
 
     Raises:
         UserError: a side is no whole number of tokens.
@@ -35,5 +36,5 @@ def image_grid(size: Sequence[int], image_size: int, grid_size: int, name: str) 
     height, width = size
     if height <= 0 or width <= 0 or height * grid_size % image_size or width * grid_size % image_size:
         side = image_size // math.gcd(image_size, grid_size)
-        raise UserError(f"{name}: {height}x{width} px; allowed: multiples of the {side} px that a token takes")
+        raise UserError(f"{name}: {height}x{width} px; allowed: multiples of {whose} {side} px")
     return height * grid_size // image_size, width * grid_size // image_size

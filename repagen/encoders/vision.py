@@ -202,7 +202,7 @@ class VisionEncoder(nn.Module):
         Raises:
             UserError: for a side that is no whole number of tokens, or a grid that the network does not take.
         """
-        grid = image_grid(size, image_size, self.grid_size, name)
+        grid = image_grid(size, image_size, self.grid_size, name, "the encoder's")
         with naming({"encoder: ": f"{name}: "}):
             self._require_grid(grid)
         return grid

@@ -113,7 +113,7 @@ class StandardisedLatents(PublishedModelMixin, WholeModelMixin):
         Raises:
             UserError: for a size that is not encoded.
         """
-        return image_grid((height, width), self.patch_size, 1, name)
+        return image_grid((height, width), self.patch_size, 1, name, "the autoencoder's")
 
     def decoded_size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width in pixels of the image that a grid of latents becomes."""

@@ -97,10 +97,15 @@ def latent_shape(autoencoder: Any, image_size: int | tuple[int, int]) -> tuple[i
     channels = _latent_channels(autoencoder)
     if isinstance(image_size, tuple):
         return channels, *_latent_grid(autoencoder, image_size, "image_size")
-    if _kind(autoencoder) == "own" and image_size != autoencoder.image_size:
-        raise UserError(
-            f"image_size: {image_size} px, but the autoencoder is for images of {autoencoder.image_size} px"
-        )
+    kind = _kind(autoencoder)
+    if kind == "kl":
+        factor = _kl_factor(autoencoder)
+        if image_size <= 0 or image_size % factor:
+            raise UserError(f"image_size: {image_size} px is no positive multiple of the autoencoder's {factor} px")
+    else:
+        own = autoencoder.image_size if kind == "own" else autoencoder.decoder_image_size
+        if image_size != own:
+            raise UserError(f"image_size: {image_size} px, but the autoencoder is for images of {own} px")
     return channels, *_latent_grid(autoencoder, (image_size, image_size), "image_size")
 
 
@@ -140,6 +145,28 @@ def decoded_size(autoencoder: Any, shape: Sequence[int]) -> tuple[int, int]:
     if kind == "own":
         return autoencoder.decoded_size(height, width)
     return height * _kl_factor(autoencoder), width * _kl_factor(autoencoder)
+
+
+def require_latents(autoencoder: Any, shape: Sequence[int]) -> None:
+    """Refuse an autoencoder that decodes no latents of a generator, or was made for others than it is.
+
+    Statistics of every element, and the decoder trained with them, are made for one grid. Latents of other grids are
+    for images of other sizes beside it; a generator made for another grid was trained in other latents.
+
+    Args:
+        autoencoder: as in `images_to_latents`.
+        shape: (C, h, w) of the latents that the generator is made for.
+
+    Raises:
+        UserError: says what differs.
+    """
+    decoded_size(autoencoder, shape)
+    per_element = isinstance(autoencoder, StandardisedLatents) and autoencoder.latents_mean.shape[1:] != (1, 1)
+    if per_element and tuple(shape) != autoencoder.latent_shape:
+        own = " x ".join(map(str, autoencoder.latent_shape[1:]))
+        raise UserError(
+            f"latents of {shape[1]} x {shape[2]} tokens, but its statistics are of no other grid than {own}"
+        )
 
 
 def require_autoencoder(model: Any, option: str) -> None:
@@ -207,7 +234,7 @@ def _latent_grid(autoencoder: Any, size: tuple[int, int], name: str) -> tuple[in
     if kind == "own":
         return autoencoder.latent_grid(*size, name)
     if kind == "kl":
-        return image_grid(size, _kl_factor(autoencoder), 1, name)
+        return image_grid(size, _kl_factor(autoencoder), 1, name, "the autoencoder's")
     side = autoencoder.decoder_image_size
     if size != (side, side):
         raise UserError(

@@ -93,5 +93,5 @@ def test_tokens_are_of_as_many_pixels_in_every_size() -> None:
     encoder = make_tiny("dinov2")
     assert encoder.grid_of((256, 256), 256) == (4, 4)
     assert encoder.grid_of((192, 320), 256) == (3, 5)
-    with pytest.raises(UserError, match=r"data\.buckets: 192x300 px; allowed: multiples of the 64 px"):
+    with pytest.raises(UserError, match=r"data\.buckets: 192x300 px; allowed: multiples of the encoder's 64 px"):
         encoder.grid_of((192, 300), 256, "data.buckets")

@@ -152,7 +152,7 @@ def test_squares_of_another_side_by_name(make: Any) -> None:
 
 def test_what_is_not_encoded_is_refused_by_name() -> None:
     for model in (tiny_autoencoder(), tiny_svg()):
-        with pytest.raises(UserError, match=r"data\.buckets: 16x18 px; allowed: multiples of the 4 px"):
+        with pytest.raises(UserError, match=r"data\.buckets: 16x18 px; allowed: multiples of the autoencoder's 4 px"):
             require_sizes(model, [(16, 24), (16, 18)], "data.buckets")
         with pytest.raises(UserError, match="images: 16x18 px; allowed"):
             model.encode(torch.rand(1, 3, 16, 18))

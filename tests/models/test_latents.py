@@ -142,7 +142,7 @@ def test_what_is_no_autoencoder_is_refused_by_its_class() -> None:
 def test_wrong_input_is_named() -> None:
     with pytest.raises(UserError, match="square"):
         images_to_latents(tiny_rae(), torch.rand(1, 3, 16, 8))
-    with pytest.raises(UserError, match="images: 16x9 px; allowed: multiples of the 2 px that a token takes"):
+    with pytest.raises(UserError, match="images: 16x9 px; allowed: multiples of the autoencoder's 2 px"):
         images_to_latents(tiny_kl(), torch.rand(1, 3, 16, 9))
     with pytest.raises(UserError, match="15 px"):
         latent_shape(tiny_kl(), 15)

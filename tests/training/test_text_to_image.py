@@ -403,11 +403,11 @@ def test_cached_sizes_train_with_cached_targets(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"autoencoder.path": "{parts}/rae"}, "data.buckets: 28x40 px; allowed: multiples of the 8 px that a token"),
+        ({"autoencoder.path": "{parts}/rae"}, "data.buckets: 28x40 px; allowed: multiples of the autoencoder's 8 px"),
         ({"transformer.patch_size": "2"}, "data.buckets: .* no multiple of the 8 that a token"),
         (
             {"alignment": "{{targets: [{{encoder: {parts}/encoder, image_size: 40, block: 1}}]}}"},
-            r"data.buckets \(alignment.targets.0.encoder\): 28x40 px; allowed: multiples of the 32 px",
+            r"data.buckets \(alignment.targets.0.encoder\): 28x40 px; allowed: multiples of the encoder's 32 px",
         ),
     ],
 )
