@@ -183,8 +183,11 @@ def test_svgs_residual_is_a_function_of_patches_and_positions() -> None:
     pixels = images((4, 4))
     other = pixels.unflatten(2, (2, 2, 4)).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 8, 32)  # rows 0 | 1 and 2 | 3
     torch.testing.assert_close(residual(other, (2, 8)), residual(pixels), atol=1e-5, rtol=0)
-    residual.network.encoder.pos_embedding[:, 1:] = torch.randn(16, 32)
-    assert not torch.allclose(residual(other, (2, 8)), residual(pixels), atol=1e-2)
+    # Positions that tell rows alone do so on every grid: of one grey, tokens of a row are alike.
+    residual.network.encoder.pos_embedding[:, 1:] = torch.randn(4, 1, 32).expand(4, 4, 32).flatten(0, 1)
+    grey = residual(torch.full((1, 3, 8, 32), 0.5), (2, 8))[0].unflatten(1, (2, 8))
+    torch.testing.assert_close(grey, grey[:, :, :1].expand_as(grey), atol=1e-5, rtol=0)
+    assert (grey[:, 0] - grey[:, 1]).abs().max() > 1e-2
 
 
 def test_training_takes_sizes_too() -> None:
