@@ -14,7 +14,7 @@ import torch
 
 import repagen
 from repagen.pipelines.grid import save_image_grid
-from repagen.quickstart import train_digits
+from repagen.quickstart.digits import train_digits
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model")

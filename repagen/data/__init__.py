@@ -9,7 +9,7 @@ from repagen.data.dataset import CaptionedSample, ImageDataset, ImageSample, Sam
 from repagen.data.digits import digits_encoder_path, digits_to_images, load_digits
 from repagen.data.loading import load_batches, load_first, load_in_order, open_dataset, open_image_dataset
 from repagen.data.sampler import StreamBatchSampler, sample_indices
-from repagen.data.shapes import ShapesDataset, shapes_encoders_path
+from repagen.data.shapes import ShapesDataset, shapes_encoders_path, shapes_pipeline_path
 from repagen.data.shards import LatentShards
 
 __all__ = [
@@ -35,4 +35,5 @@ __all__ = [
     "open_image_dataset",
     "sample_indices",
     "shapes_encoders_path",
+    "shapes_pipeline_path",
 ]

@@ -16,7 +16,7 @@ from repagen.data.shapes.checker import (
     judge,
     read_picture,
 )
-from repagen.data.shapes.dataset import ShapesDataset, shapes_encoders_path
+from repagen.data.shapes.dataset import ShapesDataset, shapes_encoders_path, shapes_pipeline_path
 from repagen.data.shapes.drawing import draw_scene
 from repagen.data.shapes.prompts import ObjectRequest, ScenePrompt
 from repagen.data.shapes.scenes import (
@@ -55,4 +55,5 @@ __all__ = [
     "read_picture",
     "sample_scene",
     "shapes_encoders_path",
+    "shapes_pipeline_path",
 ]

@@ -26,6 +26,11 @@ def shapes_encoders_path() -> Path:
     return Path(__file__).parents[1] / "shapes_encoders"
 
 
+def shapes_pipeline_path() -> Path:
+    """Return the folder of the bundled text-to-image pipeline of shapes."""
+    return Path(__file__).parents[1] / "shapes_pipeline"
+
+
 class ShapesDataset(ImageDataset):
     """Drawn scenes with captions, without classes.
 
