@@ -42,12 +42,14 @@ import repagen
 from repagen.config import load_config
 from repagen.data import DataConfig, open_dataset
 from repagen.data.digits import digits_to_images, load_digits
+from repagen.flow.conditions import Conditions
 from repagen.models.autoencoder_pixel import PixelAutoencoder
 from repagen.models.latents import images_to_latents, latent_shape
 from repagen.pipelines.grid import save_image_grid
 from repagen.quickstart.judge import agreement, to_small, train_digit_classifier
 from repagen.randomness import generator_for
 from repagen.training import decoder, generator
+from repagen.training.conditioning import ClassConditioning
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.generator_loop import noise_process
@@ -174,17 +176,23 @@ def pair_config(
     return load_config(GeneratorConfig, "digits_generator", words)
 
 
+def conditioning(config: GeneratorConfig) -> ClassConditioning:
+    """The ten digits."""
+    return ClassConditioning.of_all([str(digit) for digit in range(10)], config.label_dropout)
+
+
 @torch.no_grad()
 def held_out_loss(
     config: GeneratorConfig, model: Any, latents: torch.Tensor, labels: torch.Tensor, draws: int = 4
 ) -> float:
     """Mean loss of a network on latents (N, C, h, w) of held-out digits; times and noise are keyed, labels kept."""
-    process = noise_process(config, model, tuple(latents.shape[1:]))
+    process = noise_process(config, model, tuple(latents.shape[1:]), conditioning(config).dropout)
+    kept = Conditions(labels)
     objective = GeneratorObjective(model, process)
     losses = []
     for draw in range(draws):
         generators = [generator_for(0, "held out", index, draw) for index in range(len(latents))]
-        sample = dataclasses.replace(process.draw(latents, labels, generators), labels=labels)
+        sample = dataclasses.replace(process.draw(latents, kept, generators), conditions=kept)
         losses.append(objective(sample, {})["epsilon" if model.discrete_time else "flow"])
     return torch.cat(losses).mean().item()
 
@@ -212,7 +220,8 @@ def run_pair(
     targets = torch.from_numpy(labels)
     shape = latent_shape(autoencoder, IMAGE_SIZE)
     config = pair_config(latent, name, autoencoder_folder, cache, shape, output / "run", steps)
-    before = held_out_loss(config, build_model(config, shape, 10).eval(), latents, targets)
+    model = build_model(config, shape, conditioning(config).model_arguments).eval()
+    before = held_out_loss(config, model, latents, targets)
     start = time.perf_counter()
     released = generator.train(config)
     seconds = time.perf_counter() - start

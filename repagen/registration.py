@@ -4,7 +4,8 @@ On disk a component is `["repagen", "ClassName"]`, whatever module of repagen ho
 of which imports anything by itself:
 
 - `diffusers.ClassName` resolves to ours (a module `__getattr__`, PEP 562), which `DiffusionPipeline.from_pretrained`
-  and `AutoModel.from_pretrained` use to find a class by its bare name;
+  and `AutoModel.from_pretrained` use to find a class by its bare name; and so does `diffusers.pipelines.ClassName`, in
+  which diffusers' tests look for the source of a pipeline's `encode_prompt`;
 - repagen joins `LOADABLE_CLASSES`, the libraries that diffusers loads components from, once diffusers has imported the
   module that holds it. That dict is private; where it is gone, `ClassToImagePipeline.download` still works on public
   API, and so does everything from a local folder.
@@ -39,7 +40,9 @@ SAVED_CLASSES = frozenset(
         "RAEv2Transformer2DModel",
         "RepresentationAutoencoder",
         "SVGAutoencoder",
+        "TextEncoder",
         "SiTTransformer2DModel",
+        "TextToImagePipeline",
     }
 )
 # Bases that diffusers' loader looks up in our package to tell how a class is saved and loaded.
@@ -48,9 +51,11 @@ LOADER_BASES = ("ModelMixin", "SchedulerMixin", "DiffusionPipeline")
 
 def register() -> None:
     """Open both doors. Called once, by `import repagen`."""
-    _answer_for_diffusers()
+    import diffusers
+
+    _answer_for(diffusers)
     if _LOADING_MODULE in sys.modules:
-        _join_loadable_libraries(sys.modules[_LOADING_MODULE])
+        _after_loading_module(sys.modules[_LOADING_MODULE])
     else:
         sys.meta_path.insert(0, _AfterImport())
 
@@ -61,19 +66,22 @@ def is_loadable_library() -> bool:
     return LIBRARY in getattr(loading_module, "LOADABLE_CLASSES", {})
 
 
-def _answer_for_diffusers() -> None:
-    import diffusers
-
-    other_library = vars(diffusers).get("__getattr__")
+def _answer_for(module: ModuleType) -> None:
+    other_library = vars(module).get("__getattr__")
 
     def resolve(name: str) -> Any:
         if name in SAVED_CLASSES:
             return getattr(importlib.import_module(LIBRARY), name)
         if other_library is not None:
             return other_library(name)
-        raise AttributeError(f"module 'diffusers' has no attribute {name!r}")
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
-    vars(diffusers)["__getattr__"] = resolve
+    vars(module)["__getattr__"] = resolve
+
+
+def _after_loading_module(loading_module: ModuleType) -> None:
+    _join_loadable_libraries(loading_module)
+    _answer_for(sys.modules[loading_module.__name__.rpartition(".")[0]])
 
 
 def _join_loadable_libraries(loading_module: ModuleType) -> None:
@@ -100,7 +108,7 @@ class _AfterImport(MetaPathFinder):
 
         def execute_and_join(module: ModuleType) -> None:
             execute(module)
-            _join_loadable_libraries(module)
+            _after_loading_module(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
 

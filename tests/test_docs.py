@@ -200,7 +200,8 @@ def check_repagen(words: list[str]) -> None:
 
 def check(program: str, words: list[str]) -> None:
     """Parse a command as its program does, without running it."""
-    training = re.fullmatch(r"(?:repagen\.training\.|train/)(decoder|generator|end_to_end|finetune)(?:\.py)?", program)
+    programs = "decoder|generator|text_to_image|end_to_end|finetune"
+    training = re.fullmatch(rf"(?:repagen\.training\.|train/)({programs})(?:\.py)?", program)
     if training:
         check_training(training[1], words)
     elif program in ("repagen", "repagen.cli"):

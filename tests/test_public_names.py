@@ -32,6 +32,7 @@ PUBLISHED = [
     "SamplerPreset",
     "SelfAlignment",
     "SiTTransformer2DModel",
+    "TextEncoder",
     "TimeDistribution",
     "TimeShift",
     "UserError",

@@ -124,7 +124,7 @@ def test_diffusers_still_refuses_unknown_names():
 
 def test_other_libraries_that_answer_for_diffusers_keep_their_say(monkeypatch):
     monkeypatch.setitem(vars(diffusers), "__getattr__", {"TheirModel": int}.__getitem__)
-    registration._answer_for_diffusers()
+    registration._answer_for(diffusers)
     assert diffusers.TheirModel is int
     assert diffusers.SiTTransformer2DModel is repagen.SiTTransformer2DModel
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from repagen.alignment.plugin import AlignmentBatch, AlignmentTerm, blocks_of, listen, unwrap
 from repagen.errors import UserError
-from repagen.layers.attention import SelfAttention
+from repagen.layers.attention import Attention
 
 
 def attention_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class AttentionAlignment(AlignmentTerm):
             UserError: nothing was captured.
         """
         inputs = self.captured(block)
-        attention: SelfAttention = self._record.modules[block]
+        attention: Attention = self._record.modules[block]
         query, key, _ = attention.project(*inputs)
         query, key = (x[:, : self._record.num_tokens].transpose(1, 2).float() for x in (query, key))
         with torch.autocast(query.device.type, enabled=False):

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from repagen.errors import UserError
+from repagen.flow.conditions import Conditions
 from repagen.randomness import generator_for
 
 Need = Literal["targets", "attention", "class_token", "teacher"]
@@ -36,7 +37,7 @@ class AlignmentBatch:
         latents: x (B, C, h, w) float32, standardised.
         noise: (B, C, h, w) float32, standard normal; the generator saw x_t = (1 - t) x + t noise.
         t: (B,) float32 in [0, 1]; 0 = data, 1 = noise.
-        labels: (B,) as the generator got them, null labels included; None without classes.
+        labels, text, text_mask: as the generator got them, null conditions included; see `Conditions`.
         targets: tokens (B, N, D_k) of each encoder of a `RepresentationAlignment`, from the images behind the latents.
         attention: attention maps (B, heads, N, N) of the encoder layers that an `AttentionAlignment` follows.
         class_token: class token (B, D) of an encoder, from the same images.
@@ -48,12 +49,19 @@ class AlignmentBatch:
     latents: torch.Tensor
     noise: torch.Tensor
     t: torch.Tensor
-    labels: torch.Tensor | None
+    labels: torch.Tensor | None = None
     targets: Sequence[torch.Tensor] | None = None
     attention: Sequence[torch.Tensor] | None = None
     class_token: torch.Tensor | None = None
     teacher: nn.Module | None = None
     generators: Callable[[str], Sequence[torch.Generator]] | None = None
+    text: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
+
+    @property
+    def conditions(self) -> Conditions:
+        """What the generator was told."""
+        return Conditions(self.labels, self.text, self.text_mask)
 
     def need(self, name: Need, term: str) -> Any:
         """The field `name`.
@@ -139,6 +147,8 @@ class AlignmentTerm(nn.Module):
         self._record.grid = network.token_grid
         for number, module in self._record.modules.items():
             listen(module, self._record, number, self.listens_to)
+        if getattr(network, "any_size", False):
+            listen(network.patch_embed, self._record, 0, "grid")
 
     @contextmanager
     def capture(self, model: nn.Module) -> Iterator[None]:
@@ -182,7 +192,7 @@ class Record:
 
     Attributes:
         active: whether taps write into it.
-        grid: rows and columns of the generator's tokens.
+        grid: rows and columns of the generator's tokens; of the last pass, in a generator for any size.
         modules: what is listened to, by block number.
         values: what was kept, by block number.
     """
@@ -212,17 +222,25 @@ class Record:
         return {"active": False, "grid": self.grid, "modules": {}, "values": {}}
 
 
+TapKind = Literal["output", "input", "grid"]
+
+
 class _Tap:
     """Forward hook of one module."""
 
-    def __init__(self, record: Record, number: int, kind: Literal["output", "input"], keeps: bool) -> None:
+    def __init__(self, record: Record, number: int, kind: TapKind, keeps: bool) -> None:
         self.record = record
         self.number = number
         self.kind = kind
         self.keeps = keeps
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.keeps and self.record.active:
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        if not (self.keeps and self.record.active):
+            return
+        if self.kind == "grid":
+            rows, columns = (n // k for n, k in zip(args[0].shape[2:], module.proj.kernel_size, strict=True))
+            self.record.grid = (rows, columns)
+        else:
             self.record.values[self.number] = output if self.kind == "output" else args
 
 
@@ -230,16 +248,16 @@ def listen(
     module: nn.Module,
     record: Record,
     number: int,
-    kind: Literal["output", "input"] = "output",
+    kind: TapKind = "output",
     keeps: bool = True,
 ) -> RemovableHandle | None:
-    """Hook a module once, however often it is asked, so that a record keeps its output, or its positional inputs.
+    """Hook a module once, however often it is asked, so that a record keeps something of its passes.
 
     Args:
         module: to listen to.
         record: that keeps.
         number: under which it does.
-        kind: what is kept.
+        kind: what is kept: its output, its positional inputs, or of a `PatchEmbedding` the grid of tokens.
         keeps: False for a hook that does nothing, see `AttentionAlignment.attach`.
 
     Returns:

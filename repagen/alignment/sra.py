@@ -85,7 +85,7 @@ class SelfAlignment(AlignmentTerm):
         gap = self.max_time_gap * uniform_per_sample(batch.draws(self.name)).to(batch.t)
         t = (batch.t - gap).clamp(min=0)
         with torch.no_grad(), self._teacher_record.recording():
-            teacher(interpolate(batch.latents, batch.noise, t), t, class_labels=batch.labels)
+            teacher(interpolate(batch.latents, batch.noise, t), t, **batch.conditions.arguments)
         return self._teacher_record.values[self.teacher_block]
 
     def batch_loss(self, batch: AlignmentBatch, output: Any) -> torch.Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from repagen.data.captions import Captions
 from repagen.data.combined import CombinedDataset
-from repagen.data.config import DataConfig, data_config_from_words
-from repagen.data.dataset import ImageDataset, ImageSample, SampleDataset
+from repagen.data.config import CaptionConfig, DataConfig, data_config_from_words
+from repagen.data.dataset import CaptionedSample, ImageDataset, ImageSample, SampleDataset
 from repagen.data.digits import digits_encoder_path, digits_to_images, load_digits
-from repagen.data.loading import load_batches, load_in_order, open_dataset, open_image_dataset
+from repagen.data.loading import load_batches, load_first, load_in_order, open_dataset, open_image_dataset
 from repagen.data.sampler import StreamBatchSampler, sample_indices
 from repagen.data.shapes import ShapesDataset, shapes_encoders_path
 from repagen.data.shards import LatentShards
 
 __all__ = [
+    "CaptionConfig",
+    "CaptionedSample",
+    "Captions",
     "CombinedDataset",
     "DataConfig",
     "ImageDataset",
@@ -25,6 +29,7 @@ __all__ = [
     "digits_to_images",
     "load_batches",
     "load_digits",
+    "load_first",
     "load_in_order",
     "open_dataset",
     "open_image_dataset",

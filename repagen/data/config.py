@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
+from repagen.data.buckets import bucket_sizes
+from repagen.data.captions import MissingRule
 from repagen.errors import UserError
 
-DatasetKind = Literal["folder", "datasets", "digits", "shapes", "latents"]
+DatasetKind = Literal["folder", "datasets", "webdataset", "digits", "shapes", "latents"]
 CropKind = Literal["center", "random"]
 DigitsSubset = Literal["all", "train", "validation"]
 Subset = Literal["all", "train", "validation", "unseen"]
+
+
+@dataclass
+class CaptionConfig:
+    """How images get their captions.
+
+    Attributes:
+        missing: what becomes of images without one: `refuse` (they are counted and named), `empty` (an empty caption),
+            `drop` (they are left out of the dataset).
+        columns: name => weight of the columns of a dataset, or of the keys in JSON, that hold captions, such as
+            {short: 1, long: 3}; found by name or type when not given. The captions of a column share its weight.
+    """
+
+    missing: MissingRule = "refuse"
+    columns: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -20,9 +38,10 @@ class DataConfig:
 
     Attributes:
         kind: `folder` (class folders, or a flat folder without classes), `datasets` (Hugging Face datasets, local or
-            from the Hub), `digits` (bundled), `shapes` (drawn scenes with captions), `latents` (shards written by
-            `repagen cache`).
-        path: folder, file or Hub id; unused by `digits` and `shapes`.
+            from the Hub), `webdataset` (tar shards), `digits` (bundled), `shapes` (drawn scenes with captions),
+            `latents` (shards written by `repagen cache`).
+        path: folder, file or Hub id; of shards a pattern such as shard-{0000..0015}.tar, too; unused by `digits` and
+            `shapes`.
         split: split of a Hugging Face dataset.
         revision: branch, tag or commit of a dataset on the Hub.
         image_column: column of a Hugging Face dataset that holds the images; found by its type when not given.
@@ -36,6 +55,12 @@ class DataConfig:
         subset: part of the digits or shapes; `unseen` is of shapes.
         num_images: how many shapes are drawn.
         verify_shards: check the sha256 of latent shards when they are opened (their sizes are always checked).
+        captions: give samples a caption; none when not given.
+        buckets: sizes that images may have instead of the square alone: ratios such as "3:2" (width : height), at
+            about image_size^2 pixels, or [height, width]. An image goes to the size of the nearest proportions and is
+            cropped to it; every step of training holds one size.
+        bucket_step: what the sides of `buckets` are multiples of, in pixels: the pixels of a token, or more.
+        index_folder: where sizes of images and places in shards are kept; ~/.cache/repagen/data when not given.
     """
 
     kind: DatasetKind = "folder"
@@ -52,6 +77,10 @@ class DataConfig:
     subset: Subset = "all"
     num_images: int = 50_000
     verify_shards: bool = True
+    captions: CaptionConfig | None = None
+    buckets: list[Any] = field(default_factory=list)
+    bucket_step: int = 16
+    index_folder: str | None = None
 
     def validate(self) -> None:
         """Check what the types cannot say.
@@ -77,6 +106,12 @@ class DataConfig:
             raise UserError("data.subset: unseen given; only data.kind=shapes has it; allowed: all, train, validation")
         if self.kind not in ("digits", "shapes") and not self.path:
             raise UserError(f"data.path: nothing given; data.kind={self.kind} needs a folder, file or Hub id there")
+        if self.bucket_step < 1:
+            raise UserError(f"data.bucket_step: {self.bucket_step} given; allowed: a positive number of pixels")
+        bucket_sizes(self.buckets, self.image_size, self.bucket_step)
+        for name, weight in (self.captions.columns if self.captions else {}).items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not (0 < weight < math.inf):
+                raise UserError(f"data.captions.columns.{name}: {weight!r} given; allowed: a positive weight")
 
     @property
     def short_side_px(self) -> int:
@@ -97,7 +132,9 @@ def data_config_from_words(words: Sequence[str]) -> DataConfig:
     given: set[str] = set()
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or key.removeprefix("data.") not in DataConfig.__dataclass_fields__ or key.count(".") != 1:
+        section, _, name = key.partition(".")
+        nested = name.startswith("captions.")
+        if not equals or section != "data" or not (nested or name in DataConfig.__dataclass_fields__):
             raise UserError(f"{word}: not a known setting; allowed: KEY=VALUE with KEY one of {keys}")
         if "${" in value or key in given:
             raise UserError(

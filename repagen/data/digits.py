@@ -65,9 +65,10 @@ class DigitsDataset(ImageDataset):
     """
 
     def __init__(self, config: DataConfig) -> None:
-        if config.crop != "center" or config.horizontal_flip:
+        if config.crop != "center" or config.horizontal_flip or config.buckets:
             raise UserError(
-                "data: the digits are neither mirrored nor cropped; drop data.horizontal_flip and data.crop"
+                "data: the digits are neither mirrored nor cropped; drop data.horizontal_flip, data.crop and "
+                "data.buckets"
             )
         digits, labels = load_digits(cast(DigitsSubset, config.subset))
         digits_to_images(digits[:1], config.image_size)  # refuses a wrong size here rather than in a worker

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from repagen.data.buckets import Size
+from repagen.data.captions import NO_CAPTION, CaptionFiles, Captions, captioned_samples
 from repagen.data.config import DataConfig
 from repagen.data.dataset import ImageDataset
-from repagen.data.images import EXTENSIONS, UNREAD_EXTENSIONS, decode_image
+from repagen.data.images import EXTENSIONS, UNREAD_EXTENSIONS, decode_image, read_size
 from repagen.errors import UserError
-from repagen.files import state_of_files
+from repagen.files import printable, state_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +28,13 @@ class FolderDataset(ImageDataset):
 
     Folders in it are classes, named by the folder and numbered in sorted order; a class may hold further folders. A
     folder with images and no folders in it has no classes. Hidden files and files of other kinds are passed over;
-    image files of a format that is not read count as bad images.
+    image files of a format that is not read count as bad images. Captions, where asked for, stand in files beside the
+    images (`CaptionFiles`).
 
     Raises:
         UserError: the folder is missing, holds no images, mixes images and folders, or holds splits instead of
             classes; a class folder is without images; more image files are of unread formats than
-            `max_bad_images` allows.
+            `max_bad_images` allows; captions are missing or cannot be read.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -49,16 +52,30 @@ class FolderDataset(ImageDataset):
             labels += [label] * len(readable)
         _report_empty(root, class_names, labels)
         _report_unread(unread, config.max_bad_images)
+        names = [os.path.relpath(file, root) for file in files]
+        if config.captions is not None:
+            self.has_captions = True
+            self._captions = CaptionFiles(root, names, config.captions.columns)
+            has = (self._captions.read(name) is not None for name in names)
+            kept = captioned_samples(has, config.captions.missing, lambda index: printable(files[index]))
+            names, labels = [names[index] for index in kept], [labels[index] for index in kept]
         super().__init__(config, torch.tensor(labels, dtype=torch.int64), class_names, excluded=len(unread))
         self._root = root
-        self._files = [os.path.relpath(file, root) for file in files]
+        self._files = names
 
     def describe(self, index: int) -> str:
         """Return the path of image `index`."""
         return str(self._root / self._files[index])
 
+    def captions(self, index: int) -> Captions:
+        """Return the captions of image `index`."""
+        return self._captions.read(self._files[index]) or NO_CAPTION
+
     def _decode(self, index: int) -> Image.Image:
         return decode_image(self._root / self._files[index])
+
+    def _original_size(self, index: int) -> Size:
+        return read_size(self._root / self._files[index])
 
     def _hash_sources(self, digest: hashlib._Hash) -> None:
         for name in self._files:

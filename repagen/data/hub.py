@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from repagen.data.buckets import Size
+from repagen.data.captions import KEYS, NO_CAPTION, Captions, captioned_samples, read_captions
 from repagen.data.config import DataConfig
 from repagen.data.dataset import ImageDataset
-from repagen.data.images import BadImageError, decode_image
+from repagen.data.images import BadImageError, decode_image, read_size
+from repagen.data.labels import labels_of_names, labels_of_numbers
 from repagen.errors import UserError
 from repagen.files import state_of_files
 from repagen.hub.places import repository_command
@@ -24,15 +28,25 @@ class HuggingFaceDataset(ImageDataset):
 
     Labels are a `ClassLabel` column, an integer column (classes "0" ... "max") or a text column (its sorted values).
     The image column is found by its type, the label column as the only `ClassLabel`; with none there are no classes.
+    Captions, where asked for, are the only text column, or the one named as in `KEYS`; a column holds texts or lists.
 
     Raises:
-        UserError: the dataset, split or a column is not found or is ambiguous, or a label is missing or negative.
+        UserError: the dataset, split or a column is not found or is ambiguous, a label is missing or negative, or
+            captions are missing.
     """
 
     def __init__(self, config: DataConfig) -> None:
         table = _open_table(config)
         image_column = _find_image_column(table, config)
         label_column = _find_label_column(table, config)
+        self._rows: Sequence[int] = range(len(table))
+        if config.captions is not None:
+            self.has_captions = True
+            self._columns = _find_caption_columns(table, config, config.captions.columns, label_column)
+            has = _have_captions(table, self._columns)
+            self._rows = captioned_samples(has, config.captions.missing, lambda row: f"row {row}")
+            table = table.select(self._rows) if len(self._rows) < len(table) else table
+            self._texts = table.select_columns(list(self._columns))
         labels, class_names = _read_labels(table, label_column)
         super().__init__(config, labels, class_names)
         self._content = table._fingerprint  # of the library: what the rows were made of, and how
@@ -43,15 +57,24 @@ class HuggingFaceDataset(ImageDataset):
         """Return the row of image `index`, with its file name where the dataset keeps one."""
         name = self._images[index][self._image_column]
         file = f" ({name['path']})" if name and name.get("path") else ""
-        return f"row {index}{file} of {self.config.path}, split {self.config.split}"
+        return f"row {self._rows[index]}{file} of {self.config.path}, split {self.config.split}"
+
+    def captions(self, index: int) -> Captions:
+        """Return the captions of image `index`."""
+        where = f"{self.config.path}, row {self._rows[index]}"
+        return read_captions(self._texts[index], self._columns, where) or NO_CAPTION
 
     def _decode(self, index: int) -> Image.Image:
+        return decode_image(self._source(index))
+
+    def _original_size(self, index: int) -> Size:
+        return read_size(self._source(index))
+
+    def _source(self, index: int) -> bytes | Path:
         value = self._images[index][self._image_column]
         if not value:
             raise BadImageError("the row has no image")
-        if value.get("bytes") is not None:
-            return decode_image(value["bytes"])
-        return decode_image(Path(value["path"]))
+        return value["bytes"] if value.get("bytes") is not None else Path(value["path"])
 
     def _hash_sources(self, digest: hashlib._Hash) -> None:
         config, info = self.config, self._images.info
@@ -150,6 +173,36 @@ def _find_label_column(table: Any, config: DataConfig) -> str | None:
     return found[0] if found else None
 
 
+def _find_caption_columns(
+    table: Any, config: DataConfig, asked: Mapping[str, float], label_column: str | None
+) -> dict[str, float]:
+    """=> name and weight of the columns that hold captions."""
+    if asked:
+        return {_existing(table, name, "captions.columns"): weight for name, weight in asked.items()}
+    texts = [name for name, feature in table.features.items() if _holds_texts(feature) and name != label_column]
+    found = [name for name in KEYS if name in texts] or texts
+    if not found or (len(found) > 1 and found[0] not in KEYS):
+        raise UserError(
+            f"data.captions.columns: nothing given and {config.path} has {len(found)} text columns; its columns: "
+            f"{_columns(table)}; name one or more with their weights, such as data.captions.columns.NAME=1"
+        )
+    return {found[0]: 1.0}
+
+
+def _holds_texts(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature)  # of a list
+    return getattr(inner, "dtype", None) in ("string", "large_string")
+
+
+def _have_captions(table: Any, columns: Mapping[str, float]) -> Iterator[bool]:
+    row = 0
+    for batch in table.select_columns(list(columns)).iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            texts = dict(zip(batch, values, strict=True))
+            yield read_captions(texts, columns, f"row {row}") is not None
+            row += 1
+
+
 def _existing(table: Any, column: str, key: str) -> str:
     if column not in table.features:
         raise UserError(f"data.{key}: {column} given; allowed: the columns {_columns(table)}")
@@ -184,9 +237,7 @@ def _read_labels(table: Any, column: str | None) -> tuple[torch.Tensor, list[str
     if missing is not None:
         raise UserError(f"data.label_column: {column} has no label in row {missing}")
     if all(isinstance(value, str) for value in values):
-        names = sorted(set(values))
-        number = {name: label for label, name in enumerate(names)}
-        return torch.tensor([number[value] for value in values], dtype=torch.int64), names
+        return labels_of_names(values)
     if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         raise UserError(
             f"data.label_column: {column} is {type(feature).__name__}; allowed: ClassLabel, integers or text"
@@ -196,5 +247,5 @@ def _read_labels(table: Any, column: str | None) -> tuple[torch.Tensor, list[str
         raise UserError(
             f"data.label_column: {column} is {min(values)} in row {row}; a split without labels has no classes"
         )
-    class_names = list(feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(max(values) + 1)))
-    return torch.tensor(values, dtype=torch.int64), class_names
+    labels, numbers = labels_of_numbers(values)
+    return labels, list(feature.names) if isinstance(feature, datasets.ClassLabel) else numbers

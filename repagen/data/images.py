@@ -9,10 +9,14 @@ are ignored. Whatever is not a whole, regular image file of at most 2^26 pixels 
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -25,6 +29,7 @@ UNREAD_EXTENSIONS = frozenset(
     {".gif", ".tif", ".tiff", ".svg", ".eps", ".ps", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ico", ".psd", ".tga"}
 )
 MAX_PIXELS = 2**26
+_ORIENTATION = 0x0112  # EXIF
 
 
 class BadImageError(Exception):
@@ -38,16 +43,36 @@ def decode_image(source: Path | bytes) -> Image.Image:
         BadImageError: the file is missing, unreadable, not a regular file, empty, truncated, damaged, of a format
             that is not read, or larger than `MAX_PIXELS`.
     """
+    with _opened(source) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImageError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def read_size(source: Path | bytes | IO[bytes]) -> tuple[int, int]:
+    """Return the height and width that `decode_image` gives, from the head of a file alone.
+
+    The orientation of a PNG counts only where it stands before the pixels.
+
+    Raises:
+        BadImageError: the file is missing, unreadable, no regular file, empty, or of a format that is not read.
+    """
+    with _opened(source) as image:
+        oriented = image.format != "PNG" or "exif" in image.info  # else Pillow decodes the pixels to look behind them
+        turned = oriented and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@contextmanager
+def _opened(source: Path | bytes | IO[bytes]) -> Iterator[Image.Image]:
+    """Open an image without decoding it; whatever is wrong with it, here or later, is a `BadImageError`."""
     try:
-        stream = io.BytesIO(_read_file(source) if isinstance(source, Path) else source)
-        # Pillow warns about damaged metadata and large headers; both are decided below.
-        with warnings.catch_warnings():
+        with _stream(source) as stream, warnings.catch_warnings():
+            # Pillow warns about damaged metadata and large headers; both are decided by the caller.
             warnings.simplefilter("ignore")
             with Image.open(stream, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise BadImageError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                yield image
     except BadImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -57,14 +82,18 @@ def decode_image(source: Path | bytes) -> Image.Image:
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 
-def _read_file(path: Path) -> bytes:
+def _stream(source: Path | bytes | IO[bytes]) -> IO[bytes]:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if not isinstance(source, Path):
+        return source
     try:
-        status = os.stat(path)
+        status = os.stat(source)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device would hang
             raise BadImageError("not a regular file")
         if status.st_size == 0:
             raise BadImageError("the file is empty")
-        return path.read_bytes()
+        return source.open("rb")
     except OSError as error:
         raise BadImageError(error.strerror or str(error)) from None
 
@@ -81,40 +110,49 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Return the central square of an RGB image, size x size, as ADM prepares ImageNet.
+def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """Return the central part of an RGB image as ADM prepares ImageNet, of `size` (the side, or height and width).
 
-    The picture is halved by box filters while its short side is at least twice `size`, then resized bicubically to a
-    short side of `size`, then cropped (Dhariwal & Nichol 2021, the preprocessing behind the published ImageNet
+    The picture is halved by box filters while it is at least twice as large, then resized bicubically to cover `size`
+    (a square by its short side), then cropped (Dhariwal & Nichol 2021, the preprocessing behind the published ImageNet
     statistics).
     """
-    while min(image.size) >= 2 * size:
+    height, width = (size, size) if isinstance(size, int) else size
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = _resize_short_side(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return _cut(_resize_to_cover(image, height, width), height, width, None)
 
 
-def random_crop(image: Image.Image, size: int, resize_px: int, generator: torch.Generator | None) -> Image.Image:
+def random_crop(
+    image: Image.Image, size: int | tuple[int, int], resize_px: float, generator: torch.Generator | None
+) -> Image.Image:
     """Resize an RGB image bicubically to a short side of `resize_px`, then cut a random size x size square.
 
-    RAE trains its decoder so (384 => 256, 768 => 512). Without a generator the central square is cut.
+    RAE trains its decoder so (384 => 256, 768 => 512). Without a generator the central square is cut. For a `size` of
+    height and width `resize_px` belongs to the square of equal area.
     """
-    image = _resize_short_side(image, resize_px)
-    room = (image.width - size, image.height - size)
+    height, width = (size, size) if isinstance(size, int) else size
+    share = resize_px / math.sqrt(height * width)
+    image = _resize_to_cover(image, round(height * share), round(width * share))
+    return _cut(image, height, width, generator)
+
+
+def _cut(image: Image.Image, height: int, width: int, generator: torch.Generator | None) -> Image.Image:
+    room = (image.width - width, image.height - height)
     if generator is None:
         left, top = (extent // 2 for extent in room)
     else:
         left, top = (int(torch.randint(extent + 1, (), generator=generator)) for extent in room)
-    return image.crop((left, top, left + size, top + size))
+    return image.crop((left, top, left + width, top + height))
 
 
-def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    scale = size / min(image.size)
-    width, height = (round(extent * scale) for extent in image.size)
-    if width * height > MAX_PIXELS:
-        raise BadImageError(f"{image.width}x{image.height} is too elongated for a crop of {size} pixels")
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+def _resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize so that one side fits and the other is no shorter."""
+    scale = max(width / image.width, height / image.height)
+    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BadImageError(f"{image.width}x{image.height} is too elongated for a crop of {width}x{height} pixels")
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from repagen.data.config import DataConfig
 from repagen.data.dataset import ImageDataset, ImageSample, SampleDataset
+from repagen.data.sampler import sample_indices
 from repagen.errors import UserError
 from repagen.randomness import generator_for
 
@@ -17,9 +19,20 @@ def open_dataset(config: DataConfig) -> SampleDataset:
     """Open the dataset a config names.
 
     Raises:
-        UserError: the config contradicts itself, or nothing usable is found where it points.
+        UserError: the config contradicts itself, nothing usable is found where it points, or there are no captions
+            where it asks for them.
     """
     config.validate()
+    dataset = _open(config)
+    if config.captions is not None and not dataset.has_captions:
+        raise UserError(
+            f"data.captions: given, but data.kind={config.kind} {config.path or ''} has none; drop data.captions, or "
+            "use images with captions"
+        )
+    return dataset
+
+
+def _open(config: DataConfig) -> SampleDataset:
     if config.kind == "digits":
         from repagen.data.digits import DigitsDataset
 
@@ -32,6 +45,10 @@ def open_dataset(config: DataConfig) -> SampleDataset:
         from repagen.data.hub import HuggingFaceDataset
 
         return HuggingFaceDataset(config)
+    if config.kind == "webdataset":
+        from repagen.data.webdataset import WebDataset
+
+        return WebDataset(config)
     if config.kind == "latents":
         from repagen.data.shards import LatentShards
 
@@ -41,15 +58,23 @@ def open_dataset(config: DataConfig) -> SampleDataset:
     return FolderDataset(config)
 
 
-def open_image_dataset(config: DataConfig) -> ImageDataset:
+def open_image_dataset(config: DataConfig, *, several_sizes: bool = False) -> ImageDataset:
     """Open the dataset a config names, which must hold images.
 
+    Args:
+        config: of the dataset.
+        several_sizes: whether the images may have several sizes, as `data.buckets` asks for.
+
     Raises:
-        UserError: as `open_dataset`; and for latents.
+        UserError: as `open_dataset`; and for latents, and for several sizes where they may not be.
     """
+    if config.buckets and not several_sizes:
+        raise UserError("data.buckets: given, but here all images must have one size; drop it")
     dataset = open_dataset(config)
     if not isinstance(dataset, ImageDataset):
-        raise UserError(f"data.kind={config.kind} holds no images; allowed: folder, datasets, digits, shapes")
+        raise UserError(
+            f"data.kind={config.kind} holds no images; allowed: folder, datasets, webdataset, digits, shapes"
+        )
     return dataset
 
 
@@ -131,6 +156,21 @@ def load_batches(
         generator=generator_for(seed, "loader"),  # else opening draws from the global random state
     )
     return _iterate(loader)
+
+
+def load_first(dataset: SampleDataset, count: int, seed: int) -> dict[str, Any]:
+    """Return the first samples of a run's stream as one batch; where there are buckets, of the largest size.
+
+    Raises:
+        UserError: too many bad images.
+    """
+    members = torch.arange(len(dataset))
+    if dataset.buckets is not None:
+        areas = torch.tensor([height * width for height, width in dataset.bucket_sizes])[dataset.buckets]
+        members = (areas == areas.max()).nonzero().flatten()
+    indices = members[sample_indices(0, count, len(members), seed)].tolist()
+    [batch] = load_batches(dataset, [list(zip(indices, range(count), strict=True))], seed)
+    return batch
 
 
 def load_in_order(

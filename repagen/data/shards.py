@@ -1,9 +1,10 @@
 """Cached latents and alignment targets in safetensors shards, as `repagen cache` writes them.
 
 folder/
-    latents-00000.safetensors ...   rows of "latent" (R, C, h, w), "label" (R,), "index" (R,), one "target.K"
-                                    (R, N, D) per alignment encoder, "latent_std" for KL autoencoders, and the
-                                    same of the mirrored image with the suffix ".flipped"
+    latents-00000.safetensors ...   rows of "latent" (R, C, h, w), all of one size, "label" (R,), "index" (R,), one
+                                    "target.K" (R, N, D) per alignment encoder, "latent_std" for KL autoencoders,
+                                    and the same of the mirrored image with the suffix ".flipped"; of images with
+                                    captions "captions", the bytes of all rows' captions, and "captions_size" (R,)
     manifest.json                   what made them, and name, rows, size and sha256 of each shard; written last
 """
 
@@ -13,6 +14,7 @@ import bisect
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from repagen.data.captions import Captions
 from repagen.data.dataset import SampleDataset
 from repagen.errors import UserError
 
@@ -35,7 +38,7 @@ class LatentShards(SampleDataset):
     Attributes:
         manifest: what `repagen cache` recorded.
         labels: label of every sample (N,) int64.
-        latent_shape: (C, h, w).
+        latent_shape: (C, h, w); where there are several sizes, of the first shard.
         flipped: whether latents of the mirrored images are there as well.
     """
 
@@ -60,12 +63,27 @@ class LatentShards(SampleDataset):
         self._num_targets = len(self.manifest["encoders"])
         self._files: dict[int, Any] = {}
         first = self._file(0)
-        self.latent_shape = tuple(first.get_slice("latent").get_shape()[1:])
+        shapes = [self._file(number).get_slice("latent").get_shape() for number in range(len(self._shards))]
+        self.latent_shape = tuple(shapes[0][1:])
+        sizes = [(height, width) for _, _, height, width in shapes]
+        if len(set(sizes)) > 1:
+            self.bucket_sizes = list(dict.fromkeys(sizes))
+        self._bucket_of_shard = [self.bucket_sizes.index(size) if self.bucket_sizes else 0 for size in sizes]
         self._has_std = "latent_std" in first.keys()  # noqa: SIM118 - an open file, not a dict
         self.labels = torch.cat([self._file(number).get_tensor("label") for number in range(len(self._shards))])
+        self.has_captions = "captions" in first.keys()  # noqa: SIM118
+        if self.has_captions:
+            lengths = [self._file(number).get_tensor("captions_size") for number in range(len(self._shards))]
+            self._captions_end = [part.cumsum(0) for part in lengths]
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @cached_property
+    def buckets(self) -> torch.Tensor | None:
+        """See `SampleDataset.buckets`; the sizes are those of the latents."""
+        rows = torch.tensor([shard["rows"] for shard in self._shards])
+        return torch.tensor(self._bucket_of_shard).repeat_interleave(rows) if self.bucket_sizes else None
 
     def load(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         """Return sample `index`.
@@ -77,7 +95,8 @@ class LatentShards(SampleDataset):
 
         Returns:
             "latent" (C, h, w) float32, standardised; "label"; "index"; "targets", a list of (N, D) float32 in the
-            order of the cache's encoders; for KL autoencoders "latent_std" (C, h, w): `latent` is the mean.
+            order of the cache's encoders; for KL autoencoders "latent_std" (C, h, w): `latent` is the mean; of images
+            with captions "caption", one of them drawn after the mirroring.
         """
         number, row = self._locate(index)
         file = self._file(number)
@@ -91,7 +110,17 @@ class LatentShards(SampleDataset):
         sample["targets"] = [read(f"target.{k}") for k in range(self._num_targets)]
         if self._has_std:
             sample["latent_std"] = read("latent_std")
+        if self.has_captions:
+            sample["caption"] = self.captions(index).draw(generator)
         return sample
+
+    def captions(self, index: int) -> Captions:
+        """Return all captions of sample `index`; of a cache of images with captions."""
+        number, row = self._locate(index)
+        ends = self._captions_end[number]
+        start = int(ends[row - 1]) if row else 0
+        content = self._file(number).get_slice("captions")[start : int(ends[row])]
+        return Captions.from_json(content.numpy().tobytes())
 
     def describe(self, index: int) -> str:
         """Return shard, row and source image of sample `index`."""

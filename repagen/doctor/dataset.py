@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ import torch
 from tqdm import tqdm
 
 from repagen.data import DataConfig, ImageDataset, SampleDataset, open_dataset
+from repagen.data.buckets import describe_buckets
+from repagen.data.captions import NO_CAPTION, MissingRule
 from repagen.data.folders import list_images
 from repagen.data.images import BadImageError
 from repagen.doctor.report import Finding, Level, Section
@@ -38,7 +41,8 @@ class _Image:
 def check_dataset(config: DataConfig) -> Section:
     """Open a dataset and go through all of it. What keeps it from being opened is a finding, too."""
     try:
-        dataset = open_dataset(replace(config, max_bad_images=_ANY_NUMBER))
+        captions = replace(config.captions, missing="empty") if config.captions else None
+        dataset = open_dataset(replace(config, max_bad_images=_ANY_NUMBER, captions=captions))
     except UserError as error:
         return Section("Dataset", [Finding("dataset", str(error), "problem")])
     if not isinstance(dataset, ImageDataset):
@@ -46,6 +50,11 @@ def check_dataset(config: DataConfig) -> Section:
     images = list(_inspect_all(dataset))
     sound = [image for image in images if not image.defect]
     findings = [*_classes(dataset), *_unread_formats(config), _broken(dataset, images, config.max_bad_images)]
+    if dataset.buckets is not None:
+        counts = describe_buckets(dataset.buckets, dataset.bucket_sizes)
+        findings.append(Finding("buckets", f"images per height x width: {counts}"))
+    if config.captions is not None:
+        findings.append(_captions(dataset, config.captions.missing))
     if sound:
         findings += [_sizes(sound, config.image_size), _duplicates(dataset, sound)]
     return Section("Dataset", findings)
@@ -62,7 +71,7 @@ def _inspect_all(dataset: ImageDataset) -> Iterable[_Image]:
 def _inspect(dataset: ImageDataset, index: int) -> _Image:
     try:
         image = dataset.original(index)
-        dataset.square(image)
+        dataset.crop(image, dataset.size(index))
     except BadImageError as error:
         return _Image(index, defect=str(error))
     return _Image(index, image.size, hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest())
@@ -123,6 +132,23 @@ def _sizes(images: Sequence[_Image], image_size: int) -> Finding:
     enlarged = f"smaller than data.image_size={image_size}, and enlarged in training: {small}"
     facts = {"shortest": int(short.min()), "median": median, "longest": int(short.max()), "too_small": small}
     return Finding("sizes", text, "note" if small else "ok", [enlarged] if small else [], facts)
+
+
+def _captions(dataset: ImageDataset, rule: MissingRule) -> Finding:
+    """How many images have one, how long they are, and how often one stands for several images."""
+    found = [dataset.captions(index) for index in range(len(dataset))]
+    missing = [printable(dataset.describe(index)) for index, captions in enumerate(found) if captions == NO_CAPTION]
+    lengths = sorted(len(text) for captions in found if captions != NO_CAPTION for text in captions.texts)
+    shared = Counter(captions.draw() for captions in found if captions != NO_CAPTION)
+    repeated = sum(count for count in shared.values() if count > 1)
+    text = f"{len(lengths)} for {len(found) - len(missing)} of {len(found)} images"
+    if lengths:
+        text += f", {lengths[0]} to {lengths[-1]} characters, median {statistics.median(lengths):g}"
+    text += f"; images whose caption others have too: {repeated}" if repeated else ""
+    if not missing:
+        return Finding("captions", text, "note" if repeated else "ok", facts={"captions": len(lengths)})
+    level: Level = "problem" if rule == "refuse" or not lengths else "note"
+    return _named("captions", f"{text}; without one (data.captions.missing={rule}):", level, missing)
 
 
 def _duplicates(dataset: ImageDataset, images: Sequence[_Image]) -> Finding:

@@ -8,6 +8,7 @@ from pathlib import Path
 from repagen.doctor.report import Finding, Section, readable_size
 from repagen.encoders.families import FAMILIES
 from repagen.encoders.files import hub_id, local_weights
+from repagen.encoders.text_families import TEXT_FAMILIES
 from repagen.errors import UserError, one_line
 from repagen.hub.fetching import naming_hub_errors
 
@@ -22,14 +23,18 @@ def hub(encoders: Sequence[str]) -> Section:
 
     offline = "yes, nothing is fetched" if constants.HF_HUB_OFFLINE else "no"
     token = "there is one (not shown)" if get_token() else "none; `hf auth login` stores one"
-    here = [family.default_id for family in FAMILIES.values() if _is_here(family.default_id)]
+    known = {"encoders": FAMILIES.values(), "text encoders": TEXT_FAMILIES.values()}
+    here = {kind: [row.default_id for row in rows if _is_here(row.default_id)] for kind, rows in known.items()}
     findings = [
         Finding("HF_HUB_OFFLINE", offline, facts={"offline": constants.HF_HUB_OFFLINE}),
         _cache(Path(constants.HF_HUB_CACHE)),
         Finding("token", token, facts={"token": bool(get_token())}),
-        Finding("encoders here", ", ".join(here) or "none of the families' usual checkpoints", facts={"here": here}),
+        *(
+            Finding(f"{kind} here", ", ".join(ids) or "none of the families' usual checkpoints", facts={"here": ids})
+            for kind, ids in here.items()
+        ),
     ]
-    gated = [family.default_id for family in FAMILIES.values() if family.gated and family.default_id not in encoders]
+    gated = [row.default_id for rows in known.values() for row in rows if row.gated and row.default_id not in encoders]
     findings += [_gated(repo_id) for repo_id in gated]
     return Section("Hugging Face Hub", [*findings, *(_wanted(encoder) for encoder in encoders)])
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from repagen.encoders.families import EncoderFamily
+from repagen.encoders.families import EncoderFamily, TransformersFamily
 from repagen.errors import UserError
 
 # The name under which a saved autoencoder keeps its encoder's weights (`model.frozen.safetensors`). diffusers
@@ -84,8 +84,7 @@ class TransformersBackbone(Backbone):
         norm = model.get_submodule(family.final_norm) if family.final_norm else None
         self.final_norm = None if isinstance(norm, nn.Identity) else norm
         self.normalises_patches = family.normalises_patches
-        keys = architecture_keys(type(config))
-        self.architecture = {key: value for key, value in config.to_dict().items() if key in keys}
+        self.architecture = architecture(config)
         self._family = family
         self._frames = getattr(config, family.frames_key) if family.frames_key else 0
         any_side = family.any_side
@@ -267,7 +266,13 @@ def architecture_keys(config_class: type) -> set[str]:
     return {name for name in own - inherited if not name.startswith("_")}
 
 
-def transformers_config(family: EncoderFamily, description: Mapping[str, Any], where: str) -> Any:
+def architecture(config: Any) -> dict[str, Any]:
+    """Return the JSON-able description of the network of a transformers config; see `architecture_keys`."""
+    keys = architecture_keys(type(config))
+    return {key: value for key, value in config.to_dict().items() if key in keys}
+
+
+def transformers_config(family: TransformersFamily, description: Mapping[str, Any], where: str) -> Any:
     """Build a transformers config from the allow-listed keys of a description.
 
     Raises:
@@ -277,7 +282,7 @@ def transformers_config(family: EncoderFamily, description: Mapping[str, Any], w
     from huggingface_hub.errors import StrictDataclassError
 
     config_class = getattr(transformers, family.config_class)
-    keys = architecture_keys(config_class)
+    keys = architecture_keys(config_class).union(family.old_keys)
     values = {key: value for key, value in description.items() if key in keys}
     try:
         return config_class(**{**values, **family.fixed_config})

@@ -4,33 +4,64 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from repagen.encoders.images import IMAGENET_MEAN, IMAGENET_STD
 from repagen.errors import UserError
+
+if TYPE_CHECKING:
+    from repagen.hub.card import LicenceFact
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 UNCHANGED_MEAN, UNCHANGED_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
-@dataclass(frozen=True)
-class EncoderFamily:
-    """One kind of vision transformer and how its patch tokens are read.
+@dataclass(frozen=True, kw_only=True)
+class TransformersFamily:
+    """One kind of network of transformers, and how one of its checkpoints is opened.
 
     Attributes:
         name: the family's name in configs.
         model_types: values of `model_type` in a `config.json` that belong to it.
         model_class: the class that is built, by name (transformers; empty for timm).
         config_class: the class of its configuration.
+        default_id: the usual checkpoint.
+        licence: licence of the published weights.
+        redistributable: whether that licence lets a saved model carry the weights.
+        gated: whether the Hub asks for an accepted licence.
+        fixed_config: entries of the model's config that must have these values to read features.
+        old_keys: keys of older configs that transformers turns into others.
+        tower_prefix: how the names of its tensors begin in a checkpoint with a second tower, where transformers does
+            not see to that itself; a regular expression.
+        constructor: keyword arguments of the model class.
+        arguments: keyword arguments of every forward pass.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    model_class: str
+    config_class: str
+    default_id: str
+    licence: str
+    redistributable: bool
+    gated: bool = False
+    fixed_config: dict[str, Any] = field(default_factory=dict)
+    old_keys: tuple[str, ...] = ()
+    tower_prefix: str | None = None
+    constructor: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFamily(TransformersFamily):
+    """One kind of vision transformer and how its patch tokens are read.
+
+    Attributes:
         cls_tokens: number of class tokens in front of the patch tokens, or the key of the model's own config that
             counts them.
         final_norm: path of the module that is the last norm; empty where the network has none. A network may be
             configured without it (BEiT with mean pooling).
-        default_id: the usual checkpoint.
-        licence: licence of the published weights.
-        redistributable: whether that licence lets a saved autoencoder carry the weights.
-        gated: whether the Hub asks for an accepted licence.
         name_prefix: how the names of its checkpoints begin, where another family has the same `model_type`.
         register_key: key of the model's own config that counts its register tokens, if it has any.
         normalises_patches: whether the model itself applies that norm to patch tokens (CLIP: to the class token only).
@@ -40,24 +71,11 @@ class EncoderFamily:
         any_side: whether the network takes other sides than that; a key of its config where that says so.
         frames_key: (video) key of the model's own config that counts the frames of one token; an image is repeated.
         patch_order: keyword argument that takes the order of the patches, where the model shuffles them without it.
-        fixed_config: entries of the model's config that must have these values to read features.
-        tower_prefix: how the names of its tensors begin in a checkpoint with a text tower, where transformers does not
-            see to that itself.
-        constructor: keyword arguments of the model class.
-        arguments: keyword arguments of every forward pass.
         image_mean, image_std: normalisation where the checkpoint has no `preprocessor_config.json`.
     """
 
-    name: str
-    model_types: tuple[str, ...]
-    model_class: str
-    config_class: str
     cls_tokens: int | str
     final_norm: str
-    default_id: str
-    licence: str
-    redistributable: bool
-    gated: bool = False
     name_prefix: str = ""
     register_key: str | None = None
     normalises_patches: bool = True
@@ -66,10 +84,6 @@ class EncoderFamily:
     any_side: bool | str = True
     frames_key: str | None = None
     patch_order: str | None = None
-    fixed_config: dict[str, Any] = field(default_factory=dict)
-    tower_prefix: str | None = None
-    constructor: dict[str, Any] = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
 
@@ -290,7 +304,7 @@ _ROWS = (
         final_norm="rms_norm",
         default_side="native",
         any_side="is_native",
-        tower_prefix="vision_model.",
+        tower_prefix=r"vision_model\.",
         fixed_config={"use_head": False},
         default_id="apple/aimv2-large-patch14-224-lit",
         licence="Apple model licence",
@@ -401,4 +415,35 @@ def family_of(model_type: Any, name: str) -> EncoderFamily:
     return max(
         (row for row in rows if PurePosixPath(name).name.startswith(row.name_prefix)),
         key=lambda row: len(row.name_prefix),
+    )
+
+
+def licence_fact(
+    family: TransformersFamily, name: str | None, revision: str | None, stored: bool, part: str = "encoder"
+) -> LicenceFact:
+    """Return the licence of an encoder that a model is made with, and what follows from it.
+
+    Args:
+        family: its row of a table.
+        name: Hub id or folder of its weights; None: they come from nowhere.
+        revision: commit of that Hub repository.
+        stored: whether the model carries the weights.
+        part: what the encoder is to the model.
+    """
+    from repagen.hub.card import LicenceFact, without_local_paths
+
+    licence, consequences = family.licence, []
+    if revision is None:  # from a folder, or not from anywhere: anybody's weights
+        licence = f"unknown ({licence} for the published weights of {family.name})"
+    if "commercial" in licence.lower():
+        consequences.append("the model is made of its features: no commercial use without leave of its authors")
+    if family.gated:
+        consequences.append("its weights are handed out by its authors alone, who ask for an agreement")
+    if stored and not family.redistributable:
+        consequences.append("its weights are inside, though this licence may not let them be passed on")
+    return LicenceFact(
+        part=part,
+        name=without_local_paths(name or f"{family.name}, its weights inside"),
+        licence=licence,
+        consequence="; ".join(consequences),
     )

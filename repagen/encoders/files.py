@@ -6,12 +6,20 @@ import json
 import logging
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from repagen.encoders.backbones import FROZEN_VARIANT
-from repagen.encoders.families import FAMILIES, UNCHANGED_MEAN, UNCHANGED_STD, EncoderFamily, family_of
+from repagen.encoders.families import (
+    FAMILIES,
+    UNCHANGED_MEAN,
+    UNCHANGED_STD,
+    EncoderFamily,
+    TransformersFamily,
+    family_of,
+)
 from repagen.errors import UserError
 from repagen.hub.fetching import fetch_snapshot
 from repagen.hub.inspection import inspect_encoder_folder
@@ -20,6 +28,10 @@ from repagen.hub.places import repository_command
 logger = logging.getLogger(__name__)
 
 CONFIG_FILES = ["config.json", "preprocessor_config.json"]
+TEXT_FILES = [
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "spiece.model", "tokenizer.model"),
+]
 # Safetensors first; a repository that has none is fetched once more for the older format.
 WEIGHT_FILES = (["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"], ["pytorch_model.bin"])
 _WEIGHT_NAMES = (
@@ -32,7 +44,7 @@ _noted: set[str] = set()
 
 
 @dataclass(frozen=True)
-class EncoderFiles:
+class FoundFiles:
     """An encoder's files on this machine, config read, weights not yet.
 
     Attributes:
@@ -40,7 +52,6 @@ class EncoderFiles:
         folder: the local folder, or the snapshot of the Hub repository at `revision`.
         repo_id: the Hub repository; None for a local folder.
         revision: the commit of that repository.
-        family: its row of the table.
         config: the content of its `config.json`.
         local_files_only: never touch the network.
     """
@@ -49,32 +60,21 @@ class EncoderFiles:
     folder: Path
     repo_id: str | None
     revision: str | None
-    family: EncoderFamily
     config: dict[str, Any]
     local_files_only: bool
 
-    def pixel_statistics(self) -> tuple[list[float], list[float]]:
-        """Return mean and std of the pixels in [0, 1], from the encoder's own image processor."""
-        if self.family.name == "timm":
-            described = self.config.get("pretrained_cfg", {})
-            mean, std = described.get("mean"), described.get("std")
-        else:
-            path = self.folder / "preprocessor_config.json"
-            described = read_json(path) if path.is_file() else {}
-            if described.get("do_normalize") is False:
-                return list(UNCHANGED_MEAN), list(UNCHANGED_STD)
-            mean, std = described.get("image_mean"), described.get("image_std")
-        return list(mean or self.family.image_mean), list(std or self.family.image_std)
-
-    def weights(self) -> Path:
+    def weights(self, family: TransformersFamily) -> Path:
         """Return the file with the weights (or its index), downloading it now if it is not here.
+
+        Args:
+            family: its row of a table, whose licence is told before.
 
         Raises:
             UserError: where there is none, naming the folder.
         """
         if self.repo_id is None:
             return weights_file(self.folder, self.name)
-        note_licence(self.family, self.repo_id)
+        note_licence(family, self.repo_id)
         for patterns in WEIGHT_FILES:
             _fetch(self.repo_id, self.revision, patterns, self.local_files_only)
             if any((self.folder / name).is_file() for name in _WEIGHT_NAMES):
@@ -83,6 +83,30 @@ class EncoderFiles:
 
         for_the_user = self.local_files_only or is_offline_mode()
         return weights_file(self.folder, self.name, self.repo_id if for_the_user else None)
+
+
+def vision_family(files: FoundFiles) -> EncoderFamily:
+    """Return the family of a vision encoder.
+
+    Raises:
+        UserError: for an unsupported model type.
+    """
+    timm_layout = "architecture" in files.config and "model_type" not in files.config
+    return FAMILIES["timm"] if timm_layout else family_of(files.config.get("model_type"), files.name)
+
+
+def pixel_statistics(files: FoundFiles, family: EncoderFamily) -> tuple[list[float], list[float]]:
+    """Return mean and std of the pixels in [0, 1], from a vision encoder's own image processor."""
+    if family.name == "timm":
+        described = files.config.get("pretrained_cfg", {})
+        mean, std = described.get("mean"), described.get("std")
+    else:
+        path = files.folder / "preprocessor_config.json"
+        described = read_json(path) if path.is_file() else {}
+        if described.get("do_normalize") is False:
+            return list(UNCHANGED_MEAN), list(UNCHANGED_STD)
+        mean, std = described.get("image_mean"), described.get("image_std")
+    return list(mean or family.image_mean), list(std or family.image_std)
 
 
 def weights_file(folder: Path, name: str, repo_id: str | None = None) -> Path:
@@ -126,17 +150,22 @@ def local_weights(name: str) -> Path:
     return weights_file(local_folder(name), name, None if is_folder else hub_id(name))
 
 
-def find_encoder(source: str | os.PathLike[str], revision: str | None, local_files_only: bool) -> EncoderFiles:
+def find_encoder(
+    source: str | os.PathLike[str],
+    revision: str | None,
+    local_files_only: bool,
+    patterns: Sequence[str] = CONFIG_FILES,
+) -> FoundFiles:
     """Find an encoder and read its config; no weights are downloaded yet.
 
     Args:
         source: a local folder, a Hub id, or `timm:NAME` for a timm model on the Hub.
         revision: branch, tag or commit of the Hub repository.
         local_files_only: use the local cache only.
+        patterns: of the files beside the weights.
 
     Raises:
-        UserError: for a folder that is not there, a repository that is closed, unknown or out of reach, or an
-            unsupported model type.
+        UserError: for a folder that is not there, or a repository that is closed, unknown or out of reach.
     """
     name = os.fspath(source)
     folder = Path(name).expanduser()
@@ -145,13 +174,10 @@ def find_encoder(source: str | os.PathLike[str], revision: str | None, local_fil
         revision = None
     else:
         repo_id = hub_id(name)
-        folder = _fetch(repo_id, revision, CONFIG_FILES, local_files_only)
+        folder = _fetch(repo_id, revision, patterns, local_files_only)
         revision = folder.name
     inspect_encoder_folder(folder, f"encoder {name!r}")
-    config = read_json(folder / "config.json")
-    timm_layout = "architecture" in config and "model_type" not in config
-    family = FAMILIES["timm"] if timm_layout else family_of(config.get("model_type"), name)
-    return EncoderFiles(name, folder, repo_id, revision, family, config, local_files_only)
+    return FoundFiles(name, folder, repo_id, revision, read_json(folder / "config.json"), local_files_only)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -167,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def note_licence(family: EncoderFamily, repo_id: str) -> None:
+def note_licence(family: TransformersFamily, repo_id: str) -> None:
     """Log an encoder's licence once per process, before its weights are used or downloaded."""
     if repo_id in _noted:
         return
@@ -198,7 +224,7 @@ def hub_id(name: str) -> str:
     return name
 
 
-def _fetch(repo_id: str, revision: str | None, patterns: list[str], local_files_only: bool) -> Path:
+def _fetch(repo_id: str, revision: str | None, patterns: Sequence[str], local_files_only: bool) -> Path:
     return fetch_snapshot(
         repo_id, revision=revision, patterns=patterns, what="encoder", local_files_only=local_files_only
     )

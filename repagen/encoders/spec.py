@@ -44,10 +44,48 @@ class EncoderSpec:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "encoder") -> EncoderSpec:
         """Read a spec from a config; unknown and missing keys are refused by name."""
-        known = {item.name for item in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
-        for key in ("family", "config"):
-            if key not in values:
-                raise UserError(f"{where}: the key {key!r} is missing")
-        return cls(**values)
+        return _from_mapping(cls, values, where)
+
+
+@dataclass(frozen=True)
+class TextEncoderSpec:
+    """All that defines a text encoder but its weights and its tokenizer; JSON-able by `dataclasses.asdict`.
+
+    Attributes:
+        family: a name of `repagen.encoders.text_families.TEXT_FAMILIES`.
+        config: the network's own description: keys of its transformers config.
+        max_length: tokens that are read of a prompt, and given out for it.
+        hidden_layer: -1: the last layer, after the final norm. Else the index of a block (0-based, negative from the
+            end), whose output is taken as it is, before any final norm.
+        template: text around each prompt, with `{prompt}` in its place; None: the prompt alone.
+        name_or_path: Hub id or folder the weights come from; None for random weights.
+        revision: commit of the Hub repository.
+        weights: hash of the weights, once known.
+        tokenizer: hash of the tokenizer, once known.
+    """
+
+    family: str
+    config: dict[str, Any]
+    max_length: int
+    hidden_layer: int = -1
+    template: str | None = None
+    name_or_path: str | None = None
+    revision: str | None = None
+    weights: str | None = None
+    tokenizer: str | None = None
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str = "text encoder") -> TextEncoderSpec:
+        """Read a spec from a config; unknown and missing keys are refused by name."""
+        return _from_mapping(cls, values, where)
+
+
+def _from_mapping(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+    items = dataclasses.fields(kind)
+    known = {item.name for item in items}
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+    for item in items:
+        if item.name not in values and item.default is dataclasses.MISSING:
+            raise UserError(f"{where}: the key {item.name!r} is missing")
+    return kind(**values)

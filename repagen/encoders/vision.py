@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from repagen.encoders.backbones import Backbone, TimmBackbone, build_timm, build_transformers
 from repagen.encoders.families import FAMILIES, EncoderFamily
-from repagen.encoders.files import find_encoder, weights_file
+from repagen.encoders.files import find_encoder, pixel_statistics, vision_family, weights_file
 from repagen.encoders.images import check_images
 from repagen.encoders.spec import Combination, EncoderSpec, Layers
 from repagen.encoders.weights import load_weights, weights_sha256
@@ -112,12 +112,13 @@ class VisionEncoder(nn.Module):
                 weights that are missing, misshapen or not finite, and sizes or layers that do not fit.
         """
         files = find_encoder(name_or_path, revision, local_files_only)
-        mean, std = files.pixel_statistics()
+        family = vision_family(files)
+        mean, std = pixel_statistics(files, family)
         nested = files.config.get("vision_config")
         config = nested if isinstance(nested, dict) else files.config
-        backbone = load_weights(files.family, config, files.weights(), files.name)
+        backbone = load_weights(family, config, files.weights(family), files.name)
         spec = EncoderSpec(
-            family=files.family.name,
+            family=family.name,
             config=config,
             image_size=grid_size * backbone.patch_size if grid_size is not None else image_size,
             layers=layers,

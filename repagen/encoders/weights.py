@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,7 +21,7 @@ from repagen.encoders.backbones import (
     quiet_transformers,
     transformers_config,
 )
-from repagen.encoders.families import EncoderFamily
+from repagen.encoders.families import EncoderFamily, TransformersFamily
 from repagen.errors import UserError
 from repagen.hub.inspection import inspect_encoder_folder
 
@@ -52,25 +51,49 @@ def load_weights(family: EncoderFamily, description: Mapping[str, Any], weights:
 def _load_transformers(
     family: EncoderFamily, description: Mapping[str, Any], weights: Path, name: str
 ) -> TransformersBackbone:
+    return TransformersBackbone(family, load_network(family, description, weights, name))
+
+
+def load_network(
+    family: TransformersFamily,
+    description: Mapping[str, Any],
+    weights: Path,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Build a family's transformers model and fill it from a weights file.
+
+    Args:
+        family: its row of a table.
+        description: the content of its config.
+        weights: path of the weights file or its index.
+        name: the encoder, for messages.
+        dtype: of the parameters.
+
+    Raises:
+        UserError: as `load_pretrained`.
+    """
     import transformers
 
     config = transformers_config(family, description, f"{name}:config.json")
     variant = FROZEN_VARIANT if weights.name == f"model.{FROZEN_VARIANT}.safetensors" else None
-    mapping = {rf"^{re.escape(family.tower_prefix)}": ""} if family.tower_prefix else None
-    model = load_pretrained(
+    mapping = {f"^{family.tower_prefix}": ""} if family.tower_prefix else None
+    return load_pretrained(
         getattr(transformers, family.model_class), weights, name,
-        config=config, variant=variant, key_mapping=mapping, **family.constructor,
+        dtype=dtype, config=config, variant=variant, key_mapping=mapping, **family.constructor,
     )  # fmt: skip
-    return TransformersBackbone(family, model)
 
 
-def load_pretrained(model_class: Any, weights: Path, name: str, **options: Any) -> Any:
-    """Load a transformers model in float32 from the folder of its weights file, offline.
+def load_pretrained(
+    model_class: Any, weights: Path, name: str, dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
+    """Load a transformers model from the folder of its weights file, offline.
 
     Args:
         model_class: a class of transformers.
         weights: path of the weights file or its index.
         name: the encoder, for messages.
+        dtype: of the parameters.
         options: of `from_pretrained`.
 
     Raises:
@@ -80,7 +103,7 @@ def load_pretrained(model_class: Any, weights: Path, name: str, **options: Any) 
     try:
         with quiet_transformers():
             model, report = model_class.from_pretrained(
-                weights.parent, dtype=torch.float32, local_files_only=True, use_safetensors=weights.suffix != ".bin",
+                weights.parent, dtype=dtype, local_files_only=True, use_safetensors=weights.suffix != ".bin",
                 ignore_mismatched_sizes=True, output_loading_info=True, **options,
             )  # fmt: skip
     except _UNREADABLE as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
@@ -21,23 +22,24 @@ if TYPE_CHECKING:
 class PipelineImages(ImageSource):
     """Images that a pipeline draws when they are asked for.
 
-    Noise, and the label in mode `random`, are functions of (seed, index) alone, and the networks see batches of one
-    shape, so that image i is the same bit by bit for every number of images and processes. The pipeline's own
+    Noise, and the label in mode `random`, are functions of (seed, index) alone, and the networks see batches
+    of one shape, so that image i is the same bit by bit for every number of images and processes. The pipeline's own
     progress bar is switched off.
 
     Args:
-        pipeline: class-conditional, or unconditional where its transformer has no classes.
+        pipeline: class-conditional, unconditional where its transformer has no classes, or one that takes prompts.
         num_images: how many there are.
         seed: of noise and random labels.
         label_mode: `balanced` takes class i mod num_classes (RAE, JiT); `random` draws it uniformly (SiT, REPA).
             RAE reports a FID about 0.1 lower with balanced labels.
         rounding: how pixels become 8-bit.
+        prompts: of a pipeline that takes them, which take turns.
         forward_batch_size: images in one pass of the pipeline. Another number rounds differently in the last bits.
         adapters: that the pipeline has loaded, as `load_adapters` describes them, for `protocol`.
         options: sampling options as in the pipeline's call (steps, guidance); those not given are the pipeline's own.
 
     Raises:
-        UserError: when no image is asked for, or an option is unknown.
+        UserError: when no image is asked for, an option is unknown, or prompts are missing or not taken.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class PipelineImages(ImageSource):
         seed: int = 0,
         label_mode: LabelMode = "balanced",
         rounding: Rounding = "round",
+        prompts: Sequence[str] = (),
         forward_batch_size: int = 32,
         adapters: Sequence[Mapping[str, Any]] = (),
         **options: Any,
@@ -59,7 +62,14 @@ class PipelineImages(ImageSource):
         self.num_images = num_images
         self.seed = seed
         self.num_classes: int = self.pipeline.transformer.config.num_classes
-        self.label_mode = label_mode if self.num_classes else "unconditional"
+        self.prompts = prompts
+        takes_text = bool(getattr(self.pipeline.transformer, "takes_text", False))
+        if takes_text != bool(prompts):
+            raise UserError(
+                f"prompts: {len(prompts)} given, but the pipeline takes {'them' if takes_text else 'none'}; "
+                + ("give some, such as the captions of a dataset" if takes_text else "leave them out")
+            )
+        self.label_mode = label_mode if self.num_classes else "prompts" if prompts else "unconditional"
         self.rounding: Rounding = rounding
         self.forward_batch_size = forward_batch_size
         self.adapters = [dict(adapter) for adapter in adapters]
@@ -79,6 +89,10 @@ class PipelineImages(ImageSource):
         generator = generator_for(self.seed, "evaluation label", index)
         return int(torch.randint(self.num_classes, (), generator=generator))
 
+    def condition(self, index: int) -> int | str | None:
+        """Prompt or class of image `index`; None for an unconditional pipeline."""
+        return self.prompts[index % len(self.prompts)] if self.prompts else self.label(index)
+
     def load(self, indices: Sequence[int]) -> list[torch.Tensor | Unreadable]:
         """Sample the images at `indices`."""
         batches = (
@@ -90,10 +104,10 @@ class PipelineImages(ImageSource):
     def _sample(self, indices: Sequence[int]) -> list[torch.Tensor]:
         padded = [*indices, *[indices[-1]] * (self.forward_batch_size - len(indices))]
         generators = [generator_for(self.seed, "evaluation noise", index) for index in padded]
-        labels = [self.label(index) for index in padded] if self.num_classes else None
-        count = 1 if self.num_classes else len(padded)
+        conditions = None if self.label_mode == "unconditional" else [self.condition(index) for index in padded]
+        count = len(padded) if conditions is None else 1
         images = self.pipeline(
-            labels, num_images_per_prompt=count, generator=generators, output_type="pt", **self.options
+            conditions, num_images_per_prompt=count, generator=generators, output_type="pt", **self.options
         ).images[: len(indices)]
         finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
         if not all(finite):
@@ -102,7 +116,7 @@ class PipelineImages(ImageSource):
 
     def describe(self, index: int) -> str:
         """Number and label of a sample."""
-        return f"sample {index} (label {self.label(index)})"
+        return f"sample {index} ({'prompt' if self.prompts else 'label'} {self.condition(index)})"
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -113,6 +127,7 @@ class PipelineImages(ImageSource):
             "path": self.pipeline.config.get("_name_or_path"),
             **({"adapters": self.adapters} if self.adapters else {}),
             "label_mode": self.label_mode,
+            **({"prompts_sha256": self._prompts_sha256()} if self.prompts else {}),
             "seed": self.seed,
             "rounding": self.rounding,
             "forward_batch_size": self.forward_batch_size,
@@ -122,6 +137,12 @@ class PipelineImages(ImageSource):
             "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
             **{name: value for name, value in asdict(self.resolved).items() if value is not None},
         }
+
+    def _prompts_sha256(self) -> str:
+        digest = hashlib.sha256()
+        for index in range(self.num_images):
+            digest.update(str(self.condition(index)).encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()
 
     @property
     def training(self) -> dict[str, Any]:

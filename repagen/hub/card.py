@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-CardKind = Literal["class_to_image", "autoencoder", "transformer", "adapter"]
+CardKind = Literal["class_to_image", "text_to_image", "autoencoder", "transformer", "adapter"]
 
 PLACEHOLDER = "ORG/NAME"
 """Stands for the repository in a card that is not published yet."""
@@ -28,6 +28,7 @@ SAMPLES_FILE = "samples.png"
 
 # The Hub's nearest task, also for images of classes: it has none of its own for them.
 _IMAGE_TASK = "unconditional-image-generation"
+_TEXT_TASK = "text-to-image"
 _LISTED_CLASSES = 20
 # An absolute path of at least two parts; not the end of a Hub id, an address or a fraction.
 _PATH = re.compile(
@@ -93,6 +94,7 @@ class CardFacts:
         class_names: of the classes, by their ids; those that an adapter adds.
         num_classes: of the pipeline, of an adapter with its own; 0 is unconditional, None not known.
         example: class that the lines ask for, by name or id.
+        prompt: that they ask for, of a model or adapter that takes text; None for one that does not.
         tags: that say what kind of model it is.
         library: that holds the class: ours, or diffusers.
         base_model: Hub id of what was fine-tuned or adapted.
@@ -119,6 +121,7 @@ class CardFacts:
     class_names: Sequence[str] = ()
     num_classes: int | None = 0
     example: str | int = 0
+    prompt: str | None = None
     tags: Sequence[str] = ()
     library: Literal["repagen", "diffusers"] = "repagen"
     base_model: str | None = None
@@ -160,8 +163,9 @@ def render_card(facts: CardFacts) -> str:
         summary=without_local_paths(facts.summary),
         class_name=f"repagen.{facts.class_name}" if ours else facts.class_name,
         imports="import repagen\nimport torch" + ("" if ours else f"\nfrom {facts.library} import {facts.class_name}"),
-        call="" if facts.num_classes == 0 else f"class_labels=[{facts.example!r}]",
-        classes_known=facts.num_classes is not None,
+        call=_call(facts),
+        classes_known=facts.num_classes is not None or facts.prompt is not None,
+        base_class=f"repagen.{'ClassToImagePipeline' if facts.prompt is None else 'TextToImagePipeline'}",
         latent_shape="*autoencoder.latent_shape" if ours else "autoencoder.config.latent_channels, 32, 32",
         encoder_outside=facts.encoder_outside,
         base_call=base + (f', revision="{facts.base_revision}"' if facts.base_model and facts.base_revision else ""),
@@ -172,6 +176,13 @@ def render_card(facts: CardFacts) -> str:
         sections="\n\n".join(section for section in _sections(facts) if section),
     )
     return str(card).rstrip("\n") + "\n"
+
+
+def _call(facts: CardFacts) -> str:
+    """Arguments of the pipeline's call in the card's lines."""
+    if facts.prompt is not None:
+        return repr(facts.prompt)
+    return "" if facts.num_classes == 0 else f"class_labels=[{facts.example!r}]"
 
 
 def class_to_ask_for(class_names: Sequence[str], label: int = 0) -> str | int:
@@ -220,11 +231,13 @@ def _last_part(path: str) -> str:
 def _front_matter(facts: CardFacts) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    images = facts.kind in ("class_to_image", "adapter")
+    images = facts.kind in ("class_to_image", "text_to_image", "adapter")
+    task = _IMAGE_TASK if facts.prompt is None else _TEXT_TASK
+    by_class = "image generation" if facts.num_classes == 0 else "class-conditional image generation"
     results = [
         EvalResult(
-            task_type=_IMAGE_TASK,
-            task_name="image generation" if facts.num_classes == 0 else "class-conditional image generation",
+            task_type=task,
+            task_name=by_class if facts.prompt is None else "text-to-image generation",
             dataset_type=facts.datasets[0] if facts.datasets else "other",
             dataset_name=without_local_paths(facts.data.get("path") or facts.data.get("kind") or "not stated"),
             metric_type=figure.metric,
@@ -247,7 +260,7 @@ def _front_matter(facts: CardFacts) -> Any:
     return ModelCardData(
         library_name="repagen",
         license=facts.licence,
-        pipeline_tag=_IMAGE_TASK if images else None,
+        pipeline_tag=task if images else None,
         tags=["diffusers", "repagen", *facts.tags],
         base_model=facts.base_model,
         base_model_relation=("adapter" if facts.kind == "adapter" else "finetune") if facts.base_model else None,

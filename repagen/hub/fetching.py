@@ -128,6 +128,24 @@ def fetch_snapshot(
     return Path(folder)
 
 
+def complete_snapshot(folder: Path, what: str) -> None:
+    """Download a folder that is missing in a snapshot of the Hub's cache, at the snapshot's commit.
+
+    Args:
+        folder: where it must be. Outside the cache nothing happens.
+        what: what the folder is to the repository, for messages.
+
+    Raises:
+        UserError: as `fetch_snapshot`.
+    """
+    for parent in folder.parents:
+        if parent.parent.name == "snapshots" and parent.parents[1].name.startswith("models--"):
+            repo_id = parent.parents[1].name.removeprefix("models--").replace("--", "/")
+            pattern = (folder.relative_to(parent) / "*").as_posix()
+            fetch_snapshot(repo_id, revision=parent.name, patterns=[pattern], what=what, cache_dir=parent.parents[2])
+            return
+
+
 @contextmanager
 def naming_hub_errors(
     repo_id: str, revision: str | None = None, *, what: str = "model", local_files_only: bool = False

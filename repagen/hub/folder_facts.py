@@ -12,6 +12,8 @@ from repagen.hub.card import CardFacts, CardKind, LicenceFact, class_to_ask_for,
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PIPELINE_FILE = "model_index.json"
+_PROMPT = "a picture of a cat"
+_ONE_SIDED = "What it draws is as one-sided as the images it was trained on; nothing filters it."
 
 
 def facts_of_folder(folder: Path, licences: Sequence[LicenceFact] = ()) -> CardFacts:
@@ -44,17 +46,35 @@ def carries_code(folder: Path) -> bool:
     return isinstance(kind, list) and kind[-1:] == ["ClassToImagePipeline"]
 
 
+def _text_pipeline_facts(folder: Path, parts: Mapping[str, str], licences: Sequence[LicenceFact]) -> CardFacts:
+    autoencoder = _config(folder / "vae")
+    return CardFacts(
+        kind="text_to_image",
+        class_name="TextToImagePipeline",
+        summary="Draws images of prompts in the latents of an autoencoder: a diffusers pipeline of repagen.",
+        parts={**parts, **{name: text for name in ("text_encoder",) if (text := _part(folder / name))}},
+        prompt=_PROMPT,
+        tags=("text-to-image",),
+        licences=licences or _unstated_encoder(autoencoder),
+        encoder_outside=_encoder_outside(autoencoder),
+        limits=(_ONE_SIDED,),
+    )
+
+
 def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
     index = _read(folder / PIPELINE_FILE)
+    parts = {name: _part(folder / name) for name in ("transformer", "guidance_transformer", "vae", "scheduler")}
+    defaults = {key: value for key, value in (index.get("sampling_defaults") or {}).items() if value is not None}
+    if defaults:
+        parts["sampling"] = ", ".join(f"{key} {value}" for key, value in defaults.items())
+    parts = {name: text for name, text in parts.items() if text}
+    if index.get("_class_name") == "TextToImagePipeline":
+        return _text_pipeline_facts(folder, parts, licences)
     if index.get("_class_name") != "ClassToImagePipeline" and not carries_code(folder):
         raise _unknown_class(index, folder / PIPELINE_FILE)
     transformer = _config(folder / "transformer")
     autoencoder = _config(folder / "vae")
     num_classes = transformer.get("num_classes", 0)
-    parts = {name: _part(folder / name) for name in ("transformer", "guidance_transformer", "vae", "scheduler")}
-    defaults = {key: value for key, value in (index.get("sampling_defaults") or {}).items() if value is not None}
-    if defaults:
-        parts["sampling"] = ", ".join(f"{key} {value}" for key, value in defaults.items())
     id2label = index.get("id2label") or {}
     names = [name for _, name in sorted(id2label.items(), key=lambda entry: int(entry[0]))]
     of_classes = f"images of {num_classes} classes" if num_classes else "images"
@@ -62,7 +82,7 @@ def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         kind="class_to_image",
         class_name="ClassToImagePipeline",
         summary=f"Draws {of_classes} in the latents of an autoencoder: a diffusers pipeline of repagen.",
-        parts={name: text for name, text in parts.items() if text},
+        parts=parts,
         class_names=names,
         num_classes=num_classes,
         example=class_to_ask_for(names),
@@ -130,7 +150,7 @@ def _class_limits(num_classes: int) -> tuple[str, ...]:
     known = f"It knows its {num_classes} classes and nothing else; it takes no text." if num_classes else (
         "It draws without being asked for anything in particular."
     )  # fmt: skip
-    return (known, "What it draws is as one-sided as the images it was trained on; nothing filters it.")
+    return (known, _ONE_SIDED)
 
 
 def _unstated_encoder(config: Mapping[str, Any]) -> tuple[LicenceFact, ...]:
@@ -176,6 +196,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _unknown_class(config: Mapping[str, Any], path: Path) -> UserError:
     return UserError(
-        f"{path}: holds a {config.get('_class_name')}; published are ClassToImagePipeline, autoencoders and "
-        "transformers of repagen, AutoencoderKL, and LoRA adapters"
+        f"{path}: holds a {config.get('_class_name')}; published are ClassToImagePipeline, TextToImagePipeline, "
+        "autoencoders and transformers of repagen, AutoencoderKL, and LoRA adapters"
     )

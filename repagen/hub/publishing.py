@@ -243,7 +243,7 @@ def _server_message(error: BaseException, otherwise: str) -> str:
 def _refuse_other_kind(facts: CardFacts, present: set[str], repo_id: str) -> None:
     """A pipeline and a model in one place would be read as a mixture of both, or the wrong one of them."""
     there = "a pipeline" if PIPELINE_FILE in present else "a model or adapter"
-    given = "a pipeline" if facts.kind == "class_to_image" else "a model or adapter"
+    given = "a pipeline" if facts.kind.endswith("_to_image") else "a model or adapter"
     if there != given and present & {PIPELINE_FILE, "config.json", ADAPTER_FILE}:
         raise UserError(
             f"{repo_id}: holds {there} already, but {given} shall be published there; choose another name, or a "

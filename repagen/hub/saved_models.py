@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ _WEIGHTS = "diffusion_pytorch_model"
 _FETCHING = ("revision", "token", "local_files_only", "cache_dir", "force_download")
 
 
-def inspected_source(source: str | os.PathLike[str], what: str, options: dict[str, Any]) -> Path:
+def inspected_source(
+    source: str | os.PathLike[str],
+    what: str,
+    options: dict[str, Any],
+    *,
+    extra: Sequence[str] = (),
+    weights: bool = True,
+) -> Path:
     """Return the local folder to load a model of diffusers' layout from, which has been looked at.
 
     Args:
@@ -28,6 +36,8 @@ def inspected_source(source: str | os.PathLike[str], what: str, options: dict[st
         what: what is loaded, for messages.
         options: arguments of diffusers' loading functions; those that concern fetching are taken out. `subfolder` says
             where in `source` the model is, and stays.
+        extra: patterns of further files of the model.
+        weights: whether it must have weights.
 
     Raises:
         UserError: it cannot be fetched, or is refused by `inspect_folder`.
@@ -39,19 +49,20 @@ def inspected_source(source: str | os.PathLike[str], what: str, options: dict[st
         given = {name: value for name, value in fetching.items() if value is not None}
         place = f"{subfolder}/" if subfolder else ""
         variant = options.get("variant")
-        weights = (
+        tensors = (
             [f"{_WEIGHTS}*.{variant}*"]
             if variant
             else [f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}-*-of-*.safetensors", f"{_WEIGHTS}.safetensors.index.json"]
         )
-        patterns = ["model_index.json", *(f"{place}{name}" for name in ("config.json", *weights))]
+        patterns = ["model_index.json", *(f"{place}{name}" for name in ("config.json", *tensors, *extra))]
         root = fetch_snapshot(os.fspath(source), what=what, patterns=patterns, **{"revision": None, **given})
-        _refuse_half(root / subfolder, os.fspath(source), given.get("revision"), what)
+        needed = ["config.json", f"{_WEIGHTS}*.safetensors"] if weights else ["config.json"]
+        _refuse_half(root / subfolder, os.fspath(source), given.get("revision"), what, needed)
     inspect_folder(root / subfolder, what)
     return root
 
 
-def _refuse_half(folder: Path, repo_id: str, revision: str | None, what: str) -> None:
+def _refuse_half(folder: Path, repo_id: str, revision: str | None, what: str, needed: Sequence[str]) -> None:
     """Name the command for files that the cache lacks, where the Hub cannot be asked for them."""
     absent = [pattern for pattern in ("config.json", f"{_WEIGHTS}*.safetensors") if not any(folder.glob(pattern))]
     if absent and is_offline_mode():

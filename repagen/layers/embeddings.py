@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from repagen.errors import UserError
+from repagen.layers.positions import MAX_CACHED_GRIDS, grid_positions
 
 
-def sincos_position_table(grid: tuple[int, int], dim: int) -> torch.Tensor:
+def sincos_position_table(grid: tuple[int, int], dim: int, base_grid: tuple[int, int] | None = None) -> torch.Tensor:
     """Fixed sine-cosine positions of MAE and DiT.
 
     The first half of the channels encodes the column, the second the row, each as sines then cosines of
@@ -22,6 +24,7 @@ def sincos_position_table(grid: tuple[int, int], dim: int) -> torch.Tensor:
     Args:
         grid: rows and columns of tokens.
         dim: width of a token, a multiple of 4.
+        base_grid: positions are those of `grid_positions` on this grid; None: 0, 1, 2 ...
 
     Returns:
         (1, rows * columns, dim) float32, computed in float64, tokens row-major.
@@ -32,9 +35,18 @@ def sincos_position_table(grid: tuple[int, int], dim: int) -> torch.Tensor:
     if dim % 4:
         raise UserError(f"sine-cosine positions need a width that is a multiple of 4, got {dim}")
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    rows, columns = torch.meshgrid(*grid_positions(grid, base_grid or grid), indexing="ij")
     angles = [positions.reshape(-1, 1) * frequencies for positions in (columns, rows)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()[None]
+
+
+@lru_cache(MAX_CACHED_GRIDS)
+def other_sincos_table(
+    grid: tuple[int, int], dim: int, base_grid: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """`sincos_position_table` of a grid other than the model's own, kept for the next calls; call through `cached`."""
+    with torch.inference_mode(False):  # what is made in that mode could not be trained with later
+        return sincos_position_table(grid, dim, base_grid).to(device)
 
 
 class PatchEmbedding(nn.Module):

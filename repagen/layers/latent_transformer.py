@@ -1,9 +1,10 @@
-"""What the class-conditional transformers over latents share: call and checks, time direction, final layer."""
+"""What the transformers over latents share: call and checks, time direction, final layer."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers.hooks import FasterCacheConfig
@@ -18,6 +19,8 @@ from repagen.layers.embeddings import LabelEmbedding, PatchEmbedding, unpatchify
 from repagen.layers.lora import apply_lora_scale
 from repagen.layers.modulated import modulate, modulation_parameters
 
+logger = logging.getLogger(__name__)
+
 TimeDirection = Literal["data_at_zero", "data_at_one"]
 """How the network itself counts time. The library's t = 0 is data; SiT's network was trained with t = 1 as data."""
 
@@ -28,6 +31,9 @@ DIT_SIZES: dict[str, dict[str, int]] = {
     "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
 }
 """The sizes of DiT (Peebles & Xie 2023, table 1), which its descendants took over."""
+
+
+_CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask")
 
 
 def grid_of(sample_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
@@ -61,19 +67,19 @@ def zero_(*layers: Any) -> None:
 
 
 class LatentTransformerMixin(PublishedModelMixin, SavedModelMixin, AttentionBackendMixin):
-    """Shared part of the `ModelMixin` classes that map a noisy latent, a time and a class to a prediction.
+    """Shared part of the `ModelMixin` classes that map a noisy latent, a time and a condition to a prediction.
 
     The subclass has `config` with sample_size, patch_size, in_channels, prediction_type and time_direction,
     `token_grid`, the rows and columns of its tokens, `blocks`, and the modules annotated below. It states its network
     as `_network`, or, where its call has more arguments or results, writes a `forward` of its own.
 
     Attributes:
-        any_size: latents of any size are taken, not only of that in the config.
+        any_size: latents of any size are taken, not only of that in the config; so by all models that take text.
         discrete_time: the timestep is an integer step of a DDPM instead of a time in [0, 1].
         has_base_head: the call takes `return_base`, which adds the prediction of an early head.
     """
 
-    any_size: ClassVar[bool] = False
+    any_size: bool = False
     discrete_time: ClassVar[bool] = False
     has_base_head: ClassVar[bool] = False
 
@@ -91,7 +97,7 @@ class LatentTransformerMixin(PublishedModelMixin, SavedModelMixin, AttentionBack
 
     _sizes: ClassVar[dict[str, dict[str, int]]]
     _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["ModulatedBlock", "HeadBlock", "InContextBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["ModulatedBlock", "HeadBlock", "InContextBlock", "TextEmbedding"]
     _repeated_blocks: ClassVar[list[str]] = ["ModulatedBlock", "HeadBlock", "InContextBlock"]
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
         "patch_embed",
@@ -102,7 +108,8 @@ class LatentTransformerMixin(PublishedModelMixin, SavedModelMixin, AttentionBack
     ]
     # Time embedding, norms and tables of positions stay float32 in a model that is loaded in half precision.
     _keep_in_fp32_modules: ClassVar[list[str]] = [
-        "time_embedder", "pos_embed", "rope", "head_rope", "norm1", "norm2", "norm_q", "norm_k", "norm_out",
+        "time_embedder", "pos_embed", "rope", "head_rope",
+        "norm", "norm1", "norm2", "norm_q", "norm_k", "norm_out",
     ]  # fmt: skip
 
     @classmethod
@@ -119,6 +126,11 @@ class LatentTransformerMixin(PublishedModelMixin, SavedModelMixin, AttentionBack
         if size not in cls._sizes:
             raise UserError(f"{cls.__name__}: no size {size!r}; allowed are {', '.join(cls._sizes)}")
         return {**cls._sizes[size], **overrides}
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the call takes text embeddings, `encoder_hidden_states`."""
+        return bool(self.config.get("text_dim"))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -143,14 +155,40 @@ class LatentTransformerMixin(PublishedModelMixin, SavedModelMixin, AttentionBack
         self.label_embedder.choose(kept, table.new_empty(0, table.shape[1]) if new_rows is None else new_rows)
         self.register_to_config(num_classes=self.label_embedder.num_classes)  # type: ignore[attr-defined]
 
+    @torch.no_grad()
+    def rebuilt(self, **changes: Any) -> Self:
+        """A new network with other constructor arguments and, wherever tensors have the same shape, these weights.
+
+        Of a class table with another number of rows the last one, the null class, is kept. What is new has the
+        published initial weights.
+
+        Args:
+            changes: constructor arguments in place of the config's.
+        """
+        # The config's private notes would bring the defaults back in place of changes.
+        arguments = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        new = type(self).from_config({**arguments, **changes})  # type: ignore[attr-defined]
+        new.initialize_weights()
+        own, drawn = self.state_dict(), new.state_dict()  # type: ignore[attr-defined]
+        fresh = []
+        for name, tensor in drawn.items():
+            if name in own and own[name].shape == tensor.shape:
+                tensor.copy_(own[name])
+                continue
+            fresh.append(name)
+            if name in own and own[name].shape[1:] == tensor.shape[1:] and self.config.class_dropout_prob:
+                tensor[-1] = own[name][-1]
+        logger.info("drawn anew: %s", ", ".join(fresh))
+        return new
+
     def enable_cache(self, config: Any) -> None:
         """Cache parts of the network between sampling steps, with one of diffusers' cache configs.
 
-        FasterCache splits a doubled batch, and must be told that the class labels are part of it.
+        FasterCache splits a doubled batch, and must be told that class labels or prompts are part of it.
         """
         if isinstance(config, FasterCacheConfig):
             names = config._unconditional_conditional_input_kwargs_identifiers
-            config._unconditional_conditional_input_kwargs_identifiers = list(dict.fromkeys([*names, "class_labels"]))
+            config._unconditional_conditional_input_kwargs_identifiers = list(dict.fromkeys([*names, *_CONDITIONS]))
         super().enable_cache(config)  # type: ignore[misc]
 
     @apply_lora_scale
@@ -245,17 +283,20 @@ class LatentTransformerMixin(PublishedModelMixin, SavedModelMixin, AttentionBack
         tokens: torch.Tensor,
         conditioning: torch.Tensor | torch.dtype,
         rope: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Pass tokens (B, N, D) float32 through blocks, under gradient checkpointing where it is on.
 
         Blocks without modulation take the dtype of their matrix products in place of a conditioning.
         """
         cos, sin = (None, None) if rope is None else rope()
+        arguments = (conditioning, cos, sin, attention_mask, encoder_hidden_states)
         for block in blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, conditioning, cos, sin)
+                tokens = self._gradient_checkpointing_func(block, tokens, *arguments)
             else:
-                tokens = block(tokens, conditioning, cos, sin)
+                tokens = block(tokens, *arguments)
         return tokens
 
     def _predict(self, tokens: torch.Tensor, conditioning: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

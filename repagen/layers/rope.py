@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from repagen.errors import UserError
+from repagen.layers.positions import MAX_CACHED_GRIDS, cached, grid_positions
 
 
 def rotary_table(
@@ -14,6 +18,7 @@ def rotary_table(
     theta: float = 10000.0,
     *,
     extent: float | None = None,
+    base_grid: tuple[int, int] | None = None,
     alternating: bool = False,
     device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,6 +32,7 @@ def rotary_table(
         head_dim: channels of one head, a multiple of 4.
         theta: base of the geometric sequence of frequencies.
         extent: positions run evenly from 0 to it, both ends included, instead of counting 0, 1, 2 ...
+        base_grid: positions are those of `grid_positions` on this grid.
         alternating: channel pairs turn by column, row, column, row ... instead of half and half.
         device: where to make them; None for PyTorch's default device.
 
@@ -40,12 +46,11 @@ def rotary_table(
         raise UserError(f"rotary positions need a head width that is a multiple of 4, got {head_dim}")
     half = head_dim // 2
     frequencies = theta ** (-torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
-    steps = [
-        torch.arange(n, dtype=torch.float32, device=device)
+    steps = (
+        grid_positions(grid, base_grid or grid, torch.float32, device)
         if extent is None
-        else torch.linspace(0, extent, n, dtype=torch.float32, device=device)
-        for n in grid
-    ]
+        else [torch.linspace(0, extent, n, dtype=torch.float32, device=device) for n in grid]
+    )
     rows, columns = (step[:, None] * frequencies for step in steps)
     rows, columns = rows[:, None, :].expand(-1, grid[1], -1), columns[None, :, :].expand(grid[0], -1, -1)
     pairs = torch.stack([columns, rows], -1).flatten(-2) if alternating else torch.cat([rows, columns], dim=-1)
@@ -68,6 +73,8 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 class RotaryTable(nn.Module):
     """The table of `rotary_table` as buffers that are saved and loaded with the model, never recomputed.
 
+    Other grids get tables of their own, which are kept for the next calls, but not saved.
+
     Args:
         grid: rows and columns of tokens.
         head_dim: channels of one head, a multiple of 4.
@@ -79,10 +86,29 @@ class RotaryTable(nn.Module):
 
     def __init__(self, grid: tuple[int, int], head_dim: int, num_unrotated: int = 0) -> None:
         super().__init__()
+        self.grid, self.head_dim, self.num_unrotated = grid, head_dim, num_unrotated
         cos, sin = rotary_table(grid, head_dim)
         self.register_buffer("cos", torch.cat([cos, torch.ones(num_unrotated, head_dim)]))
         self.register_buffer("sin", torch.cat([sin, torch.zeros(num_unrotated, head_dim)]))
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies of cos and sin; asked for by a call, so that offloading hooks bring the tables along."""
-        return self.cos.clone(), self.sin.clone()
+    def forward(self, grid: tuple[int, int] | None = None, num_appended: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of cos and sin; asked for by a call, so that offloading hooks bring the tables along.
+
+        Args:
+            grid: rows and columns of tokens, where other than the table's.
+            num_appended: tokens without a position that follow all others.
+        """
+        appended = self.num_unrotated + num_appended
+        if grid is None or grid == self.grid:
+            cos, sin, appended = self.cos.clone(), self.sin.clone(), num_appended
+        else:
+            cos, sin = cached(_other_table)(grid, self.grid, self.head_dim, self.cos.device)
+        return F.pad(cos, (0, 0, 0, appended), value=1.0), F.pad(sin, (0, 0, 0, appended))
+
+
+@lru_cache(MAX_CACHED_GRIDS)
+def _other_table(
+    grid: tuple[int, int], base_grid: tuple[int, int], head_dim: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):  # what is made in that mode could not be trained with later
+        return rotary_table(grid, head_dim, base_grid=base_grid, device=device)

@@ -13,7 +13,7 @@ from torch import nn
 from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
 from repagen.hub.published import PublishedModelMixin
-from repagen.hub.saved_models import SavedModelMixin
+from repagen.hub.whole_models import WholeModelMixin
 from repagen.models import encoder_storage
 
 if TYPE_CHECKING:
@@ -48,8 +48,11 @@ class LatentStandardisation(nn.Module):
         return latents.float() * std + mean if undo else (latents.float() - mean) / std
 
 
-class StandardisedLatents(PublishedModelMixin, SavedModelMixin):
-    """An autoencoder whose latents are standardised by buffers, which are saved with it."""
+class StandardisedLatents(PublishedModelMixin, WholeModelMixin):
+    """An autoencoder whose latents are standardised by buffers, which are saved with it.
+
+    A frozen encoder waits for the first `encode`.
+    """
 
     latent_statistics: LatentStandardisation
 
@@ -128,22 +131,6 @@ class StandardisedLatents(PublishedModelMixin, SavedModelMixin):
             std = (var.double() + VARIANCE_EPSILON).sqrt()
         self.latents_mean.copy_(torch.zeros_like(self.latents_mean) if mean is None else mean)
         self.latents_std.copy_(torch.ones_like(self.latents_std) if std is None else std)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load what `save_pretrained` wrote; see `ModelMixin.from_pretrained`. An encoder waits for `encode`.
-
-        Raises:
-            UserError: for a folder that is refused, or a file that lacks tensors, naming them.
-        """
-        with_report = kwargs.pop("output_loading_info", False)
-        model, report = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        if missing := sorted(report["missing_keys"]):
-            raise UserError(
-                f"{pretrained_model_name_or_path}: {len(missing)} tensors of the autoencoder are missing, the first "
-                f"is {missing[0]}"
-            )
-        return (model, report) if with_report else model
 
 
 class FrozenEncoderAutoencoder(StandardisedLatents):

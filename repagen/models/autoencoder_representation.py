@@ -19,7 +19,7 @@ from torch import nn
 from repagen.encoders.images import IMAGENET_MEAN, IMAGENET_STD
 from repagen.encoders.spec import Combination, EncoderSpec, Layers
 from repagen.errors import UserError
-from repagen.layers.attention import AttentionBackendMixin, SelfAttention
+from repagen.layers.attention import Attention, AttentionBackendMixin
 from repagen.layers.embeddings import sincos_position_table, unpatchify
 from repagen.layers.norms import LayerNorm
 from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, LatentStandardisation, check_positive
@@ -80,7 +80,7 @@ class RepresentationDecoderBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, intermediate_size: int) -> None:
         super().__init__()
-        self.attention = SelfAttention(dim, heads)
+        self.attention = Attention(dim, heads)
         self.intermediate = _Activated(dim, intermediate_size)
         self.output = _Projected(intermediate_size, dim)
         self.layernorm_before = LayerNorm(dim, eps=1e-12)

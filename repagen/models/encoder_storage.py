@@ -10,7 +10,7 @@ import torch
 
 from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
-from repagen.hub.fetching import fetch_snapshot
+from repagen.hub.fetching import complete_snapshot
 
 if TYPE_CHECKING:
     from repagen.encoders import VisionEncoder
@@ -111,27 +111,12 @@ def saved_facts(config: Any, encoder: VisionEncoder | None, stored: bool) -> dic
 
 def encoder_licences(config: Any) -> tuple[LicenceFact, ...]:
     """Return the licence of the encoder that an autoencoder's config describes, and what follows from it."""
-    from repagen.encoders import FAMILIES
-    from repagen.hub.card import LicenceFact, without_local_paths
+    from repagen.encoders.families import FAMILIES, licence_fact
 
     if config.encoder is None:
         return ()
-    family = FAMILIES[config.encoder["family"]]
-    name = config.encoder["name_or_path"] or f"{family.name}, its weights inside"
-    licence, consequences = family.licence, []
-    if config.encoder["revision"] is None:  # from a folder, or not from anywhere: anybody's weights
-        licence = f"unknown ({licence} for the published weights of {family.name})"
-    if "commercial" in licence.lower():
-        consequences.append("the model is made of its features: no commercial use without leave of its authors")
-    if family.gated:
-        consequences.append("its weights are handed out by its authors alone, who ask for an agreement")
-    if config.encoder_stored and not family.redistributable:
-        consequences.append("its weights are inside, though this licence may not let them be passed on")
-    return (
-        LicenceFact(
-            part="encoder", name=without_local_paths(name), licence=licence, consequence="; ".join(consequences)
-        ),
-    )
+    family, name = FAMILIES[config.encoder["family"]], config.encoder["name_or_path"]
+    return (licence_fact(family, name, config.encoder["revision"], config.encoder_stored),)
 
 
 def save_encoder(encoder: VisionEncoder, folder: Path) -> None:
@@ -148,12 +133,5 @@ def _stored_folder(folder: Path) -> Path:
     stored = folder / SUBFOLDER
     if any(stored.glob(f"model*.{FROZEN_VARIANT}*")) or any(stored.glob("*.safetensors")):
         return stored
-    for parent in (folder, *folder.parents):
-        if parent.parent.name == "snapshots" and parent.parents[1].name.startswith("models--"):
-            repo_id = parent.parents[1].name.removeprefix("models--").replace("--", "/")
-            pattern = (stored.relative_to(parent) / "*").as_posix()
-            fetch_snapshot(
-                repo_id, revision=parent.name, patterns=[pattern], what="encoder of", cache_dir=parent.parents[2]
-            )
-            return stored
+    complete_snapshot(stored, "encoder of")
     return stored

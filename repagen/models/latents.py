@@ -26,7 +26,8 @@ def images_to_latents(
     Args:
         autoencoder: a `RepresentationAutoencoder`, `SVGAutoencoder` or `PixelAutoencoder`, or diffusers'
             `AutoencoderKL` (SD-VAE, VA-VAE) or `AutoencoderRAE`.
-        images: (B, 3, H, H) float in [0, 1], on the device on which the autoencoder runs.
+        images: (B, 3, H, H) float in [0, 1], on the device on which the autoencoder runs; of `AutoencoderKL` (B, 3, H,
+            W), multiples of its factor.
         generator: of the draw from `AutoencoderKL`'s posterior: one for the batch, or one per image so that a latent
             does not depend on its neighbours. The others encode without chance in eval mode.
         sample_posterior: draw from that posterior, as generators are trained; False: take its mode, without chance.
@@ -36,10 +37,13 @@ def images_to_latents(
         statistics in its config (z - mean) / std * scaling_factor.
 
     Raises:
-        UserError: for images that are not square float batches, or an autoencoder of another kind.
+        UserError: for images that are no float batches, or of a size that is not encoded, or an autoencoder of another
+            kind.
     """
-    check_images(images)
     kind = _kind(autoencoder)
+    check_images(images, square=kind != "kl")
+    if kind == "kl":
+        require_sizes(autoencoder, [(images.shape[-2], images.shape[-1])], "images")
     if kind != "own":
         images = images.to(autoencoder.dtype)
     if kind != "kl":
@@ -101,6 +105,32 @@ def latent_shape(autoencoder: Any, image_size: int) -> tuple[int, int, int]:
             f"image_size: {image_size} px, but the autoencoder is for images of {autoencoder.decoder_image_size} px"
         )
     return _rae_shape(autoencoder)
+
+
+def require_sizes(autoencoder: Any, sizes: Sequence[tuple[int, int]], option: str) -> None:
+    """Refuse sizes of images that an autoencoder does not encode.
+
+    Args:
+        autoencoder: as in `images_to_latents`.
+        sizes: height and width in pixels.
+        option: where the user gave them, for the message.
+
+    Raises:
+        UserError: naming the first that is not encoded.
+    """
+    for height, width in sizes:
+        if _kind(autoencoder) == "kl":
+            factor = _kl_factor(autoencoder)
+            if height % factor or width % factor:
+                raise UserError(f"{option}: {height}x{width} px; allowed: multiples of the autoencoder's {factor} px")
+        elif height != width:
+            raise UserError(
+                f"{option}: {height}x{width} px, but {type(autoencoder).__name__} encodes squares alone; leave it "
+                "out, or train in the latents of an AutoencoderKL"
+            )
+        else:
+            with naming({"image_size": option}):
+                latent_shape(autoencoder, height)
 
 
 def decoded_size(autoencoder: Any, shape: Sequence[int]) -> tuple[int, int]:

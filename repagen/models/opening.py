@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -13,8 +14,10 @@ from repagen.errors import UserError, refusing
 from repagen.hub.fetching import fetch_snapshot, resolve_commit
 from repagen.hub.saved_models import inspected_source
 
+Part = Literal["transformer", "vae", "text_encoder"]
 
-def open_component(name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None) -> Any:
+
+def open_component(name: str, part: Part, option: str, revision: str | None = None) -> Any:
     """Load a generator or an autoencoder, of this library or of diffusers, in eval mode.
 
     Args:
@@ -32,9 +35,7 @@ def open_component(name: str, part: Literal["transformer", "vae"], option: str, 
     return model.eval()
 
 
-def component_place(
-    name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None
-) -> dict[str, Any]:
+def component_place(name: str, part: Part, option: str, revision: str | None = None) -> dict[str, Any]:
     """Where a model is within `name`, as arguments of diffusers' loading functions; arguments as in `open_component`.
 
     The revision among them is a commit, so that what is loaded is what was looked at.
@@ -43,18 +44,41 @@ def component_place(
         UserError: a folder that is not there, or an id that cannot be reached.
     """
     commit = pinned_revision(name, part, option, revision)
-    if commit is None:
-        folder = Path(name)
-    else:
-        indices = ["model_index.json", "config.json"]
-        folder = fetch_snapshot(name, revision=commit, patterns=indices, what=f"{option}: model")
-    subfolder = part if (folder / "model_index.json").is_file() else None
+    subfolder = part if (_indices(name, option, commit) / "model_index.json").is_file() else None
     return {"subfolder": subfolder, "revision": commit}
 
 
-def pinned_revision(
-    name: str, part: Literal["transformer", "vae"], option: str, revision: str | None = None
-) -> str | None:
+def pipeline_parts(name: str, option: str, revision: str | None = None) -> set[str]:
+    """Names of the models that a pipeline holds; none where `name` is a model alone. Arguments: `component_place`.
+
+    Raises:
+        UserError: a folder that is not there, or an id that cannot be reached.
+    """
+    entries = pipeline_index(name, option, revision)
+    return {key for key, value in entries.items() if isinstance(value, list) and value[0] is not None}
+
+
+def pipeline_index(name: str, option: str, revision: str | None = None) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline; empty where `name` is a model alone. Arguments: `component_place`.
+
+    Raises:
+        UserError: a folder that is not there, an id that cannot be reached, or a damaged file.
+    """
+    index = _indices(name, option, pinned_revision(name, "transformer", option, revision)) / "model_index.json"
+    if not index.is_file():
+        return {}
+    with refusing(f"{option}: {name} cannot be loaded"):
+        return dict(json.loads(index.read_text(encoding="utf-8")))
+
+
+def _indices(name: str, option: str, commit: str | None) -> Path:
+    """The folder that holds the small files which say what a saved model or pipeline is."""
+    if commit is None:
+        return Path(name)
+    return fetch_snapshot(name, revision=commit, patterns=["model_index.json", "config.json"], what=f"{option}: model")
+
+
+def pinned_revision(name: str, part: Part, option: str, revision: str | None = None) -> str | None:
     """Return the commit that a revision of a Hub id means now, None for a folder; arguments as in `open_component`.
 
     Raises:

@@ -48,7 +48,7 @@ class DDTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
         time_direction: how the network inside counts time; the outside is always t = 0 for data (see `TimeDirection`).
     """
 
-    any_size: ClassVar[bool] = True
+    any_size = True
     _sizes: ClassVar[dict[str, dict[str, int]]] = {
         "XL": {"hidden_size": 1152, "depth": 22, "num_heads": 16, "head_depth": 6},
     }

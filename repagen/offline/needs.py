@@ -25,11 +25,12 @@ from repagen.training.generator_config import (
     TransformerConfig,
 )
 from repagen.training.perceptual import LpipsConfig
+from repagen.training.text_to_image_config import TextConfig
 
 BLANK = "./to-be-given"
 """Stands in a configuration where a recipe leaves a required path to the user."""
 
-NeedKind = Literal["encoder", "model", "dataset", "file", "path", "statistics"]
+NeedKind = Literal["encoder", "text_encoder", "model", "dataset", "file", "path", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Need:
     """One thing that a recipe does not hold itself.
 
     Attributes:
-        kind: `encoder` (the weights of a vision encoder on the Hub), `model` (a pipeline, autoencoder, generator or
+        kind: `encoder` (the weights of a vision encoder on the Hub), `text_encoder` (the weights and the tokenizer of
+            a text encoder on the Hub), `model` (a pipeline, autoencoder, generator or
             adapter on the Hub), `dataset` (on the Hub), `file` (of `PUBLISHED_FILES`), `path` (on this machine, or
             left to the user: nothing to fetch, but it may refer to an encoder), `statistics` (a file that only the
             user can get).
@@ -58,7 +60,7 @@ class Need:
     @property
     def on_hub(self) -> bool:
         """Whether it is a Hub repository."""
-        return self.kind in ("encoder", "model", "dataset")
+        return self.kind in ("encoder", "text_encoder", "model", "dataset")
 
     @property
     def identity(self) -> tuple[str, str, str | None, str | None]:
@@ -130,6 +132,17 @@ def _of_transformer(section: TransformerConfig) -> Iterator[Need]:
         yield _model(section.pretrained, "pretrained", section.revision)
 
 
+def _of_text(section: TextConfig) -> Iterator[Need]:
+    names = [section.encoder] if isinstance(section.encoder, str) else section.encoder or []
+    for name in names:
+        if name in BUNDLED_ENCODERS:
+            continue
+        if _is_path(name):
+            yield Need("path", name, "encoder")
+        else:
+            yield Need("text_encoder", hub_id(name), "encoder", section.revision)
+
+
 def _of_finetuning(section: FinetuneConfig | FinetuneDecoderConfig) -> Iterator[Need]:
     yield _model(section.pipeline, "pipeline", section.revision)
 
@@ -174,7 +187,7 @@ def _of_rule(rule: ExtractorRule, why: str) -> Iterator[Need]:
 
 
 def _of_data(section: DataConfig) -> Iterator[Need]:
-    if section.kind == "digits" or section.path is None:
+    if section.path is None or section.kind in ("digits", "shapes"):
         return
     if section.kind == "datasets" and not _is_path(section.path):
         yield Need("dataset", section.path, "data.path", section.revision)
@@ -185,6 +198,7 @@ def _of_data(section: DataConfig) -> Iterator[Need]:
 _READERS: dict[type, Callable[[Any], Iterator[Need]]] = {
     AutoencoderConfig: _of_autoencoder,
     TransformerConfig: _of_transformer,
+    TextConfig: _of_text,
     TrainedAutoencoderConfig: _of_trained_autoencoder,
     AlignmentTargetConfig: _of_encoder,
     AttentionAlignmentConfig: _of_encoder,

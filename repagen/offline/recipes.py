@@ -19,9 +19,11 @@ from repagen.training.decoder_config import DecoderConfig
 from repagen.training.end_to_end_config import EndToEndConfig
 from repagen.training.finetune_config import load_finetune_config
 from repagen.training.generator_config import GeneratorConfig
+from repagen.training.text_to_image_config import TextToImageConfig
 
 PROGRAMS: dict[str, Callable[[str, Sequence[str]], Any]] = {
     "generator": partial(load_config, GeneratorConfig),
+    "text_to_image": partial(load_config, TextToImageConfig),
     "decoder": partial(load_config, DecoderConfig),
     "end_to_end": partial(load_config, EndToEndConfig),
     "finetune": load_finetune_config,

@@ -15,18 +15,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from repagen.encoders.backbones import FROZEN_VARIANT
-from repagen.encoders.families import FAMILIES, EncoderFamily, family_of
-from repagen.encoders.files import CONFIG_FILES, WEIGHT_FILES, read_json
+from repagen.encoders.families import FAMILIES, EncoderFamily, TransformersFamily, family_of
+from repagen.encoders.files import CONFIG_FILES, TEXT_FILES, WEIGHT_FILES, read_json
+from repagen.encoders.text_families import TextFamily, text_family_of
 from repagen.errors import UserError
 from repagen.files import file_digest, put_file, replace_file
 from repagen.hub.fetching import NotThereError, fetch_snapshot, naming_hub_errors
 from repagen.hub.folder_facts import ADAPTER_FILE, PIPELINE_FILE
 from repagen.hub.publishing import CARD_FILE
-from repagen.offline.needs import Need
+from repagen.offline.needs import Need, NeedKind
 
 logger = logging.getLogger(__name__)
 
 _VARIANT_INDEX = "*.safetensors.index.*.json"
+_ENCODER_FILES: dict[NeedKind, Sequence[str]] = {"encoder": CONFIG_FILES, "text_encoder": TEXT_FILES}
 _DESCRIPTIONS = ("*.json", "*.txt", "*.model", CARD_FILE)
 
 
@@ -70,15 +72,30 @@ def look_up(need: Need, cache: Path) -> Listing:
             need.name, revision=info.sha, patterns=["config.json"], what=need.kind, cache_dir=cache
         )
         config = read_json(folder / "config.json")
-    is_encoder = need.kind == "encoder" or ("_class_name" not in config and _family(need.name, config) is not None)
+    families = _families(need, config)
     files = {
         name: (entries[name].size, getattr(entries[name].lfs, "sha256", None))
-        for name in _chosen(list(entries), need, is_encoder)
+        for name in _chosen(list(entries), need, list(families))
     }
     card = getattr(info.card_data, "license", None)
     stated = f"{card} (its card)" if card else "none stated"
-    family = _family(need.name, config) if is_encoder else None
-    return Listing(info.sha, files, family.licence if family else stated)
+    known = (family.licence for family in families.values() if family is not None)
+    return Listing(info.sha, files, next(known, stated))
+
+
+def _families(need: Need, config: Mapping[str, Any]) -> dict[NeedKind, TransformersFamily | None]:
+    """What a repository holds encoders for, with their families where they are known.
+
+    The repository of a user's own request may be one of a vision encoder, of a text encoder, or of both.
+    """
+    found: dict[NeedKind, TransformersFamily | None] = {
+        "encoder": _family(need.name, config),
+        "text_encoder": _text_family(need.name, config),
+    }
+    if need.kind in found:
+        return {need.kind: found[need.kind]}
+    model = need.kind == "model" and "_class_name" not in config
+    return {kind: family for kind, family in found.items() if model and family is not None}
 
 
 def _family(name: str, config: Mapping[str, Any]) -> EncoderFamily | None:
@@ -90,7 +107,14 @@ def _family(name: str, config: Mapping[str, Any]) -> EncoderFamily | None:
         return None
 
 
-def _chosen(names: Sequence[str], need: Need, is_encoder: bool) -> list[str]:
+def _text_family(name: str, config: Mapping[str, Any]) -> TextFamily | None:
+    try:
+        return text_family_of(config.get("model_type"), name)
+    except UserError:  # as above
+        return None
+
+
+def _chosen(names: Sequence[str], need: Need, encoders: Sequence[NeedKind]) -> list[str]:
     """Choose the files of a repository that loading it reads.
 
     Raises:
@@ -98,7 +122,7 @@ def _chosen(names: Sequence[str], need: Need, is_encoder: bool) -> list[str]:
     """
     if need.kind == "dataset":
         return [name for name in names if name != ".gitattributes"]
-    chosen = _of_encoder(names) if is_encoder else _of_model(names, need.subfolder)
+    chosen = _of_encoders(names, encoders) if encoders else _of_model(names, need.subfolder)
     if not any(name.endswith((".safetensors", ".bin")) for name in chosen):
         where = f", subfolder {need.subfolder}" if need.subfolder else ""
         raise NotThereError(
@@ -108,12 +132,13 @@ def _chosen(names: Sequence[str], need: Need, is_encoder: bool) -> list[str]:
     return chosen
 
 
-def _of_encoder(names: Sequence[str]) -> list[str]:
-    """The files that `repagen.encoders.files` looks for."""
+def _of_encoders(names: Sequence[str], encoders: Sequence[NeedKind]) -> list[str]:
+    """The files that `repagen.encoders` looks for."""
+    described = {file for kind in encoders for file in _ENCODER_FILES[kind]}
     for patterns in WEIGHT_FILES:
         weights = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
         if weights:
-            return [*(name for name in CONFIG_FILES if name in names), *weights]
+            return [*(name for name in names if name in described), *weights]
     return []
 
 
@@ -199,24 +224,32 @@ def _settle(storage: Path) -> None:
 
 
 def referred_needs(folder: Path, why: str) -> Iterator[Need]:
-    """Find what saved models refer to: the encoders of their autoencoders, and the model an adapter belongs to.
+    """Find what saved models refer to: encoders, of autoencoders and of texts, and the model an adapter belongs to.
 
     Args:
         folder: of a model, a pipeline or an adapter.
         why: the key that asks for it.
     """
     for path in sorted([*folder.glob("config.json"), *folder.glob("*/config.json")]):
-        encoder = _json(path).get("encoder")
-        if isinstance(encoder, dict) and not _json(path).get("encoder_stored") and encoder.get("name_or_path"):
-            name, revision = encoder["name_or_path"], encoder.get("revision")
-            key = f"{why}:{path.relative_to(folder)}:encoder"
-            yield Need("encoder", name, key, revision) if revision else Need("path", name, key)
+        content, place = _json(path), f"{why}:{path.relative_to(folder)}"
+        if not content.get("encoder_stored"):
+            yield from _referred("encoder", content.get("encoder"), f"{place}:encoder")
+        if not content.get("encoders_stored") and isinstance(content.get("encoders"), list):
+            for index, encoder in enumerate(content["encoders"]):
+                yield from _referred("text_encoder", encoder, f"{place}:encoders.{index}")
     if (folder / ADAPTER_FILE).is_file() and (folder / CARD_FILE).is_file():
         from huggingface_hub import ModelCard
 
         base = ModelCard.load(folder / CARD_FILE).data.get("base_model")
         if isinstance(base, str) and base.count("/") == 1:
             yield Need("model", base, f"{why}:{CARD_FILE}:base_model")
+
+
+def _referred(kind: NeedKind, encoder: Any, key: str) -> Iterator[Need]:
+    """The need of an encoder's description in a config, where it names one."""
+    if isinstance(encoder, dict) and encoder.get("name_or_path"):
+        name, revision = encoder["name_or_path"], encoder.get("revision")
+        yield Need(kind, name, key, revision) if revision else Need("path", name, key)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def load_adapters(pipe: Any, words: Sequence[str]) -> list[dict[str, Any]]:
     """Load adapters into a pipeline and switch them on together; return what each is, for metadata.
 
     Args:
-        pipe: a `ClassToImagePipeline`.
+        pipe: a pipeline of this library.
         words: `PATH` or `PATH=WEIGHT` each: a file, a folder that holds one, or a Hub id; and the factor of its LoRA
             layers, 1 by default.
 

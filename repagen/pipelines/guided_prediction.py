@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from repagen.errors import UserError
 from repagen.flow.guidance import GuidanceInterval, GuidanceMethod, guide
 from repagen.flow.path import to_velocity
 from repagen.pipelines.sampling_options import SamplingOptions
 
 State = list[torch.Tensor]
 """What is denoised, float32: the latents (B, C, h, w), and beside them a class token (B, D) where there is one."""
+
+Condition: TypeAlias = dict[str, torch.Tensor]
+"""What a transformer is asked for: arguments of its call, each with one row per image."""
+
+# Each condition has a state of a cache of its own.
+_CONTEXTS = ("cond", "cond_2")
 
 
 @dataclass
@@ -24,18 +32,23 @@ class GuidedPrediction:
         guidance_transformer: the weak one of autoguidance.
         method: of guidance.
         options: of the call; the guidance scale comes with each prediction, since callbacks may change it.
-        labels: (B,) class ids, None for an unconditional model.
+        conditions: arguments of the models; a callback may change them between steps. Of two, the predictions are
+            mixed.
+        null_condition: those of the null pass; None where no null pass can be made.
         scheduler: of the loop, its grid laid.
         attention_kwargs: passed to the models.
+        mixture: (B,) share of the second condition's prediction in [0, 1]; None where there is one condition.
     """
 
     transformer: Any
     guidance_transformer: Any
     method: GuidanceMethod
     options: SamplingOptions
-    labels: torch.Tensor | None
+    conditions: Sequence[Condition]
+    null_condition: Condition | None
     scheduler: Any
     attention_kwargs: dict[str, Any] | None
+    mixture: torch.Tensor | None = None
 
     def __call__(self, state: State, timestep: torch.Tensor, index: int, scale: float) -> State:
         """Predict what the scheduler steps along, one float32 tensor for each of the state's.
@@ -66,32 +79,57 @@ class GuidedPrediction:
     def _unguided(self, state: State, timestep: torch.Tensor, index: int, scale: float) -> State:
         # The call's own scale decides: a callback that ends the guidance must not change the batch under a cache.
         if self.method == "cfg" and self.options.guidance_scale > 1 and self.transformer.is_cache_enabled:
-            return self._both_classes(state, timestep, index)[0]
-        return self._evaluate(self.transformer, "cond", state, timestep, self.labels, index)
+            return self._all_at_once(state, timestep, index)[0]
+        return self._conditional(self.transformer, state, timestep, index)
 
     def _strong_and_weak(self, state: State, timestep: torch.Tensor, index: int) -> tuple[State, State]:
-        model, labels = self.transformer, self.labels
+        model = self.transformer
         if self.method == "internal":
-            latents = state[0]
-            both = self._forward(model, "cond", state, timestep, labels, index, return_base=True)
-            strong, weak = (self._convert(model, prediction, latents, timestep) for prediction in both[:2])
+            strong, weak = self._mixed([
+                self._both_heads(context, state, timestep, condition, index) for context, condition in self._contexts
+            ])  # fmt: skip
             return [strong], [weak]
         if self.method == "cfg" and model.is_cache_enabled:
-            return self._both_classes(state, timestep, index)
-        strong_state = self._evaluate(model, "cond", state, timestep, labels, index)
+            return self._all_at_once(state, timestep, index)
+        strong_state = self._conditional(model, state, timestep, index)
         if self.method == "autoguidance":
-            return strong_state, self._evaluate(self.guidance_transformer, "cond", state, timestep, labels, index)
-        return strong_state, self._evaluate(model, "uncond", state, timestep, self._null_labels, index)
+            return strong_state, self._conditional(self.guidance_transformer, state, timestep, index)
+        return strong_state, self._evaluate(model, "uncond", state, timestep, self._null, index)
 
-    def _both_classes(self, state: State, timestep: torch.Tensor, index: int) -> tuple[State, State]:
-        """With and without class in one batch: the state of a cache belongs to a batch of one shape."""
-        assert self.labels is not None
-        doubled = [torch.cat([part, part]) for part in state]
-        labels = torch.cat([self._null_labels, self.labels])
-        halves = [
-            both.chunk(2) for both in self._evaluate(self.transformer, "cond_uncond", doubled, timestep, labels, index)
+    def _all_at_once(self, state: State, timestep: torch.Tensor, index: int) -> tuple[State, State]:
+        """With and without condition in one batch: the state of a cache belongs to a batch of one shape."""
+        conditions = [self._null, *self.conditions]
+        repeated = [torch.cat([part] * len(conditions)) for part in state]
+        joined = {name: torch.cat([condition[name] for condition in conditions]) for name in self.conditions[0]}
+        predictions = self._evaluate(self.transformer, "cond_uncond", repeated, timestep, joined, index)
+        weak, *strong = (list(parts) for parts in zip(*(p.chunk(len(conditions)) for p in predictions), strict=True))
+        return self._mixed(strong), weak
+
+    @property
+    def _contexts(self) -> list[tuple[str, Condition]]:
+        return list(zip(_CONTEXTS, self.conditions, strict=False))
+
+    def _conditional(self, model: Any, state: State, timestep: torch.Tensor, index: int) -> State:
+        return self._mixed([
+            self._evaluate(model, context, state, timestep, condition, index) for context, condition in self._contexts
+        ])  # fmt: skip
+
+    def _mixed(self, predictions: Sequence[State]) -> State:
+        """Interpolate between the predictions for two conditions; exact at both ends."""
+        if self.mixture is None:
+            return predictions[0]
+        first, second = predictions
+        return [
+            torch.lerp(a, b, self.mixture.reshape(-1, *[1] * (a.ndim - 1))) for a, b in zip(first, second, strict=True)
         ]
-        return [strong for _, strong in halves], [weak for weak, _ in halves]
+
+    def _both_heads(
+        self, context: str, state: State, timestep: torch.Tensor, condition: Condition, index: int
+    ) -> State:
+        """The model's prediction for the latents and that of its base head, by one evaluation."""
+        model, latents = self.transformer, state[0]
+        both = self._forward(model, context, state, timestep, condition, index, return_base=True)
+        return [self._convert(model, prediction, latents, timestep) for prediction in both[:2]]
 
     def _evaluate(
         self,
@@ -99,11 +137,11 @@ class GuidedPrediction:
         context: str,
         state: State,
         timestep: torch.Tensor,
-        labels: torch.Tensor | None,
+        condition: Condition,
         index: int,
     ) -> State:
         """One forward of a model, as what the scheduler steps along."""
-        predictions = self._forward(model, context, state, timestep, labels, index)
+        predictions = self._forward(model, context, state, timestep, condition, index)
         return [self._convert(model, predictions[i], part, timestep) for i, part in enumerate(state)]
 
     def _forward(
@@ -112,7 +150,7 @@ class GuidedPrediction:
         context: str,
         state: State,
         timestep: torch.Tensor,
-        labels: torch.Tensor | None,
+        condition: Condition,
         index: int,
         **arguments: Any,
     ) -> tuple[torch.Tensor, ...]:
@@ -128,7 +166,7 @@ class GuidedPrediction:
             return model(
                 hidden_states=latents.to(model.dtype),
                 timestep=times.expand(latents.shape[0]),
-                class_labels=labels,
+                **condition,
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 **arguments,
@@ -146,9 +184,13 @@ class GuidedPrediction:
         return timestep.to(torch.float32) / self.scheduler.config.num_train_timesteps
 
     @property
-    def _null_labels(self) -> torch.Tensor:
-        assert self.labels is not None  # the pipeline refuses classifier-free guidance of unconditional models
-        return torch.full_like(self.labels, self.transformer.config.num_classes)
+    def _null(self) -> Condition:
+        if self.null_condition is None:
+            raise UserError(
+                "guidance_scale was raised above 1 by a callback, but the call began without guidance and has no null "
+                "condition; begin it with a guidance_scale above 1"
+            )
+        return self.null_condition
 
 
 def is_discrete(model: Any) -> bool:

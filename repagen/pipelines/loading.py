@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -19,6 +20,12 @@ from repagen.hub.inspection import inspect_folder
 from repagen.hub.places import repository_command
 from repagen.hub.saved_models import tidy_saved
 from repagen.registration import is_loadable_library
+
+PIPELINES = {
+    "ClassToImagePipeline": "repagen.pipelines.class_to_image",
+    "TextToImagePipeline": "repagen.pipelines.text_to_image",
+}
+"""Pipelines of this library => their modules."""
 
 _REMOTE_CODE = ("custom_pipeline", "custom_revision", "trust_remote_code")
 _OF_THE_HUB = ("cache_dir", "token", "local_files_only", "force_download")
@@ -33,6 +40,8 @@ class CommitLoading(DiffusionPipeline):
     """
 
     hub_commit: str | None = None
+    # Components that a folder may lack. diffusers' own list of such is for those that a call never needs.
+    _may_be_absent: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
@@ -66,7 +75,8 @@ class CommitLoading(DiffusionPipeline):
             folder = Path(cls.download(name, **{**kwargs, "revision": commit}))
         left = {key: value for key, value in kwargs.items() if key not in {*_OF_THE_HUB, *_REMOTE_CODE, "revision"}}
         inspect_folder(folder, f"pipeline {name}")
-        index = _read_index(folder, name, cls)
+        index = _read_index(folder, name, [cls.__name__])
+        left = {**{key: None for key in cls._may_be_absent if index.get(key) == [None, None]}, **left}
         _refuse_missing(folder, name, index, cls, left)
         again = ""
         if commit is not None and is_offline_mode():
@@ -108,7 +118,7 @@ class CommitLoading(DiffusionPipeline):
             here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
             fetch_snapshot(name, revision=commit, patterns=here, what="pipeline", **asking)
         inspect_folder(folder, f"pipeline {name}")
-        _read_index(folder, name, cls)
+        _read_index(folder, name, [cls.__name__])
         if not is_loadable_library():
             # diffusers would refuse components of a library it does not list, so fetch the whole repository.
             return fetch_snapshot(name, revision=commit, what="pipeline", **asking)
@@ -128,6 +138,26 @@ class CommitLoading(DiffusionPipeline):
                 if local:
                     raise
             return Path(super().download(name, **kwargs))
+
+
+def saved_pipeline_class(name: str, revision: str | None = None, kinds: Collection[str] = PIPELINES) -> Any:
+    """Return the class of a pipeline in a folder or on the Hub, of which no more than the index is fetched.
+
+    Args:
+        name: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+        kinds: names of the classes that are allowed, of `PIPELINES`.
+
+    Raises:
+        UserError: there is none, or one of another kind.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        files = [PIPELINE_FILE, "config.json"]
+        folder = fetch_snapshot(name, revision=_commit(name, {"revision": revision}), patterns=files, what="pipeline")
+    inspect_folder(folder, f"pipeline {name}")
+    kind = _read_index(folder, name, kinds)["_class_name"]
+    return getattr(importlib.import_module(PIPELINES[kind]), kind)
 
 
 def _commit(name: str, kwargs: Mapping[str, Any]) -> str:
@@ -163,7 +193,7 @@ def _dtype(given: Any) -> torch.dtype:
     return dtype
 
 
-def _read_index(folder: Path, name: str, kind: type) -> dict[str, Any]:
+def _read_index(folder: Path, name: str, kinds: Collection[str]) -> dict[str, Any]:
     """Read `model_index.json`, which has been inspected; refuse a folder without one and other kinds of pipelines."""
     path = folder / PIPELINE_FILE
     if not path.is_file():
@@ -173,8 +203,8 @@ def _read_index(folder: Path, name: str, kind: type) -> dict[str, Any]:
         )
     index = json.loads(path.read_text(encoding="utf-8"))
     found = index.get("_class_name")
-    if found not in {base.__name__ for base in kind.__mro__}:
-        raise UserError(f"{name} holds a {found}; a {kind.__name__} is needed")
+    if found not in kinds:
+        raise UserError(f"{name} holds a {found}; a {' or '.join(kinds)} is needed")
     return index
 
 

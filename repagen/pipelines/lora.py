@@ -29,17 +29,20 @@ from repagen.pipelines.adapter_file import (
     write_adapter_file,
 )
 
-_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.linear_in", "ff.linear_out")
+_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "ff.linear_in", "ff.linear_out",
+    "text_embedder.proj", "text_embedder.pooled_proj",
+)  # fmt: skip
 
 
 def default_lora_targets(transformer: nn.Module) -> list[str]:
-    """Return the `target_modules` of a `LoraConfig` that reach attention and feed-forward of all blocks and heads.
+    """Return the `target_modules` of a `LoraConfig` that reach attention, feed-forward and what text enters by.
 
     The layers that make modulations, `modulation` and `modulation_out`, and `proj_out` can be named too. They are left
     out: they are half as large as the rest of a block, and a class reaches them through its label row.
     """
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    return [target for target in _TARGETS if any(name.endswith(f".{target}") for name in names)]
+    return [target for target in _TARGETS if any(f".{name}".endswith(f".{target}") for name in names)]
 
 
 def _check_push(push: bool, options: Mapping[str, Any], weight_name: str | None, safe: bool) -> None:

@@ -1,11 +1,11 @@
-"""Numbered images of chosen classes from one pipeline, each with the facts that its file carries."""
+"""Numbered images of classes or prompts from one pipeline, each with the facts that its file carries."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,28 +26,28 @@ class NumberedImages:
     mean equal pixels, another batch size or number of images may move a value by one.
 
     Attributes:
-        pipe: a `ClassToImagePipeline`.
-        labels: class of each image, or None for each from an unconditional pipeline.
+        pipe: a `ClassToImagePipeline` or `TextToImagePipeline`.
+        subjects: class or prompt of each image, or None for each from an unconditional pipeline.
         seed: image i is a function of (seed, i).
         batch_size: images at once.
         options: sampling options that were given, as in the pipeline's call.
         origin: facts of all images: the model, its training, adapters, device.
+        arguments: further ones of the pipeline's call, such as a negative prompt.
     """
 
     pipe: Any
-    labels: Sequence[int | None]
+    subjects: Sequence[int | str | None]
     seed: int
     batch_size: int
     options: Mapping[str, Any]
     origin: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.subjects)
 
     def facts(self, index: int) -> dict[str, Any]:
         """Return how image `index` comes about, as JSON knows it."""
-        label = self.labels[index]
-        names = self.pipe.config["id2label"] or {}
         resolved = {name: value for name, value in asdict(self._resolved).items() if value is not None}
         if resolved["guidance_scale"] > 1:
             resolved["guidance_method"] = self.pipe.guidance_method
@@ -56,14 +56,19 @@ class NumberedImages:
             "kind": "sample",
             "index": index,
             "seed": self.seed,
-            "class_label": label,
-            "class_name": names.get(str(label)),
+            **self._subject_facts(self.subjects[index]),
+            **self.arguments,
             **resolved,
             "scheduler": {"class": type(scheduler).__name__, **component_settings(scheduler)},
             "batch_size": self.batch_size,
             **self.origin,
         }
         return json.loads(json.dumps(facts, default=str))
+
+    def _subject_facts(self, subject: int | str | None) -> dict[str, Any]:
+        if isinstance(subject, str):
+            return {"prompt": subject}
+        return {"class_label": subject, "class_name": (self.pipe.config["id2label"] or {}).get(str(subject))}
 
     @property
     def _resolved(self) -> Any:
@@ -72,10 +77,9 @@ class NumberedImages:
     def describe(self, index: int) -> str:
         """Return the facts of image `index` that people look for, in one line."""
         facts = self.facts(index)
-        label = "no class" if facts["class_label"] is None else f"class {facts['class_label']}"
         trained = f", recipe {facts['recipe']}, step {facts['training_step']}" if facts["recipe"] else ""
         return (
-            f"{label}{f' ({name})' if (name := facts['class_name']) else ''}, seed {self.seed}, image {index}, "
+            f"{_description(facts)}, seed {self.seed}, image {index}, "
             f"{facts['num_inference_steps']} steps, guidance {facts['guidance_scale']:g}{trained}"
         )
 
@@ -106,15 +110,23 @@ class NumberedImages:
 
     def sample(self, batch: range, callback_on_step_end: Callable[..., dict[str, Any]]) -> list[Image.Image]:
         """Return the images numbered `batch`, drawn together, without a progress bar; arguments as of the pipeline."""
-        labels = [self.labels[index] for index in batch]
+        subjects = [self.subjects[index] for index in batch]
         generators = [generator_for(self.seed, "sample", index) for index in batch]
-        conditional = self.pipe.transformer.config.num_classes > 0
         return self.pipe(
-            labels if conditional else None,
+            None if subjects[0] is None else subjects,
             generator=generators,
             callback_on_step_end=callback_on_step_end,
             **self.options,
+            **self.arguments,
         ).images
+
+
+def _description(facts: Mapping[str, Any]) -> str:
+    """Class or prompt in the words of one line."""
+    if "prompt" in facts:
+        return f"prompt {' '.join(facts['prompt'].split())!r}"
+    label = "no class" if facts["class_label"] is None else f"class {facts['class_label']}"
+    return f"{label} ({facts['class_name']})" if facts["class_name"] else label
 
 
 def command_line(program: Sequence[str], options: Mapping[str, Any]) -> str:

@@ -26,10 +26,10 @@ def pipeline_sha256(pipeline: Any) -> str:
     """Return a hash of weights and settings of all parts of a pipeline, as they are now (so it depends on the dtype).
 
     Args:
-        pipeline: a `ClassToImagePipeline`.
+        pipeline: a `ClassToImagePipeline` or `TextToImagePipeline`.
     """
-    parts = [pipeline.transformer, pipeline.vae, getattr(pipeline, "guidance_transformer", None)]
-    present = [part for part in parts if part is not None]
+    further = [getattr(pipeline, name, None) for name in ("guidance_transformer", "text_encoder")]
+    present = [pipeline.transformer, pipeline.vae, *(part for part in further if part is not None)]
     weights = [hash_tensors(part.state_dict().values()) for part in present]
     settings = [component_settings(part) for part in (*present, pipeline.scheduler)]
     return hashlib.sha256(json.dumps([weights, settings], sort_keys=True, default=str).encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""`repagen sample`: images of chosen classes from a saved pipeline, into a folder."""
+"""`repagen sample`: images of chosen classes or prompts from a saved pipeline, into a folder."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from repagen.pipelines.class_to_image import ClassToImagePipeline
 
 _GRID_IMAGES = 64
+_OF_CLASSES = ("ClassToImagePipeline",)
+_ALL_KINDS = (*_OF_CLASSES, "TextToImagePipeline")
+_PROMPT_ARGUMENTS = ("prompt", "prompts_file", "negative_prompt", "height", "width")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -43,15 +46,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what decides the images: model, classes, sampler, seed, device."""
+    """Add what decides the images: model, classes or prompts, sampler, seed, device."""
     add_model_arguments(parser)
     parser.add_argument(
         "--class-labels", nargs="+", metavar="CLASS", help="class names or ids, taken in turn; default: every class"
     )
-    parser.add_argument("--number", type=int, metavar="N", help="images altogether; default: one per class label")
+    add_prompt_arguments(parser)
+    parser.add_argument("--number", type=int, metavar="N", help="images altogether; default: one per class or prompt")
     add_sampler_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i); default 0")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once; default 8")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a text-to-image pipeline is asked for."""
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="of a text-to-image model: prompts, taken in turn")
+    parser.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, in place of --prompt")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from; default: nothing")
+    parser.add_argument("--height", type=int, metavar="PX", help="of the images; default: that of the training")
+    parser.add_argument("--width", type=int, metavar="PX", help="of the images; default: that of the training")
 
 
 def add_sampler_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -134,26 +147,29 @@ def open_numbered_images(args: argparse.Namespace) -> NumberedImages:
         UserError: a model that cannot be loaded, or arguments that do not fit it.
     """
     require_at_least(args, {"number": 1, "batch_size": 1})
-    pipe, origin = open_pipeline(args)
-    labels = choose_labels(pipe, args.class_labels, args.number)
+    pipe, origin = open_pipeline(args, _ALL_KINDS)
+    subjects, arguments = _choose_subjects(pipe, args)
     options = sampler_options(args)
     pipe.check_options(options)
     command = _command(args, origin, asdict(pipe.sampling_options(options)))
-    return NumberedImages(pipe, labels, args.seed, args.batch_size, options, {**origin, "command": command})
+    return NumberedImages(
+        pipe, subjects, args.seed, args.batch_size, options, {**origin, "command": command}, arguments
+    )
 
 
-def open_pipeline(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def open_pipeline(args: argparse.Namespace, kinds: Collection[str] = _OF_CLASSES) -> tuple[Any, dict[str, Any]]:
     """Load the model with its adapters; return it, and the facts that all its images share.
 
     Args:
         args: of `add_model_arguments`.
+        kinds: classes of pipelines that are taken.
 
     Raises:
         UserError: a model or adapter that cannot be loaded, or a device or attention backend that cannot be used.
     """
     device = usable_device(args.device)
     _require_attention(args.attention_backend, device, args.dtype)
-    pipe: Any = load_pipeline(args.model, device, args.dtype, args.revision)
+    pipe: Any = load_pipeline(args.model, device, args.dtype, args.revision, kinds)
     commit = getattr(pipe, "hub_commit", None)
     model = {"path": args.model, "commit": commit, "sha256": pipeline_sha256(pipe)}
     adapters = load_adapters(pipe, args.lora)
@@ -180,7 +196,10 @@ def _environment(device: str) -> dict[str, str]:
 
 def _command(args: argparse.Namespace, origin: dict[str, Any], options: dict[str, Any]) -> str:
     """The command that draws the same images, all of its options given."""
-    names = ("model", "class_labels", "number", "seed", "batch_size", "lora", "dtype", "attention_backend")
+    names = (
+        "model", "class_labels", "prompt", "prompts_file", "negative_prompt", "height", "width", "number", "seed",
+        "batch_size", "lora", "dtype", "attention_backend",
+    )  # fmt: skip
     given = {name: getattr(args, name) for name in names}
     resolved = {"device": usable_device(args.device), "revision": origin["model"]["commit"] or args.revision}
     return command_line(["repagen", "sample"], {**given, **resolved, **options})
@@ -242,21 +261,69 @@ def _require_attention(backend: str | None, device: str, dtype: str) -> None:
         raise UserError(f"--attention-backend {backend} does not run on {device} in {dtype} ({reason})")
 
 
-def load_pipeline(model: str, device: str | None, dtype: str, revision: str | None = None) -> ClassToImagePipeline:
+def load_pipeline(
+    model: str,
+    device: str | None,
+    dtype: str,
+    revision: str | None = None,
+    kinds: Collection[str] = _OF_CLASSES,
+) -> Any:
     """Load a pipeline from a folder or the Hub, onto a device.
+
+    Args:
+        model: folder or Hub id.
+        device: default: cuda if there is one, else cpu.
+        dtype: name of a torch dtype.
+        revision: branch, tag or commit on the Hub.
+        kinds: classes of pipelines that are taken.
 
     Raises:
         UserError: there is none, or it is of another kind.
     """
     import torch
 
-    from repagen.pipelines.class_to_image import ClassToImagePipeline
+    from repagen.pipelines.loading import saved_pipeline_class
 
     device = usable_device(device)
     with naming({"": "--model: "}):
-        pipe = ClassToImagePipeline.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
+        pipe = saved_pipeline_class(model, revision, kinds).from_pretrained(
+            model, revision=revision, dtype=getattr(torch, dtype)
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _choose_subjects(pipe: Any, args: argparse.Namespace) -> tuple[Sequence[int | str | None], dict[str, Any]]:
+    """Return class or prompt of each image, and what else the pipeline's call is given.
+
+    Raises:
+        UserError: classes for a pipeline of prompts or the other way round, no prompt, or a size that is not sampled.
+    """
+    given = {name: getattr(args, name) for name in _PROMPT_ARGUMENTS if getattr(args, name) is not None}
+    if "text_encoder" not in pipe.config:
+        if given:
+            option = next(iter(given)).replace("_", "-")
+            raise UserError(f"--{option} was given, but the model draws classes; leave it out, or use --class-labels")
+        return choose_labels(pipe, args.class_labels, args.number), {}
+    if args.class_labels:
+        raise UserError("--class-labels was given, but the model draws prompts; use --prompt or --prompts-file")
+    prompts = _prompts(given.pop("prompt", None), given.pop("prompts_file", None))
+    with naming({name: f"--{name}" for name in ("height", "width")}):
+        pipe.latent_grid(args.height, args.width)
+    return [prompts[index % len(prompts)] for index in range(args.number or len(prompts))], given
+
+
+def _prompts(words: Sequence[str] | None, path: str | None) -> list[str]:
+    if (words is None) == (path is None):
+        raise UserError("give either --prompt with one or more texts, or --prompts-file")
+    if path is None:
+        return list(words or ())
+    with refusing(f"--prompts-file {path} cannot be read as UTF-8 text"):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts-file {path} holds no prompt; write one per line")
+    return prompts
 
 
 def choose_labels(

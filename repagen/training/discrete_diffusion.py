@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
+from repagen.flow.conditions import ConditionDropout, Conditions
 from repagen.randomness import normal_per_sample, uniform_per_sample
-from repagen.training.noising import NoisySample, drop_labels
+from repagen.training.noising import NoisySample
 
 NUM_STEPS = 1000
 _HALF_BIN = 1 / 255  # half the distance of two grey levels of an image in [-1, 1]
@@ -44,12 +45,10 @@ class DDPM:
     """Discrete diffusion with linear betas.
 
     Attributes:
-        num_classes: 0 = unconditional.
-        label_dropout: probability of the null label.
+        dropout: of conditions.
     """
 
-    num_classes: int
-    label_dropout: float
+    dropout: ConditionDropout
 
     @cached_property
     def betas(self) -> torch.Tensor:
@@ -62,16 +61,16 @@ class DDPM:
         """Share of the data's variance that is left after each step, a_n, (1000,) float64."""
         return (1 - self.betas).cumprod(0)
 
-    def draw(self, latents: torch.Tensor, labels: torch.Tensor, generators: Sequence[torch.Generator]) -> DDPMSample:
-        """Draw step, label dropout and noise of each sample, in this order, from the sample's own generator.
+    def draw(self, latents: torch.Tensor, conditions: Conditions, generators: Sequence[torch.Generator]) -> DDPMSample:
+        """Draw step, dropout of conditions and noise of each sample, in this order, from the sample's own generator.
 
         Args:
             latents: x (B, C, h, w).
-            labels: (B,) in [0, num_classes).
+            conditions: of the samples.
             generators: one per sample, on the latents' device.
         """
         steps = (uniform_per_sample(generators) * NUM_STEPS).long()
-        kept = drop_labels(labels, generators, self.num_classes, self.label_dropout)
+        kept = self.dropout(conditions, generators)
         noise = normal_per_sample(generators, latents.shape[1:])
         share = _at(self.kept, steps, latents)
         noisy = share.sqrt() * latents + (1 - share).sqrt() * noise

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations
 
 from repagen.config import require
 from repagen.encoders.backbones import transformers_config
-from repagen.encoders.files import find_encoder
+from repagen.encoders.files import find_encoder, vision_family
 from repagen.encoders.weights import load_pretrained
 from repagen.errors import UserError
 from repagen.training.optimizer import OptimizerConfig
@@ -265,12 +265,13 @@ def _load_backbone(name: str, local_files_only: bool) -> ViTModel:
         raise UserError(f"adversarial.backbone: no folder {name}; {hint}")
     try:
         files = find_encoder(name, None, local_files_only)
+        family = vision_family(files)
         kind = files.config.get("model_type")
         if kind != "vit":
             raise UserError(f"{name} is of type {kind!r}, a ViT is needed")
-        config = transformers_config(files.family, files.config, f"{name}:config.json")
+        config = transformers_config(family, files.config, f"{name}:config.json")
         return cast(
-            "ViTModel", load_pretrained(ViTModel, files.weights(), name, config=config, add_pooling_layer=False)
+            "ViTModel", load_pretrained(ViTModel, files.weights(family), name, config=config, add_pooling_layer=False)
         )
     except UserError as error:
         raise UserError(f"adversarial.backbone: {str(error).removeprefix('encoder ')}; {hint}") from error

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL
 from repagen.config import load_config
 from repagen.data import open_dataset
 from repagen.errors import UserError, run_as_program
+from repagen.training.conditioning import ClassConditioning, Conditioning
 from repagen.training.ema import Ema
 from repagen.training.end_to_end_config import EndToEndConfig
 from repagen.training.end_to_end_step import EndToEndStep
@@ -47,11 +48,12 @@ def train(config: EndToEndConfig) -> Path:
         dataset = open_dataset(config.data)
         frozen = FrozenParts.open(config, dataset, run)
         autoencoder = trainable_autoencoder(config, frozen)
-        objective = build_objective(config, frozen, dataset.num_classes)
+        conditioning = ClassConditioning.of_all(dataset.class_names, config.label_dropout)
+        objective = build_objective(config, frozen, conditioning)
         model = objective.model
         ema = Ema(model, config.ema)
         prepare_model(config, model)
-        optimiser_step = EndToEndStep(run, config, frozen, objective, dataset)
+        optimiser_step = EndToEndStep(run, config, frozen, conditioning, objective, dataset)
 
         parts = {**optimiser_step.parts(), "ema": ema}
         facts = {
@@ -61,7 +63,7 @@ def train(config: EndToEndConfig) -> Path:
             **frozen.fingerprints,
         }
         start_step = run.restore(parts, facts)
-        pipeline = build_pipeline(config, model, autoencoder, dataset, frozen.latent_shape)
+        pipeline = build_pipeline(config, model, autoencoder, conditioning, frozen.latent_shape)
         evaluation = open_evaluation(config, run, pipeline, dataset, frozen.latent_shape)
         for notice in optimiser_step.autoencoder_step.gates.notices(config.max_steps):
             run.notice("%s", notice)
@@ -72,7 +74,7 @@ def train(config: EndToEndConfig) -> Path:
                 with ema.swapped(model):
                     optimiser_step.norm.store_in(autoencoder)
                     path = run.folder / "samples" / f"step-{step:08d}.png"
-                    run.on_main(partial(write_sample_grid, config, pipeline, range(dataset.num_classes), path))
+                    run.on_main(partial(write_sample_grid, config, pipeline, conditioning.shown, path))
             run.save_if_due(step, parts)
             if micro_batches is None:
                 break
@@ -94,20 +96,20 @@ def train(config: EndToEndConfig) -> Path:
                 dataset,
                 name="pipeline",
                 save=pipeline.save_pretrained,
-                classes=range(dataset.num_classes),
+                shown=conditioning.shown,
                 base_model=config.transformer.pretrained,
                 base_revision=config.transformer.revision,
             )
 
 
-def build_objective(config: EndToEndConfig, frozen: FrozenParts, num_classes: int) -> GeneratorObjective:
+def build_objective(config: EndToEndConfig, frozen: FrozenParts, conditioning: Conditioning) -> GeneratorObjective:
     """The generator and its alignment, with initial weights that depend on the seed alone.
 
     Raises:
         UserError: sizes do not fit together, or the network counts discrete steps or is looped.
     """
-    model = build_model(config, frozen.latent_shape, num_classes)
-    process = noise_process(config, model, frozen.latent_shape)
+    model = build_model(config, frozen.latent_shape, conditioning.model_arguments)
+    process = noise_process(config, model, frozen.latent_shape, conditioning.dropout)
     if not isinstance(process, FlowMatching):
         raise UserError("transformer.architecture: end-to-end training takes networks of continuous time, not dit")
     if "num_loops" in model.config:

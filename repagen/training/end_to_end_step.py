@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from repagen.data import SampleDataset
 from repagen.models.autoencoder_svg import channel_sums
 from repagen.models.latents import kl_statistics
+from repagen.training.conditioning import Conditioning
 from repagen.training.decoder import build_loss_networks
 from repagen.training.decoder_kind import Inputs
 from repagen.training.decoder_kl import KLKind, decode_latents, draw_latents
@@ -107,12 +108,19 @@ class EndToEndKind(KLKind):
         config: of the whole run.
         run: the run.
         frozen: the alignment encoders, and the autoencoder, which is thawed.
+        conditioning: what the generator is told.
         objective: the generator and its terms, not wrapped.
         norm: between the two.
     """
 
     def __init__(
-        self, config: EndToEndConfig, run: Run, frozen: FrozenParts, objective: GeneratorObjective, norm: LatentNorm
+        self,
+        config: EndToEndConfig,
+        run: Run,
+        frozen: FrozenParts,
+        conditioning: Conditioning,
+        objective: GeneratorObjective,
+        norm: LatentNorm,
     ) -> None:
         super().__init__(frozen.autoencoder.requires_grad_(True), config.of_autoencoder(), run)
         self.penalties = {
@@ -120,10 +128,11 @@ class EndToEndKind(KLKind):
             "alignment": config.autoencoder_training.alignment_weight,
         }
         self._frozen = frozen
+        self._conditioning = conditioning
         self._objective = objective
         self._norm = norm
         assert isinstance(objective.process, FlowMatching), "the program refuses others"
-        self._process = replace(objective.process, label_dropout=0.0)
+        self._process = replace(objective.process, dropout=replace(objective.process.dropout, probability=0.0))
         self._depth = max(target.block for target in config.alignment.targets)
         self._latents: dict[int, Tensor] = {}
 
@@ -137,7 +146,7 @@ class EndToEndKind(KLKind):
                 "given": (given := self._frozen.alignment_inputs(batch, terms, ["alignment"])),
                 "inputs": {
                     **batch["inputs"],
-                    "labels": batch["label"],
+                    "conditions": self._conditioning.conditions(batch),
                     "positions": batch["position"],
                     "targets": given["targets"],
                 },
@@ -159,7 +168,7 @@ class EndToEndKind(KLKind):
     def _alignment(self, latents: Tensor, inputs: Inputs) -> Tensor:
         """The alignment loss, a scalar, of the generator's first blocks, with labels as they are."""
         generators = self.run.generators("flow", {"position": inputs["positions"]})
-        sample = self._process.draw(self._norm(latents), inputs["labels"], generators)
+        sample = self._process.draw(self._norm(latents), inputs["conditions"], generators)
         with first_blocks(self._objective.model, self._depth):
             return self._objective(sample, {"targets": inputs["targets"]}, ["alignment"])["alignment"]
 
@@ -171,6 +180,7 @@ class EndToEndStep:
         run: the run.
         config: of the whole run.
         frozen: the alignment encoders, and the autoencoder, which is thawed.
+        conditioning: what the generator is told.
         objective: the generator and its terms.
         dataset: names the samples of a broken step.
 
@@ -185,6 +195,7 @@ class EndToEndStep:
         run: Run,
         config: EndToEndConfig,
         frozen: FrozenParts,
+        conditioning: Conditioning,
         objective: GeneratorObjective,
         dataset: SampleDataset,
     ) -> None:
@@ -193,7 +204,7 @@ class EndToEndStep:
         self.objective = objective
         self.norm = LatentNorm(frozen.latent_shape[0], part.norm_momentum, part.norm_epsilon).to(run.device)
         self.norm.start_from(frozen.autoencoder)
-        self.kind = EndToEndKind(config, run, frozen, objective, self.norm)
+        self.kind = EndToEndKind(config, run, frozen, conditioning, objective, self.norm)
         self.perceptual, discriminator = build_loss_networks(part.lpips, part.adversarial)
         self.autoencoder_step = DecoderStep(
             run, config.of_autoencoder(), self.kind, dataset, self.perceptual, discriminator
@@ -222,9 +233,10 @@ class EndToEndStep:
         with constant(self.objective):
             of_autoencoder = self.autoencoder_step.update(step, batches)
         latents = self.norm.of_global_batch(self.kind.latents(batches), self.run)
-        batches = [{**batch, "latents": part} for batch, part in zip(batches, latents, strict=True)]
+        drawn = [(part, batch["inputs"]["conditions"]) for batch, part in zip(batches, latents, strict=True)]
+        batches = [{**batch, "drawn": pair} for batch, pair in zip(batches, drawn, strict=True)]
         row = self.generator_step(
-            step, iter(batches), lambda batch: batch["latents"], lambda batch, active: batch["given"]
+            step, iter(batches), lambda batch: batch["drawn"], lambda batch, active: batch["given"]
         )
         return {**row, **{f"autoencoder_{name}": value for name, value in of_autoencoder.items()}}
 

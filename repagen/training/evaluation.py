@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from repagen.data import SampleDataset
+from repagen.data import SampleDataset, sample_indices
 from repagen.errors import UserError
 from repagen.evaluation.extractor import FeatureExtractor
 from repagen.evaluation.generation import KnownReference, evaluate_generation, look_at_reference, open_extractors
@@ -113,6 +113,7 @@ class TrainingEvaluation:
             seed=config.seed,
             label_mode=self._protocol.label_mode or "balanced",
             rounding=self._protocol.rounding,
+            prompts=_prompts(dataset, config) if pipeline.transformer.takes_text else (),
             forward_batch_size=config.forward_batch_size,
             **config.options,
         )
@@ -193,6 +194,12 @@ class TrainingEvaluation:
             )
         facts = {**training_facts(self._run, step, self._dataset), "evaluation_sha256": key}
         return dataclasses.replace(result, training=facts).as_dict()
+
+
+def _prompts(dataset: SampleDataset, config: EvaluationConfig) -> list[str]:
+    """Captions of samples that are drawn; none comes twice before all have come."""
+    indices = sample_indices(0, min(config.num_samples, len(dataset)), len(dataset), config.seed)
+    return [dataset.captions(index).draw() for index in indices]
 
 
 def _write(path: Path, record: Mapping[str, Any], partial: Path) -> None:

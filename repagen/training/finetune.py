@@ -22,6 +22,7 @@ from repagen.models.fingerprint import hash_tensors
 from repagen.models.identity import describe_autoencoder, describe_transformer
 from repagen.models.latents import require_independent_latents
 from repagen.pipelines.guided_prediction import class_token_dim
+from repagen.training.conditioning import ClassConditioning
 from repagen.training.decoder import AutoencoderTraining
 from repagen.training.decoder_representation import RepresentationKind, refuse_other_size
 from repagen.training.finetune_classes import ClassPlan, plan_classes
@@ -32,14 +33,17 @@ from repagen.training.finetune_config import (
     load_finetune_config,
 )
 from repagen.training.finetune_model import (
+    PreparedTuning,
     TrainedParameters,
     open_pipeline,
     pinned_pipeline,
-    prepare_pipeline,
+    prepare_classes,
     refuse_guidance_transformer,
     release_of,
+    rows_of,
 )
-from repagen.training.finetune_prior import prior_dataset
+from repagen.training.finetune_prior import prior_dataset, repeated
+from repagen.training.finetune_text import prepare_text, refuse_text_settings
 from repagen.training.frozen import FrozenParts, without_name
 from repagen.training.generator_alignment import refuse_single_samples
 from repagen.training.generator_loop import GeneratorTraining, noise_process
@@ -49,6 +53,7 @@ from repagen.training.optimizer import resolve_optimizer
 from repagen.training.rehearsal import FoundMicroBatch, Rehearsal
 from repagen.training.release import check_samplings, save_with_facts, training_facts
 from repagen.training.run import Run, open_run
+from repagen.training.text_to_image import open_captioned
 
 
 def train(config: AnyFinetuneConfig) -> Path:
@@ -64,9 +69,11 @@ def train(config: AnyFinetuneConfig) -> Path:
     config = replace(config, optimizer=resolve_optimizer(config.optimizer, config.device))
     with open_run(config, "finetune") as run:
         config.revision = run.on_main(partial(pinned_pipeline, config.pipeline, config.revision))
+        pipeline = open_pipeline(config.pipeline, config.revision)
+        if isinstance(config, FinetuneConfig) and pipeline.transformer.takes_text:
+            return _train_generator(config, run, pipeline, open_captioned(config.data))
         dataset = open_dataset(config.data)
         _refuse_empty_classes(dataset)
-        pipeline = open_pipeline(config.pipeline, config.revision)
         if isinstance(config, FinetuneDecoderConfig):
             return _train_decoder(config, run, pipeline, dataset)
         return _train_generator(config, run, pipeline, dataset)
@@ -88,6 +95,44 @@ def _refuse_empty_classes(dataset: Any) -> None:
 
 def _train_generator(config: FinetuneConfig, run: Run, pipeline: Any, data: SampleDataset) -> Path:
     model = pipeline.transformer
+    frozen = _open_frozen(config, run, pipeline, data)
+    facts = {
+        "pretrained": describe_transformer(model)["weights"],
+        "time shift": pipeline.scheduler.config.get("shift"),
+    }
+    prepare = prepare_text if model.takes_text else _prepare_classes
+    prepared = prepare(config, run, pipeline, data, facts["pretrained"])
+    check_samplings(config, pipeline, "pipeline")
+    training = GeneratorTraining(
+        run,
+        config,
+        pipeline,
+        noise_process(config, model, frozen.latent_shape, prepared.conditioning.dropout, facts["time shift"]),
+        frozen,
+        prepared.conditioning,
+        prepared.dataset,
+        trained=None if config.mode == "full" else TrainedParameters(model),
+    )
+    found = FoundMicroBatch()
+    start_step = training.restore({**facts, **prepared.facts}, {"micro_batch": found})
+    trained = training.step.objective
+    networks = [trained, *frozen.networks]
+    rehearsal = Rehearsal(run, prepared.dataset, training.rehearse, trained, networks, config.optimizer, training.ema)
+    rehearsal(start_step, found)
+    refuse_single_samples(config.alignment, run.plan.micro_size)
+    training.train(start_step)
+    name, save = release_of(config, pipeline, prepared.new_rows)
+    told = {"mode": config.mode, "pipeline": config.pipeline, "pipeline_transformer": facts["pretrained"]}
+    base = {"base_model": config.pipeline, "base_revision": config.revision}
+    return training.release(start_step, name, save, facts=told, **base)
+
+
+def _prepare_classes(
+    config: FinetuneConfig, run: Run, pipeline: Any, data: SampleDataset, pretrained: str
+) -> PreparedTuning:
+    """Give a pipeline its classes, and let train what the mode trains; `pretrained` identifies its generator."""
+    model = pipeline.transformer
+    refuse_text_settings(config)
     plan = plan_classes(config, model.config.num_classes, pipeline.config["id2label"], data.class_names)
     refuse_guidance_transformer(config, pipeline, plan)
     if config.evaluation.every_images and config.evaluation.reference is None and plan.num_classes > len(plan.of_data):
@@ -95,36 +140,10 @@ def _train_generator(config: FinetuneConfig, run: Run, pipeline: Any, data: Samp
             f"evaluation.reference: needed, since {plan.num_classes} classes are sampled and the data has "
             f"{len(plan.of_data)} of them"
         )
-    frozen = _open_frozen(config, run, pipeline, data)
-    facts = {
-        "pretrained": describe_transformer(model)["weights"],
-        "time shift": pipeline.scheduler.config.get("shift"),
-        "classes": plan.class_names,
-    }
-    dataset = _with_prior(config, run, pipeline, plan, data, facts["pretrained"])
-    prepare_pipeline(config, pipeline, plan)
-    check_samplings(config, pipeline, "pipeline")
-    training = GeneratorTraining(
-        run,
-        config,
-        pipeline,
-        noise_process(config, model, frozen.latent_shape, facts["time shift"]),
-        frozen,
-        dataset,
-        trained=None if config.mode == "full" else TrainedParameters(model),
-        shown_classes=sorted(plan.of_data),
-    )
-    found = FoundMicroBatch()
-    start_step = training.restore(facts, {"micro_batch": found})
-    trained = training.step.objective
-    networks = [trained, *frozen.networks]
-    Rehearsal(run, dataset, training.rehearse, trained, networks, config.optimizer, training.ema)(start_step, found)
-    refuse_single_samples(config.alignment, run.plan.micro_size)
-    training.train(start_step)
-    name, save = release_of(config, pipeline, plan)
-    told = {"mode": config.mode, "pipeline": config.pipeline, "pipeline_transformer": facts["pretrained"]}
-    base = {"base_model": config.pipeline, "base_revision": config.revision}
-    return training.release(start_step, name, save, facts=told, **base)
+    dataset = _with_prior(config, run, pipeline, plan, data, pretrained)
+    prepare_classes(config, pipeline, plan)
+    conditioning = ClassConditioning(plan.class_names, config.label_dropout, sorted(plan.of_data))
+    return PreparedTuning(conditioning, dataset, {"classes": plan.class_names}, partial(rows_of, pipeline, plan))
 
 
 def _open_frozen(config: FinetuneConfig, run: Run, pipeline: Any, data: SampleDataset) -> FrozenParts:
@@ -157,7 +176,8 @@ def _with_prior(
     lacking = [label for label in range(len(plan.kept)) if label not in plan.of_data]
     if config.prior.images_per_class and lacking:
         pipeline.to(run.device)
-        parts.append((prior_dataset(run, config, pipeline, [plan.kept[k] for k in lacking], pretrained), lacking))
+        prior = prior_dataset(run, config, pipeline, [plan.kept[k] for k in lacking], pretrained)
+        parts = [*repeated(parts[0], len(prior), config.prior.share), (prior, lacking)]
     return CombinedDataset(parts, plan.class_names)
 
 

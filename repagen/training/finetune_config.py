@@ -13,7 +13,7 @@ from repagen.errors import UserError
 from repagen.training.decoder_config import DecoderConfig, ReconstructionConfig, TrainedAutoencoderConfig
 from repagen.training.discriminator import AdversarialConfig
 from repagen.training.ema import EmaConfig
-from repagen.training.generator_config import GeneratorRunConfig
+from repagen.training.generator_config import GeneratorRunConfig, require_dropout
 from repagen.training.optimizer import OptimizerConfig
 from repagen.training.perceptual import LpipsConfig
 from repagen.training.run_config import RunConfig
@@ -71,17 +71,24 @@ class LoraTrainingConfig:
 
 @dataclass
 class PriorConfig:
-    """Prior preservation (DreamBooth 2208.12242, section 3.3): the pipeline's own images of the classes that it keeps.
+    """Prior preservation (DreamBooth 2208.12242, section 3.3): the pipeline's own images of what it shall not forget.
 
     They are drawn before training, once, into `output_dir/prior`, and trained on beside the data.
 
     Attributes:
-        images_per_class: 0: none.
+        images_per_class: of a class-conditional pipeline's classes that are kept; 0: none.
+        prompts: of a text-to-image pipeline: a list, or a text file with one a line; none: no images.
+        images_per_prompt: drawn of each of them.
+        share: of these images among those that are trained on, about; the data are repeated for it. None: every image
+            counts once.
         guidance_scale, num_inference_steps: of their sampling; None: the pipeline's.
         forward_batch_size: images in one pass of the pipeline.
     """
 
     images_per_class: int = 0
+    prompts: str | list[str] = field(default_factory=list)
+    images_per_prompt: int = 1
+    share: float | None = None
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
     forward_batch_size: int = 32
@@ -89,9 +96,18 @@ class PriorConfig:
     def validate(self) -> None:
         """Check the ranges."""
         require(self.images_per_class >= 0, "images_per_class", self.images_per_class, "at least 0")
+        require(self.images_per_prompt >= 1, "images_per_prompt", self.images_per_prompt, "at least 1")
+        require(self.share is None or 0 < self.share < 1, "share", self.share, "above 0 and below 1")
+        both = bool(self.images_per_class and self.prompts)
+        require(not both, "prompts", self.prompts, "none beside prior.images_per_class, which is for classes")
         for name, least in {"guidance_scale": 1, "num_inference_steps": 2, "forward_batch_size": 1}.items():
             value = getattr(self, name)
             require(value is None or value >= least, name, value, f"at least {least}")
+
+    @property
+    def draws(self) -> bool:
+        """Whether there are any."""
+        return bool(self.images_per_class or self.prompts)
 
 
 @dataclass(kw_only=True)
@@ -102,7 +118,10 @@ class FinetuneConfig(GeneratorRunConfig):
         pipeline: folder or Hub id of a saved pipeline.
         revision: branch, tag or commit of it on the Hub.
         mode: `full` trains the whole generator; `lora` adapters and the rows of new classes in the label table;
-            `labels` these rows alone. (`decoder` trains the decoder of the autoencoder, see `FinetuneDecoderConfig`.)
+            `labels` these rows alone, of a pipeline with classes. (`decoder` trains the decoder of the autoencoder,
+            see `FinetuneDecoderConfig`.)
+        label_dropout: share of labels, or of prompts, replaced by the null label or the null prompt, which
+            classifier-free guidance needs.
         num_classes: classes that the generator has afterwards: `auto`, or the number that is expected.
         labels: classes that stay, and where new ones begin.
         lora: of mode `lora`.
@@ -114,6 +133,7 @@ class FinetuneConfig(GeneratorRunConfig):
     pipeline: str
     revision: str | None = None
     mode: Mode
+    label_dropout: float = 0.1
     num_classes: int | Literal["auto"] = "auto"
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     lora: LoraTrainingConfig = field(default_factory=LoraTrainingConfig)
@@ -123,6 +143,7 @@ class FinetuneConfig(GeneratorRunConfig):
         """Check that every key has an effect in the mode."""
         super().validate()
         _require_pipeline(self.pipeline)
+        require_dropout(self.label_dropout)
         count = self.num_classes
         require(count == "auto" or count >= 0, "num_classes", count, "auto, or at least 0")
         if self.mode != "lora":
@@ -136,13 +157,15 @@ class FinetuneConfig(GeneratorRunConfig):
             _refuse_idle("prior", self.prior, PriorConfig(), "mode=labels changes no other class")
         if self.prior.images_per_class:
             require(self.labels.keep != "none", "labels.keep", "none", "another: prior.images_per_class keeps classes")
-            require(self.data.kind != "latents", "data.kind", "latents", "images, beside prior.images_per_class")
+        if self.prior.draws:
+            require(self.data.kind != "latents", "data.kind", "latents", "images, beside those of prior")
         else:
-            _refuse_idle("prior", self.prior, PriorConfig(), "prior.images_per_class=0 draws none")
+            reason = "prior.images_per_class=0 draws none, nor does prior.prompts=[]"
+            _refuse_idle("prior", self.prior, PriorConfig(), reason)
 
 
 def _require_pipeline(given: str) -> None:
-    require(bool(given.strip()), "pipeline", given, "a folder or Hub id of a saved ClassToImagePipeline")
+    require(bool(given.strip()), "pipeline", given, "a folder or Hub id of a saved pipeline")
 
 
 def _refuse_idle(section: str, given: Any, default: Any, reason: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,40 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from repagen.config import nearest
+from repagen.data import SampleDataset
 from repagen.errors import UserError, naming
 from repagen.hub.fetching import resolve_commit
-from repagen.models.opening import refuse_missing_folder
+from repagen.models.opening import pipeline_index, refuse_missing_folder
 from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.lora import default_lora_targets
+from repagen.pipelines.text_to_image import TextToImagePipeline
 from repagen.randomness import derived_seed
+from repagen.training.conditioning import Conditioning
 from repagen.training.finetune_classes import ClassPlan, new_rows
 from repagen.training.finetune_config import FinetuneConfig
 from repagen.training.generator_model import refuse_label_dropout
 
 logger = logging.getLogger(__name__)
 
-_ALLOWED = "a folder or Hub id of a saved ClassToImagePipeline"
+_ALLOWED = "a folder or Hub id of a saved pipeline"
+_PIPELINES = {kind.__name__: kind for kind in (ClassToImagePipeline, TextToImagePipeline)}
+
+
+@dataclass(frozen=True)
+class PreparedTuning:
+    """What is particular to a fine-tuning of a pipeline with classes, or of one with prompts.
+
+    Attributes:
+        conditioning: what the generator is told.
+        dataset: of the training, with the pipeline's own images where there are some.
+        facts: that must not change when the run continues.
+        new_rows: gives the embeddings of new classes, by name, as they are; None where there are none.
+    """
+
+    conditioning: Conditioning
+    dataset: SampleDataset
+    facts: Mapping[str, Any]
+    new_rows: Callable[[], dict[str, torch.Tensor] | None]
 
 
 def pinned_pipeline(name: str, revision: str | None) -> str | None:
@@ -48,8 +70,9 @@ def open_pipeline(name: str, revision: str | None) -> Any:
     Raises:
         UserError: nothing that can be loaded is there, or a pipeline of another kind.
     """
+    kind = _PIPELINES.get(str(pipeline_index(name, "pipeline", revision).get("_class_name")), ClassToImagePipeline)
     with naming({"": "pipeline: "}):
-        pipeline = ClassToImagePipeline.from_pretrained(name, revision=revision)
+        pipeline: Any = kind.from_pretrained(name, revision=revision)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -106,27 +129,36 @@ def refuse_guidance_transformer(config: FinetuneConfig, pipeline: Any, plan: Cla
         )
 
 
-def prepare_pipeline(config: FinetuneConfig, pipeline: Any, plan: ClassPlan) -> None:
+def prepare_classes(config: FinetuneConfig, pipeline: Any, plan: ClassPlan) -> None:
     """Give the generator its classes, and let train what the mode trains.
 
     Raises:
         UserError: names the key: adapters of layers that are not there; labels to drop, without a null class.
     """
     model = pipeline.transformer
-    refuse_label_dropout(config, model, plan.num_classes, config.pipeline)
+    refuse_label_dropout(config.label_dropout, model, plan.num_classes, config.pipeline)
     if plan.num_classes:
         table = model.label_embedder.table.weight.detach()
         model.choose_classes(plan.kept, new_rows(table, plan, model.config.num_classes))
+    let_train(config, model)
+    if config.mode != "full" and plan.new:
+        table = model.label_embedder.table
+        rows = NewRows(table.weight.detach()[list(plan.new_ids)], plan.new_ids.start)
+        register_parametrization(table, "weight", rows)
+    _settle(pipeline, plan)
+
+
+def let_train(config: FinetuneConfig, model: Any) -> None:
+    """Let train all of a generator, or adapters of it alone, or nothing yet, as the mode says.
+
+    Raises:
+        UserError: adapters of layers that are not there.
+    """
     model.float().train()
     if config.mode != "full":
         model.requires_grad_(False)
-        if config.mode == "lora":
-            _add_adapter(config, model)
-        if plan.new:
-            table = model.label_embedder.table
-            rows = NewRows(table.weight.detach()[list(plan.new_ids)], plan.new_ids.start)
-            register_parametrization(table, "weight", rows)
-    _settle(pipeline, plan)
+    if config.mode == "lora":
+        _add_adapter(config, model)
 
 
 def _add_adapter(config: FinetuneConfig, model: Any) -> None:
@@ -175,24 +207,32 @@ def _settle(pipeline: Any, plan: ClassPlan) -> None:
     pipeline.check_options({})
 
 
-def release_of(config: FinetuneConfig, pipeline: Any, plan: ClassPlan) -> tuple[str, Any]:
-    """=> name of the released folder, and what writes it: the pipeline, or the adapter with its classes."""
+def release_of(
+    config: FinetuneConfig, pipeline: Any, new_rows: Callable[[], dict[str, torch.Tensor] | None]
+) -> tuple[str, Any]:
+    """=> name of the released folder, and what writes it: the pipeline, or the adapter with its new classes."""
     if config.mode == "full":
         return "pipeline", pipeline.save_pretrained
-    return "adapter", partial(_save_adapter, pipeline, plan)
+    return "adapter", partial(_save_adapter, pipeline, new_rows)
 
 
-def _save_adapter(pipeline: Any, plan: ClassPlan, folder: Path) -> None:
+def rows_of(pipeline: Any, plan: ClassPlan) -> dict[str, torch.Tensor] | None:
+    """Embeddings of the new classes, by name, as they are; None without any."""
+    if not plan.new:
+        return None
+    table = pipeline.transformer.label_embedder.table.weight.detach()
+    return {name: table[label] for name, label in zip(plan.new, plan.new_ids, strict=True)}
+
+
+def _save_adapter(pipeline: Any, new_rows: Callable[[], dict[str, torch.Tensor] | None], folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     model = pipeline.transformer
     configs = getattr(model, "peft_config", {})
     layers = get_peft_model_state_dict(model, adapter_name="default") if configs else None
     metadata = configs["default"].to_dict() if configs else None
-    rows = None
-    if plan.new:
-        table = model.label_embedder.table.weight.detach()
-        rows = {name: table[label] for name, label in zip(plan.new, plan.new_ids, strict=True)}
+    rows = new_rows()
+    more = {} if rows is None else {"label_rows": rows}
     pipeline.save_lora_weights(
-        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata, label_rows=rows
+        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata, **more
     )

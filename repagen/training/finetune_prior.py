@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,30 +14,38 @@ import torch
 from tqdm.auto import tqdm
 
 from repagen.config import flatten, value_at
-from repagen.data import DataConfig, ImageDataset, open_image_dataset
-from repagen.errors import UserError
+from repagen.data import DataConfig, ImageDataset, SampleDataset, open_image_dataset
+from repagen.data.config import CaptionConfig
+from repagen.errors import UserError, one_line
 from repagen.files import TEMPORARY_PREFIX, file_digest, put_file
 from repagen.models.fingerprint import autoencoder_sha256
 from repagen.models.identity import describe_autoencoder, describe_transformer
 from repagen.models.modes import in_eval_mode
 from repagen.randomness import generator_for
-from repagen.training.finetune_config import FinetuneConfig
+from repagen.training.finetune_config import FinetuneConfig, PriorConfig
 from repagen.training.run import Run
 
 _FACTS = "prior.json"
 
 
-def prior_dataset(run: Run, config: FinetuneConfig, pipeline: Any, classes: Sequence[int], facts: Any) -> ImageDataset:
-    """The pipeline's own images of some of its classes: its labels are these, in this order.
+Part = tuple[SampleDataset, Sequence[int]]
+"""A dataset, and the labels of the whole that its own become."""
+
+Wanted = Sequence[int] | Sequence[str]
+"""Ids of classes, or prompts."""
+
+
+def prior_dataset(run: Run, config: FinetuneConfig, pipeline: Any, wanted: Wanted, facts: Any) -> ImageDataset:
+    """The pipeline's own images of some of its classes, which are the labels in this order, or of prompts.
 
     They are drawn where they are not there yet, by all processes; an interrupted drawing goes on. Each image's noise
-    depends on (seed, class, number) alone.
+    depends on (seed, class or place of the prompt, number) alone.
 
     Args:
         run: in whose folder they are kept.
         config: how many there are, and how they are drawn.
         pipeline: as it was before fine-tuning.
-        classes: its ids.
+        wanted: what they are of.
         facts: what identifies its transformer. Images that were made of something else are drawn anew, or refused
             where the run has checkpoints.
 
@@ -46,21 +54,58 @@ def prior_dataset(run: Run, config: FinetuneConfig, pipeline: Any, classes: Sequ
     """
     folder = run.folder / "prior"
     with run.aside(), in_eval_mode(pipeline.transformer, pipeline.vae):
-        run.on_main(lambda: _begin(run, folder, _made_of(config, pipeline, classes, facts)))
-        _draw_missing(run, folder, config, pipeline, classes)
+        run.on_main(lambda: _begin(run, folder, _made_of(config, pipeline, wanted, facts)))
+        _draw_missing(run, folder, config, pipeline, wanted)
         run.accelerator.wait_for_everyone()  # all processes have drawn their share
         run.on_main(lambda: _seal(folder))
     data = DataConfig(path=str(folder), image_size=config.data.image_size, horizontal_flip=config.data.horizontal_flip)
-    return open_image_dataset(data)
+    return open_image_dataset(replace(data, captions=CaptionConfig() if config.prior.prompts else None))
 
 
-def _made_of(config: FinetuneConfig, pipeline: Any, classes: Sequence[int], facts: Any) -> dict[str, Any]:
+def prior_prompts(config: FinetuneConfig) -> list[str]:
+    """The prompts that a configuration names: a list, or the lines of a file that are not blank.
+
+    Raises:
+        UserError: there is no such file, or nothing in it.
+    """
+    given = config.prior.prompts
+    if not isinstance(given, str):
+        return given
+    try:
+        lines = Path(given).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prior.prompts: {given}: cannot be read ({one_line(error)}); allowed: a text file") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"prior.prompts: {given}: holds no prompt; write one a line")
+    return prompts
+
+
+def repeated(data: Part, count: int, share: float | None) -> list[Part]:
+    """The data, as often as it takes so that `count` prior images are about a share of all; once without a share.
+
+    Args:
+        data: a dataset with its labels, as of `CombinedDataset`.
+        count: of the prior images.
+        share: of them.
+    """
+    times = 1 if share is None else round(count * (1 - share) / (share * len(data[0])))
+    return [data] * max(1, times)
+
+
+def _per(prior: PriorConfig) -> str:
+    """The key that says how many images there are of each class or prompt."""
+    return "images_per_prompt" if prior.prompts else "images_per_class"
+
+
+def _made_of(config: FinetuneConfig, pipeline: Any, wanted: Wanted, facts: Any) -> dict[str, Any]:
     """Everything that the images depend on, as it comes back from JSON."""
-    weaker, scheduler = pipeline.guidance_transformer, pipeline.scheduler
+    weaker, scheduler, prior = pipeline.guidance_transformer, pipeline.scheduler, config.prior
+    drawing = (_per(prior), "guidance_scale", "num_inference_steps", "forward_batch_size")
     made_of = {
         "seed": config.seed,
-        "classes": list(classes),
-        "prior": asdict(config.prior),
+        "prompts" if prior.prompts else "classes": list(wanted),
+        "prior": {name: getattr(prior, name) for name in drawing},
         "pipeline": {
             "transformer": facts,
             "guidance_transformer": None if weaker is None else describe_transformer(weaker)["weights"],
@@ -82,7 +127,7 @@ def _begin(run: Run, folder: Path, made_of: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         put_file(folder / _FACTS, json.dumps({"made_of": made_of}).encode())
-    for number in range(len(made_of["classes"])):
+    for number in range(len(made_of.get("prompts") or made_of["classes"])):
         _path(folder, number, 0).parent.mkdir(exist_ok=True)
     for leftover in folder.rglob(f"{TEMPORARY_PREFIX}*"):  # of a killed process
         leftover.unlink()
@@ -97,8 +142,9 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 def _refuse_change(folder: Path, old: dict[str, Any] | None, new: dict[str, Any]) -> NoReturn:
     """Name the first thing that is another one; training would go on with other images than it began with."""
     if old is None:
+        per = next(iter(new["prior"]))
         raise UserError(
-            f"prior.images_per_class: {new['prior']['images_per_class']}, but the run has checkpoints and no images "
+            f"prior.{per}: {new['prior'][per]}, but the run has checkpoints and no images "
             f"in {folder}; put this folder back, set the key back, or choose another output_dir"
         )
     before, now = flatten(old), flatten(new)
@@ -123,17 +169,21 @@ def _seal(folder: Path) -> None:
     put_file(folder / _FACTS, json.dumps(facts).encode())
 
 
-def _draw_missing(run: Run, folder: Path, config: FinetuneConfig, pipeline: Any, classes: Sequence[int]) -> None:
+def _draw_missing(run: Run, folder: Path, config: FinetuneConfig, pipeline: Any, wanted: Wanted) -> None:
     size = config.prior.forward_batch_size
-    pairs = [(number, index) for number in range(len(classes)) for index in range(config.prior.images_per_class)]
+    count = getattr(config.prior, _per(config.prior))
+    pairs = [(number, index) for number in range(len(wanted)) for index in range(count)]
     batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
     own = batches[run.accelerator.process_index :: run.plan.processes]
     missing = [batch for batch in own if not all(_path(folder, *pair).is_file() for pair in batch)]
     shown = config.progress_bar and run.is_main and bool(missing)
     for batch in tqdm(missing, desc="prior images", unit="batch", disable=not shown):
-        for pair, content in zip(batch, _draw(config, pipeline, classes, batch), strict=True):
-            if not _path(folder, *pair).is_file():
-                put_file(_path(folder, *pair), content)
+        for pair, content in zip(batch, _draw(config, pipeline, wanted, batch), strict=True):
+            path, named = _path(folder, *pair), wanted[pair[0]]
+            if isinstance(named, str):
+                put_file(path.with_suffix(".json"), json.dumps({"caption": named}).encode())
+            if not path.is_file():
+                put_file(path, content)
 
 
 def _path(folder: Path, number: int, index: int) -> Path:
@@ -141,15 +191,17 @@ def _path(folder: Path, number: int, index: int) -> Path:
 
 
 @torch.no_grad()
-def _draw(
-    config: FinetuneConfig, pipeline: Any, classes: Sequence[int], batch: Sequence[tuple[int, int]]
-) -> Iterator[bytes]:
-    """The PNG files of a batch of (place of the class, number of the image)."""
+def _draw(config: FinetuneConfig, pipeline: Any, wanted: Wanted, batch: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """The PNG files of a batch of (place of the class or prompt, number of the image)."""
+    named = [wanted[number] for number, _ in batch]
+    keys = [number if isinstance(name, str) else name for name, (number, _) in zip(named, batch, strict=True)]
     images = pipeline(
-        class_labels=[classes[number] for number, _ in batch],
+        named,
         num_inference_steps=config.prior.num_inference_steps,
         guidance_scale=config.prior.guidance_scale,
-        generator=[generator_for(config.seed, "prior", classes[number], index) for number, index in batch],
+        generator=[
+            generator_for(config.seed, "prior", key, index) for key, (_, index) in zip(keys, batch, strict=True)
+        ],
     ).images
     for image in images:
         stream = io.BytesIO()

@@ -22,8 +22,8 @@ from repagen.training.generator_config import (
     AlignmentTargetConfig,
     AttentionAlignmentConfig,
     ClassTokenConfig,
-    GeneratorConfig,
     GeneratorRunConfig,
+    NewGeneratorConfig,
 )
 from repagen.training.generator_model import token_grid
 from repagen.training.latent_cache import require_matching_cache
@@ -80,7 +80,7 @@ class FrozenParts:
         self._load_encoders(dataset, grid_of(self.latent_shape))
 
     @classmethod
-    def open(cls, config: GeneratorConfig, dataset: SampleDataset, run: Run) -> FrozenParts:
+    def open(cls, config: NewGeneratorConfig, dataset: SampleDataset, run: Run) -> FrozenParts:
         """Load the autoencoder and the encoders that a training names.
 
         Raises:

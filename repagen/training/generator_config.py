@@ -28,6 +28,8 @@ _DERIVED_ARGUMENTS = {
     "class_dropout_prob": "set label_dropout",
     "time_direction": "new models count as the library does",
     "class_token_dim": "set alignment.class_token",
+    "text_dim": "it follows from the text encoder",
+    "text_dropout_prob": "set text.dropout",
 }
 
 
@@ -398,12 +400,14 @@ class SampleConfig:
 
     Attributes:
         every_steps: a grid after every so many optimiser steps; 0: none.
-        num_images: images in a grid; classes take turns.
+        num_images: images in a grid; classes or prompts take turns.
+        prompts: of a text-to-image generator; none given: the first captions of the data.
         guidance_scale: 1 is unguided; None: the sampler's.
     """
 
     every_steps: int = 0
     num_images: int = 16
+    prompts: list[str] = field(default_factory=list)
     guidance_scale: float | None = None
 
     def validate(self) -> None:
@@ -421,7 +425,6 @@ class GeneratorRunConfig(RunConfig):
     Attributes:
         data: images, or latents cached by `repagen cache`.
         flow: training times.
-        label_dropout: share of labels replaced by the null label, which classifier-free guidance needs.
         loss: weights of the losses of particular networks.
         alignment: REPA and its kin.
         optimizer, ema: as everywhere.
@@ -431,7 +434,6 @@ class GeneratorRunConfig(RunConfig):
 
     data: DataConfig
     flow: FlowConfig = field(default_factory=FlowConfig)
-    label_dropout: float = 0.1
     loss: LossConfig = field(default_factory=LossConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -442,14 +444,13 @@ class GeneratorRunConfig(RunConfig):
     def validate(self) -> None:
         """Check the ranges."""
         super().validate()
-        require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "at least 0 and below 1")
         if self.evaluation.every_images and self.evaluation.reference is None and self.data.kind == "latents":
             raise UserError("evaluation.reference: needed, since data.kind=latents has no images to compare with")
 
 
 @dataclass(kw_only=True)
-class GeneratorConfig(GeneratorRunConfig):
-    """Everything about one training of a class-conditional (or unconditional) generator.
+class NewGeneratorConfig(GeneratorRunConfig):
+    """What trainings share that make a generator, and a pipeline around it.
 
     Attributes:
         autoencoder: whose latents are generated.
@@ -460,3 +461,29 @@ class GeneratorConfig(GeneratorRunConfig):
     autoencoder: AutoencoderConfig
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+
+def require_dropout(value: float, key: str = "label_dropout") -> None:
+    """Check the share of samples that are told nothing.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    require(0 <= value < 1, key, value, "at least 0 and below 1")
+
+
+@dataclass(kw_only=True)
+class GeneratorConfig(NewGeneratorConfig):
+    """Everything about one training of a class-conditional (or unconditional) generator.
+
+    Attributes:
+        label_dropout: share of labels replaced by the null label, which classifier-free guidance needs.
+    """
+
+    label_dropout: float = 0.1
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        super().validate()
+        require_dropout(self.label_dropout)
+        require(not self.sample.prompts, "sample.prompts", self.sample.prompts, "none: this program's are classes")

@@ -5,21 +5,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from repagen.data import SampleDataset
+from repagen.flow.conditions import ConditionDropout, Conditions
 from repagen.flow.time import TimeDistribution, TimeShift
+from repagen.training.conditioning import Conditioning
 from repagen.training.discrete_diffusion import DDPM
 from repagen.training.ema import Averaged, Ema
 from repagen.training.evaluation import open_evaluation
 from repagen.training.frozen import FrozenParts
 from repagen.training.generator_alignment import build_terms
 from repagen.training.generator_config import GeneratorRunConfig
+from repagen.training.generator_model import refuse_sizes
 from repagen.training.generator_step import GeneratorStep
 from repagen.training.noising import FlowMatching, NoiseProcess
 from repagen.training.objective import GeneratorObjective
@@ -44,10 +48,10 @@ class GeneratorTraining:
         pipeline: Any,
         process: NoiseProcess,
         frozen: FrozenParts,
+        conditioning: Conditioning,
         dataset: SampleDataset,
         *,
         trained: Averaged | None = None,
-        shown_classes: Sequence[int] = (),
     ) -> None:
         """Build what is trained; its initial weights go on from the random state as it is.
 
@@ -57,16 +61,17 @@ class GeneratorTraining:
             pipeline: around the generator.
             process: how latents are made noisy.
             frozen: autoencoder and encoders.
-            dataset: labels are the generator's classes.
+            conditioning: what the generator is told of the samples.
+            dataset: of the training.
             trained: what of the generator is averaged and kept in checkpoints; None: all.
-            shown_classes: of the sample grids; none = unconditional.
 
         Raises:
             UserError: parts do not fit together, or an evaluation would fail.
         """
         self.run, self.config, self.frozen, self.dataset = run, config, frozen, dataset
         self.model = model = pipeline.transformer
-        self._pipeline, self._shown = pipeline, shown_classes
+        self._pipeline, self._conditioning = pipeline, conditioning
+        refuse_sizes(config, dataset, frozen.autoencoder, model, frozen.latent_shape)
         self._terms = build_terms(config.alignment, model, frozen.target_dims)
         objective = run.wrap(
             GeneratorObjective(model, process, self._terms), find_unused_parameters=config.alignment.changes_over_time
@@ -81,13 +86,17 @@ class GeneratorTraining:
         if any(term.state_dict() for term in self._terms.values()):
             self._parts["alignment"] = nn.ModuleDict(self._terms)
 
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor, Conditions]:
+        """Latents (B, C, h, w) and conditions of a micro-batch."""
+        return self.frozen.latents(batch), self._conditioning.conditions(batch)
+
     def given(self, batch: Batch, active: list[str]) -> dict[str, Any]:
         """What the active terms need beside the noisy latents of a micro-batch."""
         return {**self.frozen.alignment_inputs(batch, self._terms, active), "teacher": self._teacher}
 
     def rehearse(self, batch: Batch) -> None:
         """Go forward and back with a micro-batch, to measure it; nothing is changed."""
-        self.step.rehearse(batch, self.frozen.latents, self.given)
+        self.step.rehearse(batch, self.inputs, self.given)
 
     def restore(self, facts: Mapping[str, Any], further_parts: Mapping[str, Any]) -> int:
         """Load the checkpoint that the run continues from, if any: => optimiser steps already done.
@@ -105,7 +114,9 @@ class GeneratorTraining:
             "latent_shape": list(self.frozen.latent_shape),
             "transformer": {"class": type(self.model).__name__, "prediction": self.model.config.prediction_type},
         }
-        return self.run.restore(self._parts, {**own, **self.frozen.fingerprints, **facts})
+        return self.run.restore(
+            self._parts, {**own, **self.frozen.fingerprints, **self._conditioning.fingerprints, **facts}
+        )
 
     def train(self, start_step: int) -> None:
         """Do all optimiser steps from `start_step` on, with checkpoints, sample grids and evaluations.
@@ -120,12 +131,14 @@ class GeneratorTraining:
             if run.due(self.config.sample.every_steps, step):
                 with ema.swapped(self.trained):
                     path = run.folder / "samples" / f"step-{step:08d}.png"
-                    run.on_main(partial(write_sample_grid, self.config, self._pipeline, self._shown, path))
+                    run.on_main(
+                        partial(write_sample_grid, self.config, self._pipeline, self._conditioning.shown, path)
+                    )
             run.save_if_due(step, self._parts)
             if micro_batches is None:
                 break
 
-            row = self.step(step, micro_batches, self.frozen.latents, self.given)
+            row = self.step(step, micro_batches, self.inputs, self.given)
             ema.update(self.trained)
             if self._evaluation and self._evaluation.due(step + 1):
                 with ema.swapped(self.trained):
@@ -151,13 +164,17 @@ class GeneratorTraining:
                 self.dataset,
                 name=name,
                 save=save,
-                classes=self._shown,
+                shown=self._conditioning.shown,
                 **options,
             )
 
 
 def noise_process(
-    config: GeneratorRunConfig, model: Any, latent_shape: tuple[int, int, int], shift: float | None = None
+    config: GeneratorRunConfig,
+    model: Any,
+    latent_shape: tuple[int, int, int],
+    dropout: ConditionDropout,
+    shift: float | None = None,
 ) -> NoiseProcess:
     """How the model's latents are made noisy: DDPM's steps for a model that counts them, else the straight path.
 
@@ -165,15 +182,14 @@ def noise_process(
         config: of the training.
         model: the generator.
         latent_shape: (C, h, w).
+        dropout: of the conditions.
         shift: of the times where the configuration leaves it to `auto`; None: by the latent.
     """
-    num_classes = model.config.num_classes
     if model.discrete_time:
-        return DDPM(num_classes, config.label_dropout)
+        return DDPM(dropout)
     return FlowMatching(
         time_distribution(config, latent_shape, shift),
-        num_classes,
-        config.label_dropout,
+        dropout,
         num_loops=model.config.get("num_loops"),
         direction_loss=config.loss.direction > 0,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,24 +11,32 @@ from typing import Any
 import torch
 from diffusers import AutoModel
 
+from repagen.data import SampleDataset
 from repagen.errors import UserError, refusing
 from repagen.models.identity import describe_autoencoder
+from repagen.models.latents import require_sizes
 from repagen.models.opening import component_place, open_component, pinned_revision
 from repagen.randomness import derived_seed
-from repagen.training.generator_config import ARCHITECTURES, GeneratorConfig, GeneratorRunConfig, TransformerConfig
-
-logger = logging.getLogger(__name__)
+from repagen.training.generator_config import (
+    ARCHITECTURES,
+    GeneratorRunConfig,
+    NewGeneratorConfig,
+    TransformerConfig,
+)
 
 
 def build_model(
-    config: GeneratorConfig, latent_shape: tuple[int, int, int], num_classes: int, class_token_dim: int = 0
+    config: NewGeneratorConfig,
+    latent_shape: tuple[int, int, int],
+    conditions: Mapping[str, Any],
+    class_token_dim: int = 0,
 ) -> Any:
     """The generator; weights that are drawn depend on the seed alone.
 
     Args:
         config: names the network.
         latent_shape: (C, h, w).
-        num_classes: of the dataset; 0 = unconditional.
+        conditions: constructor arguments that say what the network is conditioned on, see `Conditioning`.
         class_token_dim: width of the class token that is denoised too (REG); 0: none.
 
     Raises:
@@ -39,9 +46,53 @@ def build_model(
     torch.manual_seed(derived_seed(config.seed, "generator weights"))
     more = {"class_token_dim": class_token_dim} if class_token_dim else {}
     make = _new_model if config.transformer.pretrained is None else _pretrained_model
-    model = make(config, latent_shape, num_classes, more)
+    model = make(config, latent_shape, conditions, more)
     refuse_idle_settings(config, model)
     return model
+
+
+def refuse_sizes(
+    config: GeneratorRunConfig,
+    dataset: SampleDataset,
+    autoencoder: Any,
+    model: Any,
+    latent_shape: tuple[int, int, int],
+) -> None:
+    """Refuse images or latents of several sizes that autoencoder, network or alignment do not take.
+
+    Args:
+        config: of the training.
+        dataset: of the training.
+        autoencoder: of the latents.
+        model: the generator.
+        latent_shape: (C, h, w) of `data.image_size`.
+
+    Raises:
+        UserError: that names the key.
+    """
+    sizes = dataset.bucket_sizes
+    if not sizes:
+        return
+    if not model.any_size:
+        raise UserError(
+            f"data.buckets: {type(model).__name__} takes latents of {latent_shape[1]}x{latent_shape[2]} alone; leave "
+            "it out, or take a network that takes text"
+        )
+    for name in config.alignment.schedules:
+        raise UserError(
+            f"data.buckets: alignment ({name}) compares tokens of one square grid; leave one of them out (the base "
+            "head of transformer.architecture=raev2 aligns without an encoder)"
+        )
+    pixels = 1 if config.data.kind == "latents" else config.data.image_size // latent_shape[1]
+    if pixels > 1:
+        require_sizes(autoencoder, sizes, "data.buckets")
+    side = pixels * model.config.patch_size
+    for height, width in sizes:
+        if height % side or width % side:
+            raise UserError(
+                f"data.buckets: {height}x{width} is no multiple of the {side} that a token of the network takes; set "
+                f"data.bucket_step={side}"
+            )
 
 
 def refuse_idle_settings(config: GeneratorRunConfig, model: Any) -> None:
@@ -75,17 +126,16 @@ def refuse_idle_settings(config: GeneratorRunConfig, model: Any) -> None:
 
 
 def _new_model(
-    config: GeneratorConfig, latent_shape: tuple[int, int, int], num_classes: int, more: dict[str, Any]
+    config: NewGeneratorConfig, latent_shape: tuple[int, int, int], conditions: Mapping[str, Any], more: dict[str, Any]
 ) -> Any:
     transformer, (channels, height, width) = config.transformer, latent_shape
-    _require_arguments(transformer.model_class, more)
+    _require_arguments(transformer.model_class, {**conditions, **more})
     arguments = {
         **transformer.model_class.config_for_size(transformer.size or "S", **transformer.overrides),
         "sample_size": height if height == width else (height, width),
         "in_channels": channels,
         "patch_size": transformer.patch_size or 1,
-        "num_classes": num_classes,
-        "class_dropout_prob": config.label_dropout if num_classes else 0.0,
+        **conditions,
         **({"prediction_type": transformer.prediction} if transformer.prediction else {}),
         **more,
     }
@@ -111,12 +161,25 @@ def _keys_of(message: str, arguments: Mapping[str, Any]) -> str:
     return ", ".join(known.values()) or "transformer"
 
 
-def _require_arguments(model_class: Any, more: dict[str, Any]) -> None:
+def _require_arguments(model_class: Any, more: Mapping[str, Any]) -> None:
+    """Refuse what a network does not take: a class token, or text."""
     unknown = more.keys() - inspect.signature(model_class.__init__).parameters.keys()
+    if "text_dim" in unknown:
+        allowed = [name for name in ARCHITECTURES if "text_dim" in _parameters(ARCHITECTURES[name])]
+        raise UserError(
+            f"transformer.architecture: {model_class.__name__} takes no text; allowed: {', '.join(allowed)}"
+        )
     if unknown:
         raise UserError(
             f"alignment.class_token: {model_class.__name__} takes no class token; set transformer.architecture=sit"
         )
+
+
+def _parameters(class_name: str) -> Mapping[str, Any]:
+    """Constructor parameters of a public class, by name."""
+    import repagen
+
+    return inspect.signature(getattr(repagen, class_name).__init__).parameters
 
 
 def token_grid(transformer: TransformerConfig, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
@@ -176,11 +239,11 @@ def _require_generator(name: str, class_name: str) -> None:
         )
 
 
-def refuse_label_dropout(config: GeneratorRunConfig, model: Any, num_classes: int, name: str) -> None:
+def refuse_label_dropout(label_dropout: float, model: Any, num_classes: int, name: str) -> None:
     """Refuse to drop labels for a generator without a null class.
 
     Args:
-        config: of the training.
+        label_dropout: share of the labels.
         model: the generator.
         num_classes: of the training; 0 = unconditional.
         name: what the user gave the generator as.
@@ -188,11 +251,11 @@ def refuse_label_dropout(config: GeneratorRunConfig, model: Any, num_classes: in
     Raises:
         UserError: there would be no label to take their place.
     """
-    if num_classes and config.label_dropout and not model.config.class_dropout_prob:
-        raise UserError(f"label_dropout: {config.label_dropout}, but {name} has no null class; set it to 0")
+    if num_classes and label_dropout and not model.config.class_dropout_prob:
+        raise UserError(f"label_dropout: {label_dropout}, but {name} has no null class; set it to 0")
 
 
-def refuse_other_autoencoder(config: GeneratorConfig, fingerprint: Mapping[str, Any]) -> None:
+def refuse_other_autoencoder(config: NewGeneratorConfig, fingerprint: Mapping[str, Any]) -> None:
     """Compare the latents of a pretrained pipeline with those of the training.
 
     Args:
@@ -216,14 +279,29 @@ def refuse_other_autoencoder(config: GeneratorConfig, fingerprint: Mapping[str, 
 
 
 def _pretrained_model(
-    config: GeneratorConfig, latent_shape: tuple[int, int, int], num_classes: int, more: dict[str, Any]
+    config: NewGeneratorConfig, latent_shape: tuple[int, int, int], conditions: Mapping[str, Any], more: dict[str, Any]
 ) -> Any:
     transformer = config.transformer
     model = open_transformer(str(transformer.pretrained), transformer.revision)
+    _require_arguments(type(model), {**conditions, **more})
+    if "text_dim" in conditions:
+        model = _reading_text(model, conditions, transformer)
     _refuse_contradictions(model, transformer)
     _refuse_other_latents(model, latent_shape)
-    _require_arguments(type(model), more)
     changes = {key: value for key, value in more.items() if model.config.get(key) != value}
+    if "text_dim" not in conditions:
+        changes |= _class_changes(model, conditions, transformer)
+    return model.rebuilt(**changes).float().train() if changes else model
+
+
+def _class_changes(model: Any, conditions: Mapping[str, Any], transformer: TransformerConfig) -> dict[str, Any]:
+    """Constructor arguments that must change so that a pretrained network takes the classes of the data."""
+    num_classes, changes = conditions["num_classes"], {}
+    if model.takes_text:
+        raise UserError(
+            f"transformer.pretrained: {transformer.pretrained} takes text; go on with it in text-to-image training, "
+            "-m repagen.training.text_to_image"
+        )
     if num_classes != model.config.num_classes:
         if not transformer.new_classes:
             raise UserError(
@@ -231,8 +309,23 @@ def _pretrained_model(
                 "transformer.new_classes=true to draw the class embeddings anew, or choose data with its classes"
             )
         changes["num_classes"] = num_classes
-    refuse_label_dropout(config, model, num_classes, str(transformer.pretrained))
-    return _rebuilt(model, changes) if changes else model
+    refuse_label_dropout(conditions["class_dropout_prob"], model, num_classes, str(transformer.pretrained))
+    return changes
+
+
+def _reading_text(model: Any, conditions: Mapping[str, Any], transformer: TransformerConfig) -> Any:
+    """A pretrained network that takes the embeddings of the text encoder; one with classes learns to read them."""
+    width, share = conditions["text_dim"], conditions["text_dropout_prob"]
+    if not model.takes_text:
+        kind = transformer.overrides.get("text_conditioning", model.config.text_conditioning)
+        return model.to_text_conditional(width, kind, share).float().train()
+    if model.config.text_dim != width:
+        raise UserError(
+            f"text.encoder: gives embeddings of width {width}, but {transformer.pretrained} takes "
+            f"{model.config.text_dim}; name the text encoder that it was trained with, or leave out "
+            "transformer.pretrained"
+        )
+    return model if model.config.text_dropout_prob == share else model.rebuilt(text_dropout_prob=share).float().train()
 
 
 def _refuse_contradictions(model: Any, transformer: TransformerConfig) -> None:
@@ -270,24 +363,3 @@ def _refuse_other_latents(model: Any, latent_shape: tuple[int, int, int]) -> Non
             f"transformer.pretrained: generates latents of shape {model.latent_shape}, but the autoencoder's have "
             f"{tuple(latent_shape)}; set autoencoder.path and data.image_size to those it was trained with"
         )
-
-
-@torch.no_grad()
-def _rebuilt(model: Any, changes: dict[str, Any]) -> Any:
-    """A network with other constructor arguments and, wherever tensors have the same shape, the same weights.
-
-    Of a class table with another number of rows the last one, the null class, is kept.
-    """
-    new = type(model).from_config({**model.config, **changes})
-    new.initialize_weights()
-    own, drawn = model.state_dict(), new.state_dict()
-    fresh = []
-    for name, tensor in drawn.items():
-        if name in own and own[name].shape == tensor.shape:
-            tensor.copy_(own[name])
-            continue
-        fresh.append(name)
-        if name in own and own[name].shape[1:] == tensor.shape[1:] and model.config.class_dropout_prob:
-            tensor[-1] = own[name][-1]
-    logger.info("drawn anew: %s", ", ".join(fresh))
-    return new.float().train()

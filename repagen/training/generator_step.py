@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from repagen.data import SampleDataset
+from repagen.flow.conditions import Conditions
 from repagen.training.generator_alignment import term_weights
 from repagen.training.generator_config import GeneratorRunConfig
 from repagen.training.noising import NoiseProcess
@@ -17,6 +18,8 @@ from repagen.training.objective import GeneratorObjective, weighted_sum
 from repagen.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from repagen.training.run import Batch, Run
 
+InputsOf = Callable[[Batch], tuple[torch.Tensor, Conditions]]
+"""A micro-batch => its standardised latents (B, C, h, w), and what the generator is told of them."""
 GivenOf = Callable[[Batch, list[str]], Mapping[str, Any]]
 """A micro-batch and the names of the active terms => what they need beside the noisy latents."""
 
@@ -42,15 +45,13 @@ class GeneratorStep:
         self.dataset = dataset
         self.optimizer = build_optimizer([objective], config.optimizer)
 
-    def __call__(
-        self, step: int, batches: Iterator[Batch], latents: Callable[[Batch], torch.Tensor], given: GivenOf
-    ) -> dict[str, float]:
+    def __call__(self, step: int, batches: Iterator[Batch], inputs: InputsOf, given: GivenOf) -> dict[str, float]:
         """Do optimiser step `step` = 0, 1, ... and return the row to log.
 
         Args:
             step: its number.
             batches: the micro-batches.
-            latents: makes the standardised latents of a micro-batch.
+            inputs: makes the latents and conditions of a micro-batch.
             given: gives what the active terms need.
 
         Raises:
@@ -63,7 +64,7 @@ class GeneratorStep:
         weights = {**self.config.loss.at(step, self.config.max_steps), **of_terms}
         report, samples = [], []
         for batch in self.run.accumulate(self.objective, batches):
-            losses = self._losses(self.objective, batch, latents, given, active)
+            losses = self._losses(self.objective, batch, inputs, given, active)
             loss, loss_by_sample = weighted_sum(losses, weights)
             self.run.backward(loss)
             report.append({"loss": loss, **{f"loss_{name}": value.mean() for name, value in losses.items()}})
@@ -77,12 +78,12 @@ class GeneratorStep:
         self.optimizer.zero_grad(set_to_none=True)
         return {**row, "learning_rate": rate}
 
-    def rehearse(self, batch: Batch, latents: Callable[[Batch], torch.Tensor], given: GivenOf) -> None:
+    def rehearse(self, batch: Batch, inputs: InputsOf, given: GivenOf) -> None:
         """Go forward and back with a micro-batch, in this process alone, and drop the gradients."""
         own = getattr(self.objective, "module", self.objective)  # without the exchange between processes
         weights = term_weights(self.config.alignment, 0)
         try:
-            losses = self._losses(own, batch, latents, given, [name for name, weight in weights.items() if weight])
+            losses = self._losses(own, batch, inputs, given, [name for name, weight in weights.items() if weight])
             torch.stack([loss.mean() for loss in losses.values()]).sum().backward()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -91,9 +92,9 @@ class GeneratorStep:
         self,
         objective: nn.Module,
         batch: Batch,
-        latents: Callable[[Batch], torch.Tensor],
+        inputs: InputsOf,
         given: GivenOf,
         active: list[str],
     ) -> dict[str, torch.Tensor]:
-        sample = self.process.draw(latents(batch), batch["label"], self.run.generators("flow", batch))
+        sample = self.process.draw(*inputs(batch), self.run.generators("flow", batch))
         return objective(sample, given(batch, active), active, self.run.autocast())

@@ -1,8 +1,8 @@
-"""Writing a latent cache: latents, labels and alignment targets of a dataset, encoded once.
+"""Writing a latent cache: latents, labels, captions and alignment targets of a dataset, encoded once.
 
-Shards are fixed stretches of the dataset, each written whole or not at all, so that a killed run continues with the
-first missing shard and ends with the same bytes. With several processes each writes its share of the shards. The
-manifest comes last; a folder without one is unfinished.
+Shards are fixed stretches of the dataset (where images have several sizes, of those of one size), each written whole
+or not at all, so that a killed run continues with the first missing shard and ends with the same bytes. With several
+processes each writes its share of the shards. The manifest comes last; a folder without one is unfinished.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
 from repagen.files import file_digest, replace_file
 from repagen.models.identity import describe_autoencoder, describe_encoder
-from repagen.models.latents import images_to_latents, kl_statistics, require_independent_latents
+from repagen.models.latents import images_to_latents, kl_statistics, require_independent_latents, require_sizes
 from repagen.training.checkpoint import folder_lock
 from repagen.training.latent_identity import process_group, refuse_non_finite
 
@@ -79,10 +79,13 @@ def cache_latents(
         The finished cache, sizes checked.
 
     Raises:
-        UserError: the folder holds a cache made otherwise, too many images are bad, a latent is not finite, or latents
-            depend on their batch.
+        UserError: the folder holds a cache made otherwise, too many images are bad, a latent is not finite, latents
+            depend on their batch, or the autoencoder or alignment encoders do not encode images of several sizes.
     """
     require_independent_latents(autoencoder, "autoencoder")
+    require_sizes(autoencoder, dataset.bucket_sizes, "data.buckets")
+    if encoders and dataset.bucket_sizes:
+        raise UserError("data.buckets: alignment targets are kept for images of one size alone; drop one of the two")
     config = config or CacheConfig()
     folder = Path(output).expanduser()
     autoencoder.eval()
@@ -126,7 +129,8 @@ class _ShardWriter:
         self.folder = folder
         self.encoders = encoders
         self.config = config
-        self.num_shards = -(-len(dataset) // config.shard_rows)
+        self._stretches = _stretches(dataset, config.shard_rows)
+        self.num_shards = len(self._stretches)
 
     def plan(self) -> dict[str, Any]:
         """Return what determines the shards' bytes."""
@@ -140,6 +144,7 @@ class _ShardWriter:
             "dtype": self.config.dtype,
             "batch_size": self.config.batch_size,
             "shard_rows": self.config.shard_rows,
+            **({"captions": True} if self.dataset.has_captions else {}),
         }
 
     def begin(self) -> None:
@@ -185,11 +190,9 @@ class _ShardWriter:
 
     def _encode(self, number: int) -> dict[str, torch.Tensor]:
         config = self.config
-        stretch = range(len(self.dataset))[number * config.shard_rows : (number + 1) * config.shard_rows]
-        parts = [
-            self._encode_batch(batch)
-            for batch in load_in_order(self.dataset, stretch, config.batch_size, num_workers=config.num_workers)
-        ]
+        stretch = self._stretches[number]
+        batches = load_in_order(self.dataset, stretch, config.batch_size, num_workers=config.num_workers)
+        parts = [self._encode_batch(batch) for batch in batches]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
     def _encode_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -204,7 +207,15 @@ class _ShardWriter:
                 rows[f"target.{order}{suffix}"] = encoder(view).tokens
         dtype = getattr(torch, self.config.dtype)
         stored = {name: value.to("cpu", dtype).contiguous() for name, value in rows.items()}
-        return {**stored, "label": batch["label"], "index": batch["index"]}
+        return {**stored, **self._encode_captions(batch["index"]), "label": batch["label"], "index": batch["index"]}
+
+    def _encode_captions(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All captions of the samples, one after the other, as bytes, and how many each has; where they have any."""
+        if not self.dataset.has_captions:
+            return {}
+        texts = [self.dataset.captions(index).to_json().encode("utf-8", "surrogatepass") for index in indices.tolist()]
+        content = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
+        return {"captions": content, "captions_size": torch.tensor([len(text) for text in texts])}
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"latents-{number:05d}.safetensors"
@@ -217,6 +228,15 @@ class _ShardWriter:
         name = self._shard(number).name
         finished = (_read_json(self.folder / MANIFEST_NAME) or {}).get("shards", [])
         return _read_json(self._record_path(number)) or next((r for r in finished if r["file"] == name), None)
+
+
+def _stretches(dataset: ImageDataset, rows: int) -> list[Sequence[int]]:
+    """=> the samples of each shard: in their order, where images have several sizes those of one after the other's."""
+    groups: list[Sequence[int]] = [range(len(dataset))]
+    if dataset.buckets is not None:
+        buckets = range(len(dataset.bucket_sizes))
+        groups = [(dataset.buckets == bucket).nonzero().flatten().tolist() for bucket in buckets]
+    return [group[start : start + rows] for group in groups for start in range(0, len(group), rows)]
 
 
 def _encode_images(autoencoder: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from repagen.flow.conditions import ConditionDropout, Conditions
 from repagen.flow.distillation import loop_distillation_loss
 from repagen.flow.path import PredictionType, interpolate, to_velocity, velocity_target
 from repagen.flow.time import TimeDistribution
@@ -24,14 +25,14 @@ class NoisySample:
         noisy: x_t (B, C, h, w) float32.
         noise: (B, C, h, w) float32, standard normal.
         t: (B,) float32 in [0, 1]; 0 = data, 1 = noise.
-        labels: (B,) with the null label `num_classes` where dropped; None without classes.
+        conditions: what the generator is told of each sample, the null condition where dropped.
     """
 
     latents: torch.Tensor
     noisy: torch.Tensor
     noise: torch.Tensor
     t: torch.Tensor
-    labels: torch.Tensor | None
+    conditions: Conditions
 
     @property
     def timestep(self) -> torch.Tensor:
@@ -59,8 +60,10 @@ class FlowSample(NoisySample):
 class NoiseProcess(Protocol):
     """How latents are made noisy, and what the network's prediction of it loses."""
 
-    def draw(self, latents: torch.Tensor, labels: torch.Tensor, generators: Sequence[torch.Generator]) -> NoisySample:
-        """Draw time, label dropout and noise of each sample, in this order, from the sample's own generator."""
+    def draw(
+        self, latents: torch.Tensor, conditions: Conditions, generators: Sequence[torch.Generator]
+    ) -> NoisySample:
+        """Draw time, dropout of conditions and noise of each sample, in this order, from its own generator."""
 
     def losses(self, output: Any, sample: Any, prediction_type: PredictionType) -> dict[str, torch.Tensor]:
         """Losses by name, each (B,) float32, or a scalar for the mean."""
@@ -72,28 +75,26 @@ class FlowMatching:
 
     Attributes:
         times: law of t.
-        num_classes: 0 = unconditional.
-        label_dropout: probability of the null label.
+        dropout: of conditions.
         num_loops: of a looped network (ELT); None for others.
         direction_loss: compute the loss of the velocity's direction too.
     """
 
     times: TimeDistribution
-    num_classes: int
-    label_dropout: float
+    dropout: ConditionDropout
     num_loops: int | None = None
     direction_loss: bool = False
 
-    def draw(self, latents: torch.Tensor, labels: torch.Tensor, generators: Sequence[torch.Generator]) -> FlowSample:
-        """Draw time, label dropout, noise and loops of each sample, in this order, from its own generator.
+    def draw(self, latents: torch.Tensor, conditions: Conditions, generators: Sequence[torch.Generator]) -> FlowSample:
+        """Draw time, dropout of conditions, noise and loops of each sample, in this order, from its own generator.
 
         Args:
             latents: x (B, C, h, w).
-            labels: (B,) in [0, num_classes).
+            conditions: of the samples.
             generators: one per sample, on the latents' device.
         """
         t = self.times.from_uniform(uniform_per_sample(generators))
-        kept = drop_labels(labels, generators, self.num_classes, self.label_dropout)
+        kept = self.dropout(conditions, generators)
         noise = normal_per_sample(generators, latents.shape[1:])
         loops = None
         if self.num_loops is not None and self.num_loops > 1:
@@ -121,14 +122,6 @@ class FlowMatching:
             losses["student"] = flow_losses(student.float(), sample, prediction_type)
             losses["distillation"] = loop_distillation_loss(student, output.sample)
         return losses
-
-
-def drop_labels(
-    labels: torch.Tensor, generators: Sequence[torch.Generator], num_classes: int, probability: float
-) -> torch.Tensor | None:
-    """Replace labels (B,) by the null label with a probability, a draw a sample; None without classes."""
-    dropped = uniform_per_sample(generators) < probability
-    return torch.where(dropped, num_classes, labels) if num_classes else None
 
 
 def velocities(

@@ -45,14 +45,18 @@ class GeneratorObjective(nn.Module):
             active: names of the terms whose losses are computed.
             autocast: precision of the generator's and the projectors' matmuls.
         """
-        batch = AlignmentBatch(sample.latents, sample.noise, sample.t, sample.labels, **given)
+        batch = AlignmentBatch(sample.latents, sample.noise, sample.t, **vars(sample.conditions), **given)
         terms: list[Any] = [self.terms[name] for name in active]
         with autocast or nullcontext():  # the losses themselves are float32 under it too
-            arguments = {**self._further_outputs(sample), **arguments_of(self._all_terms(), batch)}
+            arguments = {
+                **sample.conditions.arguments,
+                **self._further_outputs(sample),
+                **arguments_of(self._all_terms(), batch),
+            }
             with ExitStack() as captures:
                 for term in terms:
                     captures.enter_context(term.capture(self.model))
-                output = self.model(sample.noisy, sample.timestep, class_labels=sample.labels, **arguments)
+                output = self.model(sample.noisy, sample.timestep, **arguments)
             aligned = {term.name: term.batch_loss(batch, output) for term in terms}
         return {**self.process.losses(output, sample, self.model.config.prediction_type), **aligned}
 

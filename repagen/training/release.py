@@ -13,30 +13,30 @@ from typing import Any
 from repagen.data import SampleDataset
 from repagen.errors import UserError
 from repagen.models.modes import in_eval_mode
-from repagen.pipelines.class_to_image import ClassToImagePipeline
 from repagen.pipelines.grid import save_image_grid
 from repagen.pipelines.provenance import TRAINING_FILE
 from repagen.randomness import generator_for
 from repagen.schedulers.presets import SAMPLER_PRESETS, sampler_preset
-from repagen.training.generator_config import GeneratorConfig, GeneratorRunConfig, SamplerConfig
+from repagen.training.conditioning import Conditioning
+from repagen.training.generator_config import GeneratorRunConfig, NewGeneratorConfig, SamplerConfig
 from repagen.training.run import Run
 from repagen.training.run_release import release_and_publish
 
 
 def build_pipeline(
-    config: GeneratorConfig,
+    config: NewGeneratorConfig,
     model: Any,
     autoencoder: Any,
-    dataset: SampleDataset,
+    conditioning: Conditioning,
     latent_shape: tuple[int, int, int],
-) -> ClassToImagePipeline:
-    """A pipeline around the model as it stands, with the recipe's sampler and the dataset's class names.
+) -> Any:
+    """A pipeline around the model as it stands, with the recipe's sampler.
 
     Args:
         config: names the sampler.
         model: the generator, not wrapped.
         autoencoder: decodes its latents.
-        dataset: names the classes.
+        conditioning: says what the pipeline is.
         latent_shape: (C, h, w), from which the time shift follows where it is `auto`.
 
     Raises:
@@ -48,16 +48,11 @@ def build_pipeline(
     scheduler: Any
     with _naming_keys("sampler.shift"):
         scheduler, _ = sampler_preset(config.sampler.preset, shift=shift)
-    id2label = {str(label): name for label, name in enumerate(dataset.class_names)}
     defaults = config.sampler.defaults
-    if not model.config.class_dropout_prob and config.sampler.guidance_method != "internal":
-        defaults["guidance_scale"] = 1.0  # without a null class, as of data without classes
-    pipeline: Any = ClassToImagePipeline(
-        transformer=model,
-        vae=autoencoder,
-        scheduler=scheduler,
-        id2label=id2label or None,
-        sampling_defaults=defaults,
+    if not conditioning.guides(model) and config.sampler.guidance_method != "internal":
+        defaults["guidance_scale"] = 1.0  # nothing was dropped, so there is nothing to guide by
+    pipeline = conditioning.pipeline(
+        transformer=model, vae=autoencoder, scheduler=scheduler, sampling_defaults=defaults
     )
     pipeline.set_progress_bar_config(disable=True)
     with _naming_keys("sampler.preset"):
@@ -102,21 +97,21 @@ def _naming_keys(otherwise: str, section: str = "sampler") -> Iterator[None]:
         raise UserError(f"{key}: {error}") from None
 
 
-def write_sample_grid(config: GeneratorRunConfig, pipeline: Any, classes: Sequence[int], path: Path) -> None:
+def write_sample_grid(config: GeneratorRunConfig, pipeline: Any, shown: Sequence[Any], path: Path) -> None:
     """Sample a grid with noise keyed by (seed, image) and write it as PNG; no running random stream is touched.
 
     Args:
         config: size of the grid, sampler and guidance.
         pipeline: holds the weights to sample from.
-        classes: take turns; none = unconditional.
+        shown: classes or prompts, which take turns; none = unconditional.
         path: the PNG.
     """
     count = config.sample.num_images
-    labels = [classes[index % len(classes)] for index in range(count)] if classes else None
+    conditions = [shown[index % len(shown)] for index in range(count)] if shown else None
     with in_eval_mode(pipeline.transformer, pipeline.vae):
         images = pipeline(
-            class_labels=labels,
-            num_images_per_prompt=1 if classes else count,
+            conditions,
+            num_images_per_prompt=1 if shown else count,
             guidance_scale=config.sample.guidance_scale,
             generator=[generator_for(config.seed, "sample grid", index) for index in range(count)],
             output_type="pt",
@@ -151,7 +146,7 @@ def release_pipeline(
     *,
     name: str,
     save: Callable[[Path], Any],
-    classes: Sequence[int],
+    shown: Sequence[Any],
     base_model: str | None,
     base_revision: str | None,
     facts: Mapping[str, Any] | None = None,
@@ -166,7 +161,7 @@ def release_pipeline(
         dataset: of the training.
         name: of the release's folder in the run's.
         save: writes it into a folder.
-        classes: of the sample grid; none = unconditional.
+        shown: as of `write_sample_grid`.
         base_model, base_revision: what the training went on from.
         facts: that stand beside those of the training.
 
@@ -179,7 +174,8 @@ def release_pipeline(
         dataset,
         folder=run.folder / name,
         save=partial(save_with_facts, save, {**training_facts(run, step, dataset), **(facts or {})}),
-        draw=partial(write_sample_grid, config, pipeline, classes),
+        draw=partial(write_sample_grid, config, pipeline, shown),
+        prompt=next((prompt for prompt in shown if isinstance(prompt, str)), None),
         licences=pipeline.part_licences(),
         base_model=base_model,
         base_revision=base_revision,

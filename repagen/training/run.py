@@ -38,7 +38,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from repagen.config import flatten, save_config, to_plain, value_at
-from repagen.data import SampleDataset, StreamBatchSampler, load_batches, sample_indices
+from repagen.data import SampleDataset, StreamBatchSampler, load_batches, load_first
 from repagen.errors import UserError, naming
 from repagen.hub.publishing import check_repository
 from repagen.randomness import derived_seed, generator_for
@@ -342,6 +342,7 @@ class Run:
             accumulation_steps=self.plan.accumulation,
             process_index=self.accelerator.process_index,
             num_processes=self.plan.processes,
+            buckets=dataset.buckets,
         )
         pin = self.device.type == "cuda"
         workers = self.config.num_workers
@@ -364,10 +365,8 @@ class Run:
         )
 
     def first_samples(self, dataset: SampleDataset, count: int) -> Batch:
-        """The first samples of the stream, as one micro-batch on the device."""
-        indices = sample_indices(0, count, len(dataset), self.config.seed)
-        [batch] = load_batches(dataset, [list(zip(indices, range(count), strict=True))], self.config.seed)
-        return self._to_device(batch)
+        """The first samples of the stream, of the largest size, as one micro-batch on the device."""
+        return self._to_device(load_first(dataset, count, self.config.seed))
 
     def _to_device(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -25,7 +25,7 @@ class RecipeConfig:
 
     title: str = ""
     paper: str = ""
-    program: Literal["generator", "decoder", "end_to_end", "finetune"] = "generator"
+    program: Literal["generator", "text_to_image", "decoder", "end_to_end", "finetune"] = "generator"
     cost: str = ""
     expected: str = ""
 

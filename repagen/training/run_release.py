@@ -31,6 +31,7 @@ def release_and_publish(
     save: Callable[[Path], None],
     draw: Callable[[Path], None],
     shows: str = "images of this model",
+    prompt: str | None = None,
     licences: Sequence[LicenceFact] = (),
     base_model: str | None = None,
     base_revision: str | None = None,
@@ -47,6 +48,7 @@ def release_and_publish(
         save: writes the weights into a folder.
         draw: writes a PNG with samples, or with reconstructions.
         shows: what is on it, for the card.
+        prompt: that the card asks for, of what takes text.
         licences: of parts that come from elsewhere.
         base_model: what the training went on from, as it is named in the configuration.
         base_revision: of it.
@@ -64,7 +66,7 @@ def release_and_publish(
         facts = _with_run(facts_of_folder(temporary, licences), run, step, dataset)
         base = _hub_id(base_model)
         facts = replace(facts, base_model=base, base_revision=base_revision if base else None)
-        facts = replace(facts, samples=SAMPLES_FILE, samples_show=shows)
+        facts = replace(facts, samples=SAMPLES_FILE, samples_show=shows, prompt=prompt)
         (temporary / CARD_FILE).write_text(render_card(facts), encoding="utf-8")
 
     run.on_main(lambda: replace_folder(folder, fill))
@@ -125,13 +127,14 @@ def _with_classes(facts: CardFacts, dataset: CombinedDataset) -> CardFacts:
 
 def _data_facts(data: DataConfig, dataset: SampleDataset) -> dict[str, str]:
     given = dataset.parts[0][0] if isinstance(dataset, CombinedDataset) else dataset
-    drawn = len(dataset) - len(given)
+    parts = dataset.parts if isinstance(dataset, CombinedDataset) else []
+    drawn = sum(len(part) for part, _ in parts if part is not given)
     facts = {
         "kind": data.kind,
         "path": data.path,
         "split": data.split if data.kind == "datasets" else None,
         "revision": data.revision,
-        "images": f"{len(dataset)}, of them {drawn} drawn from the pipeline before the training"
+        "images": f"{len(given) + drawn}, of them {drawn} drawn from the pipeline before the training"
         if drawn
         else len(given),
         "classes": given.num_classes or "none",

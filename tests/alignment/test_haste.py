@@ -45,12 +45,14 @@ def test_logits_are_those_of_the_generators_own_attention(name: str) -> None:
     case = CASES[name]
     model, term, seen = build(case), AttentionAlignment(blocks=(2,)), []
     attention = model.blocks[1].attn
-    attention.register_forward_hook(lambda _, args, output: seen.append((args, output)))
+    attention.register_forward_hook(lambda _, *seen_of_pass: seen.append(seen_of_pass), with_kwargs=True)
     with torch.no_grad(), term.capture(model):
         model(**inputs(case))
-    args, output = seen[0]
+    args, options, output = seen[0]
     query, key, value = (x.transpose(1, 2) for x in attention.project(*args))
     logits = query @ key.mT * attention.head_dim**-0.5
+    if (mask := options["attention_mask"]) is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
     assert_close(attention.to_out[0]((logits.softmax(-1) @ value).transpose(1, 2).flatten(2)), output)
     patches = math.prod(model.token_grid)
     assert_close(term.attention_logits(2), logits[..., :patches, :patches])

@@ -14,6 +14,7 @@ import torch
 
 from repagen import ClassToImagePipeline
 from repagen.data import digits_to_images
+from repagen.flow.conditions import ConditionDropout, Conditions
 from repagen.flow.time import TimeDistribution, TimeShift
 from repagen.models.latents import images_to_latents
 from repagen.quickstart import train_digits
@@ -55,8 +56,8 @@ def held_out_loss(benchmark: ModuleType, pipeline: Any) -> float:
     latents = images_to_latents(pipeline.vae, pictures)
     labels = torch.tensor([label for _, label in drawn])
     times = TimeDistribution("logit_normal", 0.0, 1.0, 1.0, TimeShift(pipeline.scheduler.config.shift))
-    process = FlowMatching(times, len(names), label_dropout=0.0)
-    sample = process.draw(latents, labels, [generator_for(0, "held out", k) for k in range(len(labels))])
+    process = FlowMatching(times, ConditionDropout.of_classes(len(names), 0.0))
+    sample = process.draw(latents, Conditions(labels), [generator_for(0, "held out", k) for k in range(len(labels))])
     return GeneratorObjective(pipeline.transformer, process)(sample, {})["flow"].mean().item()
 
 

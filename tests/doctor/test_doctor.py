@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import repagen
-from repagen.data import DataConfig
+from repagen.data import CaptionConfig, DataConfig
 from repagen.doctor import command, hub, machine
 from repagen.doctor.dataset import check_dataset
 from repagen.doctor.model import check_model
@@ -193,6 +193,7 @@ def test_a_hub_that_refuses_or_stays_silent_is_out_of_reach(monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     monkeypatch.setattr(hub, "FAMILIES", {})
+    monkeypatch.setattr(hub, "TEXT_FAMILIES", {})
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for port in (9, silent.getsockname()[1]):
             monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", f"http://127.0.0.1:{port}")
@@ -248,6 +249,25 @@ def test_small_and_uneven_and_repeated_images_are_noted(birds: Path) -> None:
     repeated = finding(check(birds), "duplicates")
     assert repeated.level == "problem" and repeated.text.endswith("pictures in several classes: 1")
     assert f"{birds}/owl/other.bmp" in repeated.details[0]
+
+
+def test_captions_are_counted_measured_and_missing_ones_listed(birds: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        (birds / "crane" / f"{number}.txt").write_text("a crane\nanother crane in water" if number else "a bird")
+    section = check(birds, captions=CaptionConfig())
+    captions = finding(section, "captions")
+    assert captions.level == "problem" and captions.facts["count"] == 3
+    assert captions.text.startswith(
+        "9 for 5 of 8 images, 6 to 22 characters, median 7; images whose caption others have too: 4;"
+    )
+    assert captions.details[0] == f"{birds}/crane/5.png"
+    assert finding(check(birds, captions=CaptionConfig(missing="empty")), "captions").level == "note"
+    for number in range(2):
+        (birds / "owl" / f"{number}.txt").write_text(f"owl {number}")
+    (birds / "crane" / "5.json").write_text('"one crane"')
+    assert finding(check(birds, captions=CaptionConfig()), "captions").level == "note"
+    buckets = check(birds, buckets=["1:1", "1:2"], bucket_step=8, index_folder=str(tmp_path / "index"))
+    assert finding(buckets, "buckets").text == "images per height x width: 16x16: 6, 24x8: 2"
 
 
 def test_what_cannot_be_opened_is_a_problem(tmp_path: Path, birds: Path) -> None:

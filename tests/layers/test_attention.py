@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-from repagen.layers.attention import AttentionBackendMixin, SelfAttention, check_attention_backend
+from repagen.layers.attention import Attention, AttentionBackendMixin, check_attention_backend
 from repagen.layers.rope import RotaryTable, apply_rotary
 
 
@@ -23,7 +25,7 @@ class Model(AttentionBackendMixin, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, dim: int = 16) -> None:
         super().__init__()
-        self.attn = SelfAttention(dim, 2)
+        self.attn = Attention(dim, 2)
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *packages: str, cuda: bool) -> None:
@@ -37,7 +39,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, *packages: str, cuda: bool) -> No
 @pytest.mark.parametrize("qk_norm", [None, "layer", "rms"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_equals_the_formula(rotary: bool, qk_norm: Any, bias: bool) -> None:
-    attention = SelfAttention(24, 3, bias=bias, qk_norm=qk_norm)
+    attention = Attention(24, 3, bias=bias, qk_norm=qk_norm)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     table = RotaryTable((2, 3), 8) if rotary else None
@@ -59,14 +61,77 @@ def test_equals_the_formula(rotary: bool, qk_norm: Any, bias: bool) -> None:
     assert torch.allclose(attention(x, *arguments), expected, atol=1e-5)
 
 
+def restated(attention: Attention, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention row by row, over the keys of `text` that count."""
+    rows = []
+    for row in range(len(x)):
+        query = attention.to_q(x[row]).unflatten(-1, (3, 8))
+        key, value = (
+            linear(text[row][mask[row]]).unflatten(-1, (3, 8)) for linear in (attention.to_k, attention.to_v)
+        )
+        weights = (torch.einsum("qhd,khd->hqk", query, key) * 8**-0.5).softmax(-1)
+        rows.append(attention.to_out[0](torch.einsum("hqk,khd->qhd", weights, value).flatten(1)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math", "flex"])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_mask_leaves_keys_out(across: bool, backend: str) -> None:
+    attention = Attention(24, 3, is_cross_attention=across)
+    x = torch.randn(2, 6, 24)
+    text = torch.randn(2, 4, 24) if across else x
+    mask = torch.arange(text.shape[1]) < torch.tensor([[2], [3]])
+    options = {"attention_mask": mask[:, None, None], "encoder_hidden_states": text if across else None}
+    expected = restated(attention, x, text, mask)
+    attention.set_attention_backend(backend)
+    assert torch.allclose(attention(x, **options), expected, atol=1e-5)
+    attention.fuse_projections()
+    assert torch.allclose(attention(x, **options), expected, atol=1e-5)
+
+
+def test_xformers_gets_a_mask_of_two_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four dimensions, diffusers would cast a boolean one to 0 and 1 and add it."""
+    given = []
+    monkeypatch.setattr(
+        "repagen.layers.attention.dispatch_attention_fn", lambda *args, **more: given.append(more) or args[0]
+    )
+    attention = Attention(24, 3)
+    attention.processor._attention_backend = AttentionBackendName.XFORMERS
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    attention(torch.randn(2, 3, 24), attention_mask=mask[:, None, None])
+    assert torch.equal(given[0]["attn_mask"], mask)
+
+
+def test_backends_without_masks_refuse_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.tensor([[True, False], [True, True]])[:, None, None]
+    monkeypatch.setattr("repagen.layers.attention.dispatch_attention_fn", lambda *args, **more: args[0])
+    refused = set()
+    for backend in AttentionBackendName:
+        attention = Attention(24, 3)
+        attention.processor._attention_backend = backend
+        attention(torch.randn(2, 2, 24), attention_mask=torch.ones_like(mask))
+        try:
+            attention(torch.randn(2, 2, 24), attention_mask=mask)
+        except ValueError as error:
+            assert "\n" not in str(error) and f"{backend.value!r} cannot leave out padding" in str(error)
+            refused.add(backend.value)
+    source = inspect.getsource(attention_dispatch)
+    functions = source.split("@_AttentionBackendRegistry.register(")[1:]
+    refusing = [f for f in functions if re.search(r"if attn_mask is not None:\s+raise ValueError", f)]
+    names = {re.search(r"AttentionBackendName\.(\w+)", function)[1] for function in refusing}
+    assert refused == {AttentionBackendName[name].value for name in names}
+
+
 def test_state_keys_are_those_of_diffusers() -> None:
-    keys = set(SelfAttention(8, 2, bias=False).state_dict())
+    keys = set(Attention(8, 2, bias=False).state_dict())
     assert keys == {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"}
 
 
 def test_head_count_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="width 10 is not a multiple of the number of heads 3"):
-        SelfAttention(10, 3)
+        Attention(10, 3)
 
 
 def test_every_backend_of_diffusers_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:

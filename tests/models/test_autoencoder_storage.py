@@ -197,7 +197,7 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
     del state["latent_statistics.std"]
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(
-        UserError, match=r"1 tensors of the autoencoder are missing, the first is latent_statistics\.std"
+        UserError, match=r"1 tensors of the RepresentationAutoencoder are missing, the first is latent_statistics\.std"
     ):
         RepresentationAutoencoder.from_pretrained(tmp_path)
 

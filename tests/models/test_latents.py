@@ -17,6 +17,7 @@ from repagen.models.latents import (
     latent_shape,
     latents_to_images,
     require_autoencoder,
+    require_sizes,
 )
 
 
@@ -83,6 +84,17 @@ def test_kl_speaks_minus_one_to_one_and_is_scaled(shift: float | None) -> None:
     torch.testing.assert_close(latents_to_images(model, latents), expected, atol=1e-6, rtol=0)
 
 
+def test_kl_encodes_any_proportions() -> None:
+    model, images = tiny_kl(), torch.rand(1, 3, 16, 24)
+    latents = images_to_latents(model, images, sample_posterior=False)
+    assert latents.shape == (1, 4, 8, 12) and latents_to_images(model, latents).shape == images.shape
+    require_sizes(model, [(16, 24), (8, 8)], "data.buckets")
+    with pytest.raises(UserError, match=r"data\.buckets: 8x9 px"):
+        require_sizes(model, [(8, 8), (8, 9)], "data.buckets")
+    with pytest.raises(UserError, match=r"data\.buckets: 16x24 px, but RepresentationAutoencoder encodes squares"):
+        require_sizes(tiny_autoencoder(), [(16, 24)], "data.buckets")
+
+
 def test_kl_with_latent_statistics() -> None:
     mean, std = [0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 1.0, 2.0]
     model = tiny_kl(scaling_factor=0.5, latents_mean=mean, latents_std=std)
@@ -131,7 +143,9 @@ def test_what_is_no_autoencoder_is_refused_by_its_class() -> None:
 
 def test_wrong_input_is_named() -> None:
     with pytest.raises(UserError, match="square"):
-        images_to_latents(tiny_kl(), torch.rand(1, 3, 16, 8))
+        images_to_latents(tiny_rae(), torch.rand(1, 3, 16, 8))
+    with pytest.raises(UserError, match="images: 16x9 px; allowed: multiples of the autoencoder's 2 px"):
+        images_to_latents(tiny_kl(), torch.rand(1, 3, 16, 9))
     with pytest.raises(UserError, match="15 px"):
         latent_shape(tiny_kl(), 15)
     with pytest.raises(UserError, match="Linear is none of"):

@@ -22,7 +22,7 @@ from torch.nn.functional import mse_loss
 from transformer_cases import Case, all_generators, build, fill_, inputs, output, relative_error
 
 from repagen.errors import UserError
-from repagen.layers.attention import SelfAttentionProcessor
+from repagen.layers.attention import AttentionProcessor
 
 pytestmark = all_generators
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -205,7 +205,13 @@ def test_runs_on_the_meta_device(case: Case) -> None:
 # Classes
 
 
+def skip_text(case: Case) -> None:
+    if case.takes_text:
+        pytest.skip("this model takes text, not classes")
+
+
 def test_chosen_classes_keep_their_predictions(case: Case, tmp_path: Path) -> None:
+    skip_text(case)
     model = build(case)
     before = output(model, case, class_labels=torch.tensor([7, 10]))  # a class, and no class
     new_rows = torch.randn(2, model.label_embedder.table.embedding_dim)
@@ -224,6 +230,7 @@ def test_chosen_classes_keep_their_predictions(case: Case, tmp_path: Path) -> No
 
 
 def test_an_unconditional_model_learns_of_classes_where_it_has_a_null_class(case: Case) -> None:
+    skip_text(case)
     model = build(case, num_classes=0)
     before = output(model, case)
     model.choose_classes([], torch.randn(3, model.label_embedder.table.embedding_dim))
@@ -308,20 +315,24 @@ def test_fused_projections_change_nothing(case: Case) -> None:
     expected = output(model, case)
     attentions = [module for module in model.modules() if isinstance(module, AttentionModuleMixin)]
     model.fuse_qkv_projections()
-    assert all(attention.fused_projections and hasattr(attention, "to_qkv") for attention in attentions)
+    fused = {True: "to_kv", False: "to_qkv"}
+    assert all(module.fused_projections and hasattr(module, fused[module.is_cross_attention]) for module in attentions)
     assert torch.allclose(output(model, case), expected, atol=1e-6)
     model.unfuse_qkv_projections()
-    assert not any(attention.fused_projections or hasattr(attention, "to_qkv") for attention in attentions)
+    assert not any(
+        module.fused_projections or hasattr(module, fused[module.is_cross_attention]) for module in attentions
+    )
     assert torch.equal(output(model, case), expected)
 
 
 def test_processors_are_got_and_set(case: Case) -> None:
     model = build(case)
     names = model.attn_processors.keys()
-    assert len(names) == case.config["depth"] + case.config.get("head_depth", 0)
-    assert all(isinstance(processor, SelfAttentionProcessor) for processor in model.attn_processors.values())
+    across = case.config.get("text_conditioning") == "cross_attention"
+    assert len(names) == case.config["depth"] * (1 + across) + case.config.get("head_depth", 0)
+    assert all(isinstance(processor, AttentionProcessor) for processor in model.attn_processors.values())
     attention = model.blocks[0].attn
-    replacement = SelfAttentionProcessor()
+    replacement = AttentionProcessor()
     attention.set_processor(replacement)
     assert attention.get_processor() is replacement
     model.set_attn_processor({name: AttnProcessor() for name in names})
@@ -463,6 +474,8 @@ def test_copies_and_reinitialised_models_are_independent(case: Case) -> None:
     ],
 )
 def test_wrong_input_is_refused_by_name(case: Case, change: dict[str, Any], message: str) -> None:
+    if "class_labels" in change:
+        skip_text(case)
     if case.model_class.any_size and change.get("hidden_states", torch.zeros(0)).shape[-1:] == (16,):
         pytest.skip("this model takes any size")
     with pytest.raises(ValueError, match=message) as error:
@@ -496,12 +509,14 @@ def test_scalar_time_stands_for_all_samples(case: Case) -> None:
 
 @pytest.mark.parametrize("class_dropout_prob", [0.0, 0.1])
 def test_unconditional_model_ignores_labels(case: Case, class_dropout_prob: float) -> None:
+    skip_text(case)
     model = build(case, num_classes=0, class_dropout_prob=class_dropout_prob)
     without = output(model, case, class_labels=None)
     assert torch.equal(output(model, case, class_labels=torch.tensor([3, 4])), without)
 
 
 def test_no_null_row_without_label_dropping(case: Case) -> None:
+    skip_text(case)
     model = build(case, class_dropout_prob=0.0)
     assert model.label_embedder.table.num_embeddings == 10
     with pytest.raises(ValueError, match=r"10 is no class of this model; allowed are 0\.\.9$"):

@@ -27,6 +27,11 @@ class Case(NamedTuple):
     refused_caches: tuple[str, ...] = ()  # keys of CACHES in test_transformer_caches.py
 
     @property
+    def takes_text(self) -> bool:
+        """Whether the model takes text in place of classes."""
+        return "text_dim" in self.config
+
+    @property
     def num_loops(self) -> int:
         """How often a forward pass calls each block."""
         return self.config.get("num_loops", 1)
@@ -68,8 +73,24 @@ DDT = Case(
     | {"sample_size": 8, "in_channels": 4},
 )
 ELT = Case(ELTTransformer2DModel, {**SIT.config, "num_loops": 3}, refused_caches=("pab", "faster"))
+
+
+def with_text(case: Case, text_conditioning: str) -> Case:
+    config = {key: value for key, value in case.config.items() if key != "num_classes"}
+    return case._replace(config={**config, "text_dim": 20, "text_conditioning": text_conditioning})
+
+
+TEXT_CASES = {
+    "ditdh-in-context": with_text(DITDH, "in_context"),
+    "ditdh-across": with_text(DITDH, "cross_attention"),
+    "raev2-in-context": with_text(RAEV2, "in_context"),
+    "raev2-across": with_text(RAEV2, "cross_attention"),
+}
 CASES = {"sit": SIT, "dit": DIT, "lightningdit": LIGHTNINGDIT, "ditdh": DITDH, "raev2": RAEV2, "ddt": DDT, "elt": ELT}
+# The other two combine the same parts; what is theirs alone is in test_transformer_text.py.
+CASES |= {name: TEXT_CASES[name] for name in ("ditdh-across", "raev2-in-context")}
 all_generators = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+all_text_generators = pytest.mark.parametrize("case", TEXT_CASES.values(), ids=TEXT_CASES.keys())
 
 
 def fill_(model: torch.nn.Module) -> None:
@@ -89,11 +110,17 @@ def build(case: Case, **overrides: Any) -> Any:
 def inputs(case: Case, batch_size: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     size = case.config["sample_size"]
-    return {
-        "hidden_states": torch.randn(batch_size, case.config["in_channels"], size, size, generator=generator),
-        "timestep": torch.linspace(0.1, 0.9, batch_size) * (1000 if case.model_class.discrete_time else 1),
-        "class_labels": torch.arange(batch_size) * 7 % 11,
-    }
+    latents = torch.randn(batch_size, case.config["in_channels"], size, size, generator=generator)
+    time = torch.linspace(0.1, 0.9, batch_size) * (1000 if case.model_class.discrete_time else 1)
+    if not case.takes_text:
+        condition = {"class_labels": torch.arange(batch_size) * 7 % 11}
+    else:  # prompts of 4, 0 (none), 2, 4 ... tokens
+        lengths = (torch.arange(batch_size) * 2 + 4) % 6
+        condition = {
+            "encoder_hidden_states": torch.randn(batch_size, 5, case.config["text_dim"], generator=generator),
+            "encoder_attention_mask": torch.arange(5) < lengths[:, None],
+        }
+    return {"hidden_states": latents, "timestep": time, **condition}
 
 
 @torch.no_grad()

@@ -16,9 +16,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from encoders.tiny_text_encoders import save_tiny
 from hub_stand_in import COMMIT, StandInHub
 from recipe_parts import DINO, ENCODER, GATED, PIPELINE, RAE, generator_recipe, run_command
 
+from repagen.encoders.text import TextEncoder
 from repagen.errors import UserError
 from repagen.offline import published
 
@@ -231,6 +233,36 @@ def test_a_local_autoencoder_brings_its_encoder(
     words = [f"autoencoder.path={repositories[RAE]}"]
     run_command("digits_generator", *words, "--to", str(tmp_path / "bundle"))
     assert f"{SNAPSHOT}/model.safetensors" in files_of(tmp_path / "bundle", ENCODER)
+
+
+def test_a_text_encoder_comes_with_its_tokenizer(
+    hub: StandInHub, repositories: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "text", "t5")
+    (folder / "flax_model.msgpack").write_bytes(b"of another framework")
+    hub.add("org/text", folder, COMMIT)
+    saved = Path(shutil.copytree(repositories[PIPELINE], tmp_path / "saved"))
+    TextEncoder.from_encoder("org/text").save_pretrained(saved / "text_encoder", include_encoder=False)
+    hub.add("org/saved", saved, COMMIT)
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+    for request in ("org/text", "org/saved"):  # by its own id, and as what a saved one refers to
+        bundle = tmp_path / request
+        run_command(request, "--to", str(bundle))
+        files = files_of(bundle, "org/text") - {"refs/main"}
+        assert files == {f"{SNAPSHOT}/{name}" for name in names}
+    (referred,) = (thing for why, thing in listed(bundle).items() if why.endswith("config.json:encoders.0"))
+    assert (referred["need"]["kind"], referred["need"]["revision"]) == ("text_encoder", COMMIT)
+    assert referred["licence"] == "Apache-2.0"
+
+
+def test_a_repository_of_both_towers_is_fetched_for_both(hub: StandInHub, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "text", "siglip")
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip"}))
+    (folder / "preprocessor_config.json").write_text("{}")
+    hub.add("org/both", folder, COMMIT)
+    run_command("org/both", "--to", str(tmp_path / "bundle"))
+    found = {Path(name).name for name in files_of(tmp_path / "bundle", "org/both")}
+    assert {"tokenizer.json", "preprocessor_config.json", "config.json", "model.safetensors"} <= found
 
 
 def test_another_revision(hub: StandInHub, repositories: dict[str, Path], tmp_path: Path) -> None:

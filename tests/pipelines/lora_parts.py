@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from tiny_pipelines import inputs
+from tiny_pipelines import inputs, text_inputs
 
-from repagen import ClassToImagePipeline
+from repagen import ClassToImagePipeline, TextToImagePipeline
 
 FILE = "pytorch_lora_weights.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -61,8 +61,9 @@ def rows(*names: str, width: int = WIDTH, seed: int = 3) -> dict[str, torch.Tens
     return {name: torch.randn(width) for name in names}
 
 
-def latents(pipe: ClassToImagePipeline, **overrides: Any) -> torch.Tensor:
-    return pipe(**inputs(output_type="latent", **overrides)).images
+def latents(pipe: ClassToImagePipeline | TextToImagePipeline, **overrides: Any) -> torch.Tensor:
+    call = text_inputs if isinstance(pipe, TextToImagePipeline) else inputs
+    return pipe(**call(output_type="latent", **overrides)).images
 
 
 def close(result: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:

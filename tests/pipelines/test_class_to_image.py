@@ -44,20 +44,33 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 class TestDiffusersChecks:
+    """Inherited by the tests of other pipelines."""
+
+    pipeline_class = ClassToImagePipeline
+    conditions = frozenset({"class_labels"})
+    files = 6
+    inputs = staticmethod(inputs)
+    components = staticmethod(tiny_components)
+    same = staticmethod(torch.equal)
+
+    @staticmethod
+    def batch(count):
+        return {"class_labels": [[1]] * count}
+
     @pytest.mark.parametrize("safe_serialization", [True, False])
     def test_save_load_local(self, make_pipe, tmp_path, safe_serialization):
         pipe = make_pipe()
-        before = pipe(**inputs()).images
+        before = pipe(**self.inputs()).images
         pipe.save_pretrained(tmp_path, safe_serialization=safe_serialization)
-        loaded = ClassToImagePipeline.from_pretrained(tmp_path)
+        loaded = self.pipeline_class.from_pretrained(tmp_path)
         loaded.set_progress_bar_config(disable=True)
-        assert torch.equal(loaded(**inputs()).images, before)
+        assert self.same(loaded(**self.inputs()).images, before)
 
     def test_saving_twice_writes_the_same_bytes(self, make_pipe, tmp_path):
-        make_pipe(id2label=ID2LABEL).save_pretrained(tmp_path / "a")
-        ClassToImagePipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+        make_pipe().save_pretrained(tmp_path / "a")
+        self.pipeline_class.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
         files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-        assert len(files) == 6
+        assert len(files) == self.files
         for file in files:
             first, second = (tmp_path / side / file for side in "ab")
             if file.suffix == ".safetensors":
@@ -70,100 +83,91 @@ class TestDiffusersChecks:
                 assert public[0] == public[1]
 
     def test_output(self, make_pipe):
-        images = make_pipe()(**inputs()).images
+        images = make_pipe()(**self.inputs()).images
         assert images.shape == (1, *OUTPUT_SHAPE) and images.dtype == torch.float32
         assert 0 <= images.min() < images.max() <= 1
 
     def test_pipeline_call_signature(self):
-        parameters = inspect.signature(ClassToImagePipeline.__call__).parameters
+        parameters = inspect.signature(self.pipeline_class.__call__).parameters
         optional = {name for name, parameter in parameters.items() if parameter.default is not inspect.Parameter.empty}
-        assert {"class_labels", "guidance_scale"} <= set(parameters)
+        assert {*self.conditions, "guidance_scale"} <= set(parameters)
         assert {
             "num_inference_steps", "num_images_per_prompt", "generator", "latents", "output_type", "return_dict",
         } <= optional  # fmt: skip
 
     def test_inference_batch_consistent(self, make_pipe):
-        batch = make_pipe()(**inputs(class_labels=[[1], [1]], generator=[seeded(0), seeded(1)])).images
+        batch = make_pipe()(**self.inputs(**self.batch(2), generator=[seeded(0), seeded(1)])).images
         assert len(batch) == 2 and not torch.equal(batch[0], batch[1])
 
     def test_inference_batch_single_identical(self, make_pipe):
         pipe = make_pipe()
-        single = pipe(**inputs()).images
-        batch = pipe(**inputs(class_labels=3 * [1], generator=[seeded(i) for i in range(3)])).images
+        single = pipe(**self.inputs()).images
+        batch = pipe(**self.inputs(**self.batch(3), generator=[seeded(i) for i in range(3)])).images
         torch.testing.assert_close(batch[:1], single, rtol=0, atol=1e-5)
 
     def test_dict_tuple_outputs_equivalent(self, make_pipe):
         pipe = make_pipe()
-        (images,) = pipe(**inputs(return_dict=False))
-        assert torch.equal(pipe(**inputs())[0], images)
+        (images,) = pipe(**self.inputs(return_dict=False))
+        assert torch.equal(pipe(**self.inputs())[0], images)
 
     def test_components_function(self, make_pipe):
-        components = tiny_components(make_pipe.transformer_class)
-        assert set(ClassToImagePipeline(**components).components) == set(components)
+        components = self.components(make_pipe.transformer_class)
+        assert set(self.pipeline_class(**components).components) == set(components)
         weak = make_pipe.weaker()
-        assert ClassToImagePipeline(**components, guidance_transformer=weak).components["guidance_transformer"] is weak
+        assert self.pipeline_class(**components, guidance_transformer=weak).components["guidance_transformer"] is weak
 
     def test_half_precision_inference_no_nan(self, make_pipe, tmp_path):
         make_pipe().save_pretrained(tmp_path)
-        pipe = ClassToImagePipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        pipe = self.pipeline_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
         pipe.set_progress_bar_config(disable=True)
         assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
-        images = pipe(**inputs()).images
+        images = pipe(**self.inputs()).images
         assert torch.isfinite(images).all()
-        torch.testing.assert_close(images, make_pipe()(**inputs()).images, rtol=0, atol=0.1)
+        torch.testing.assert_close(images, make_pipe()(**self.inputs()).images, rtol=0, atol=0.1)
 
     def test_sampler_state_stays_float32_in_half_precision(self, make_pipe, tmp_path):
         make_pipe().save_pretrained(tmp_path)
-        pipe = ClassToImagePipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        pipe = self.pipeline_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
         pipe.set_progress_bar_config(disable=True)
         seen = []
         pipe.transformer.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append((kwargs["hidden_states"].dtype, kwargs["timestep"].dtype)),
             with_kwargs=True,
         )
-        latents = pipe(**inputs(output_type="latent", num_inference_steps=3)).images
+        latents = pipe(**self.inputs(output_type="latent", num_inference_steps=3)).images
         times = torch.int64 if make_pipe.transformer_class.discrete_time else torch.float32
         assert set(seen) == {(torch.bfloat16, times)}
         assert latents.dtype == torch.float32 and not torch.equal(latents, latents.bfloat16().float())
 
     def test_save_load_optional_components(self, make_pipe, tmp_path):
         pipe = make_pipe(guidance_transformer=make_pipe.weaker())
-        guided_by_model = pipe(**inputs()).images
+        guided_by_model = pipe(**self.inputs()).images
         pipe.guidance_transformer = None
-        without = pipe(**inputs()).images
+        without = pipe(**self.inputs()).images
         assert not torch.equal(without, guided_by_model)
         pipe.save_pretrained(tmp_path)
-        loaded = ClassToImagePipeline.from_pretrained(tmp_path)
+        loaded = self.pipeline_class.from_pretrained(tmp_path)
         loaded.set_progress_bar_config(disable=True)
         assert loaded.guidance_transformer is None
-        assert torch.equal(loaded(**inputs()).images, without)
+        assert self.same(loaded(**self.inputs()).images, without)
 
     def test_guidance_transformer_is_saved(self, make_pipe, tmp_path):
         pipe = make_pipe(guidance_transformer=make_pipe.weaker())
         pipe.save_pretrained(tmp_path)
-        loaded = ClassToImagePipeline.from_pretrained(tmp_path)
+        loaded = self.pipeline_class.from_pretrained(tmp_path)
         loaded.set_progress_bar_config(disable=True)
-        assert torch.equal(loaded(**inputs()).images, pipe(**inputs()).images)
+        assert self.same(loaded(**self.inputs()).images, pipe(**self.inputs()).images)
 
     @pytest.mark.parametrize("batch_size", [1, 2])
     @pytest.mark.parametrize("num_images_per_prompt", [1, 2])
     def test_num_images_per_prompt(self, make_pipe, batch_size, num_images_per_prompt):
         pipe = make_pipe()
-        images = pipe(**inputs(class_labels=batch_size * [1]), num_images_per_prompt=num_images_per_prompt).images
+        images = pipe(**self.inputs(**self.batch(batch_size)), num_images_per_prompt=num_images_per_prompt).images
         assert images.shape[0] == batch_size * num_images_per_prompt
-
-    def test_images_of_one_label_are_neighbours(self, make_pipe):
-        pipe = make_pipe()
-        seen = []
-        pipe.transformer.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
-        )
-        pipe(**inputs(class_labels=[2, 0], guidance_scale=1.0), num_images_per_prompt=2)
-        assert seen[0] == [2, 2, 0, 0]
 
     def test_cfg(self, make_pipe):
         pipe = make_pipe()
-        plain, guided = (pipe(**inputs(guidance_scale=scale)).images for scale in (1.0, 7.5))
+        plain, guided = (pipe(**self.inputs(guidance_scale=scale)).images for scale in (1.0, 7.5))
         assert plain.shape == guided.shape and not torch.equal(plain, guided)
 
     def test_callback_inputs(self, make_pipe):
@@ -174,23 +178,27 @@ class TestDiffusersChecks:
             calls.append((index, float(timestep), set(tensors)))
             return tensors
 
-        pipe(**inputs(callback_on_step_end=record, output_type="latent"))
+        pipe(**self.inputs(callback_on_step_end=record, output_type="latent"))
         assert [call[0] for call in calls] == [0, 1]
         assert [call[1] for call in calls] == pipe.scheduler.timesteps.tolist()
         assert all(call[2] == {"latents"} for call in calls)
+        pipe(
+            **self.inputs(callback_on_step_end=record, callback_on_step_end_tensor_inputs=pipe._callback_tensor_inputs)
+        )
+        assert calls[-1][2] == set(pipe._callback_tensor_inputs)
 
         def zero_at_the_end(pipeline, index, timestep, tensors):
             if index == pipeline.num_timesteps - 1:
                 tensors["latents"] = torch.zeros_like(tensors["latents"])
             return tensors
 
-        latents = pipe(**inputs(callback_on_step_end=zero_at_the_end, output_type="latent"))[0]
+        latents = pipe(**self.inputs(callback_on_step_end=zero_at_the_end, output_type="latent"))[0]
         assert latents.abs().sum() == 0
 
     def test_callback_may_return_nothing_for_latents(self, make_pipe):
         pipe = make_pipe()
-        images = pipe(**inputs(callback_on_step_end=lambda *_: {})).images
-        assert torch.equal(images, pipe(**inputs()).images)
+        images = pipe(**self.inputs(callback_on_step_end=lambda *_: {})).images
+        assert torch.equal(images, pipe(**self.inputs()).images)
 
     def test_callback_cfg(self, make_pipe):
         pipe = make_pipe()
@@ -199,9 +207,9 @@ class TestDiffusersChecks:
             pipeline._guidance_scale += 1.0
             return tensors
 
-        changed = pipe(**inputs(callback_on_step_end=increase)).images
+        changed = pipe(**self.inputs(callback_on_step_end=increase)).images
         assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
-        assert not torch.equal(changed, pipe(**inputs()).images)
+        assert not torch.equal(changed, pipe(**self.inputs()).images)
 
     def test_callback_objects(self, make_pipe):
         class Record(PipelineCallback):
@@ -218,8 +226,8 @@ class TestDiffusersChecks:
                 return callback_kwargs
 
         first, second = Record(), Record()
-        make_pipe()(**inputs(callback_on_step_end=MultiPipelineCallbacks([first, second])))
-        make_pipe()(**inputs(callback_on_step_end=first))
+        make_pipe()(**self.inputs(callback_on_step_end=MultiPipelineCallbacks([first, second])))
+        make_pipe()(**self.inputs(callback_on_step_end=first))
         assert first.steps == [0, 1, 0, 1] and second.steps == [0, 1]
 
     def test_interrupt(self, make_pipe):
@@ -231,7 +239,7 @@ class TestDiffusersChecks:
             pipeline._interrupt = index == 1
             return tensors
 
-        call = inputs(callback_on_step_end=stop_after_two, num_inference_steps=5, output_type="latent")
+        call = self.inputs(callback_on_step_end=stop_after_two, num_inference_steps=5, output_type="latent")
         latents = pipe(**call).images
         assert len(states) == 2 and torch.equal(latents, states[-1])
 
@@ -241,7 +249,7 @@ class TestDiffusersChecks:
         pipe.save_pretrained(tmp_path, variant="ema", safe_serialization=safe_serialization)
         for name in ("transformer", "vae"):
             assert (tmp_path / name / f"diffusion_pytorch_model.ema.{suffix}").is_file()
-        loaded = ClassToImagePipeline.from_pretrained(tmp_path, variant="ema")
+        loaded = self.pipeline_class.from_pretrained(tmp_path, variant="ema")
         for name in ("transformer", "vae"):
             saved, found = getattr(pipe, name).state_dict(), getattr(loaded, name).state_dict()
             assert saved.keys() == found.keys() and all(torch.equal(saved[key], found[key]) for key in saved)
@@ -249,12 +257,12 @@ class TestDiffusersChecks:
     def test_loading_with_incorrect_variants_raises_error(self, make_pipe, tmp_path):
         make_pipe().save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="variant=fp16"):
-            ClassToImagePipeline.from_pretrained(tmp_path, variant="fp16")
+            self.pipeline_class.from_pretrained(tmp_path, variant="fp16")
 
     def test_dtype_dict(self, make_pipe, tmp_path):
         make_pipe().save_pretrained(tmp_path)
         dtypes = {"transformer": torch.bfloat16, "default": torch.float16}
-        loaded = ClassToImagePipeline.from_pretrained(tmp_path, dtype=dtypes)
+        loaded = self.pipeline_class.from_pretrained(tmp_path, dtype=dtypes)
         assert loaded.transformer.dtype == torch.bfloat16 and loaded.vae.dtype == torch.float16
 
     def test_to_dtype(self, make_pipe):
@@ -263,37 +271,37 @@ class TestDiffusersChecks:
 
     def test_device_map(self, make_pipe, tmp_path):
         make_pipe().save_pretrained(tmp_path)
-        loaded = ClassToImagePipeline.from_pretrained(tmp_path, device_map="cpu")
+        loaded = self.pipeline_class.from_pretrained(tmp_path, device_map="cpu")
         loaded.set_progress_bar_config(disable=True)
-        torch.testing.assert_close(loaded(**inputs()).images, make_pipe()(**inputs()).images)
+        torch.testing.assert_close(loaded(**self.inputs()).images, make_pipe()(**self.inputs()).images)
 
     def test_model_cpu_offload_forward_pass_twice(self, make_pipe):
         pipe = make_pipe(guidance_transformer=make_pipe.weaker())
-        expected = pipe(**inputs()).images
+        expected = pipe(**self.inputs()).images
         for _ in range(2):
             pipe.enable_model_cpu_offload(device="cpu")
-            assert torch.equal(pipe(**inputs()).images, expected)
+            assert torch.equal(pipe(**self.inputs()).images, expected)
         assert all(hasattr(part, "_hf_hook") for part in (pipe.transformer, pipe.guidance_transformer, pipe.vae))
 
     @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
     def test_group_offloading_inference(self, make_pipe, offload_type):
-        expected = make_pipe()(**inputs()).images
+        expected = make_pipe()(**self.inputs()).images
         pipe = make_pipe()
         pipe.enable_group_offload(torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1)
-        torch.testing.assert_close(pipe(**inputs()).images, expected)
+        torch.testing.assert_close(pipe(**self.inputs()).images, expected)
 
     def test_group_offloading_of_two_transformers_to_one_folder_is_refused(self, make_flow_pipe, tmp_path):
         weak, options = make_flow_pipe.weaker(), {"offload_type": "leaf_level"}
-        expected = make_flow_pipe(guidance_transformer=weak)(**inputs()).images
+        expected = make_flow_pipe(guidance_transformer=weak)(**self.inputs()).images
         pipe = make_flow_pipe(guidance_transformer=weak)
         with pytest.raises(UserError, match=r"overwrite each other's files; call enable_group_offload on each model"):
             pipe.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path / "both"), **options)
         for name, part in {"transformer": pipe.transformer, "guidance_transformer": weak, "vae": pipe.vae}.items():
             part.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path / name), **options)
-        torch.testing.assert_close(pipe(**inputs()).images, expected)
+        torch.testing.assert_close(pipe(**self.inputs()).images, expected)
 
     def test_group_offloading_to_disk_without_the_second_transformer(self, make_flow_pipe, tmp_path):
-        expected = make_flow_pipe(guidance_transformer=make_flow_pipe.weaker())(**inputs()).images
+        expected = make_flow_pipe(guidance_transformer=make_flow_pipe.weaker())(**self.inputs()).images
         pipe = make_flow_pipe(guidance_transformer=make_flow_pipe.weaker())
         pipe.enable_group_offload(
             torch.device("cpu"),
@@ -301,20 +309,21 @@ class TestDiffusersChecks:
             offload_to_disk_path=str(tmp_path),
             exclude_modules="guidance_transformer",
         )
-        torch.testing.assert_close(pipe(**inputs()).images, expected)
+        torch.testing.assert_close(pipe(**self.inputs()).images, expected)
 
     def test_layerwise_casting_inference(self, make_pipe, tmp_path):
         make_pipe().save_pretrained(tmp_path)
-        pipe = ClassToImagePipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        pipe = self.pipeline_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
         pipe.set_progress_bar_config(disable=True)
         pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-        assert torch.isfinite(pipe(**inputs()).images).all()
+        assert torch.isfinite(pipe(**self.inputs()).images).all()
 
     def test_from_pipe(self, make_pipe):
-        pipe = make_pipe(id2label=ID2LABEL)
-        other = ClassToImagePipeline.from_pipe(pipe, guidance_transformer=make_pipe.weaker())
+        defaults = {"num_inference_steps": 3}
+        pipe = make_pipe(sampling_defaults=defaults)
+        other = self.pipeline_class.from_pipe(pipe, guidance_transformer=make_pipe.weaker())
         assert other.transformer is pipe.transformer and other.vae is pipe.vae
-        assert other.config["id2label"] == ID2LABEL and other.guidance_transformer is not None
+        assert other.config["sampling_defaults"] == defaults and other.guidance_transformer is not None
 
     def test_xformers_fails_early_where_it_cannot_run(self, make_pipe):
         pipe = make_pipe()
@@ -323,17 +332,24 @@ class TestDiffusersChecks:
         with pytest.raises((ValueError, ModuleNotFoundError)):
             pipe.enable_xformers_memory_efficient_attention()
         pipe.disable_xformers_memory_efficient_attention()
-        assert torch.isfinite(pipe(**inputs()).images).all()
+        assert torch.isfinite(pipe(**self.inputs()).images).all()
 
     def test_progress_bar(self, make_pipe, capsys):
         pipe = make_pipe()
         pipe.set_progress_bar_config(disable=False)
-        pipe(**inputs())
+        pipe(**self.inputs())
         assert "2/2" in capsys.readouterr().err
 
 
 class TestCaches:
-    """Every cache of diffusers runs through the pipeline and leaves no state behind."""
+    """Every cache of diffusers runs through the pipeline and leaves no state behind. Inherited likewise."""
+
+    inputs = staticmethod(inputs)
+
+    @staticmethod
+    def two(number):
+        """Conditions of two images, of which the second depends on the number."""
+        return {"class_labels": [1, 2 * number]}
 
     # diffusers' FasterCache calls torch.meshgrid without `indexing`.
     @pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
@@ -341,19 +357,15 @@ class TestCaches:
     def test_cache_inference(self, make_pipe, name):
         self.check_inference(make_pipe(), name)
 
-    @pytest.mark.parametrize("name", ["first_block", "taylorseer", "taylorseer_lite", "mag"])
-    def test_cache_inference_of_loops(self, name):
-        self.check_inference(PipelineMaker(ELTTransformer2DModel)(), name)
-
     def check_inference(self, pipe, name):
         call = {"num_inference_steps": 4, "guidance_interval": (0.2, 0.9)}
-        expected = pipe(**inputs(**call)).images
+        expected = pipe(**self.inputs(**call)).images
         pipe.transformer.enable_cache(self.config(name, pipe))
-        cached = pipe(**inputs(**call)).images
+        cached = pipe(**self.inputs(**call)).images
         torch.testing.assert_close(cached, expected, rtol=0, atol=0.2)
-        torch.testing.assert_close(pipe(**inputs(**call)).images, cached)
+        torch.testing.assert_close(pipe(**self.inputs(**call)).images, cached)
         pipe.transformer.disable_cache()
-        torch.testing.assert_close(pipe(**inputs(**call)).images, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(pipe(**self.inputs(**call)).images, expected, rtol=0, atol=1e-5)
 
     @pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
     @pytest.mark.parametrize(("name", "call"), [("pyramid", {"guidance_interval": (0.0, 0.7)}), ("faster", {})])
@@ -369,7 +381,7 @@ class TestCaches:
             steps.append([(hook.state.iteration, getattr(hook.state, "cache", "none") is not None) for hook in hooks])
             return tensors
 
-        pipe(**inputs(callback_on_step_end=look, **call))
+        pipe(**self.inputs(callback_on_step_end=look, **call))
         assert len(hooks) >= 2 and steps == [[(1, True)] * len(hooks), [(2, True)] * len(hooks)]
         for hook in hooks:
             left = {key: value for key, value in vars(hook.state).items() if key != "iteration"}
@@ -381,7 +393,7 @@ class TestCaches:
         getattr(pipe, cached).enable_cache(self.config("faster", pipe))
         for call in ({}, {"guidance_method": "cfg", "guidance_scale": 1.0}):
             with pytest.raises(UserError, match=f"the {cached} has FasterCache, which needs classifier-free guidance"):
-                pipe(**inputs(**call))
+                pipe(**self.inputs(**call))
 
     @pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
     def test_faster_cache_keeps_images_apart_when_a_callback_ends_the_guidance(self, make_flow_pipe):
@@ -392,11 +404,11 @@ class TestCaches:
             pipeline._guidance_scale = 0.0
             return tensors
 
-        def first_image(other_label):
+        def first_image(other):
             call = {"num_inference_steps": 4, "callback_on_step_end": cut_off, "generator": [seeded(0), seeded(1)]}
-            return pipe(**inputs(class_labels=[1, other_label], **call)).images[0]
+            return pipe(**self.inputs(**other, **call)).images[0]
 
-        torch.testing.assert_close(first_image(0), first_image(2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(first_image(self.two(0)), first_image(self.two(1)), rtol=0, atol=1e-5)
 
     @staticmethod
     def config(name, pipe):
@@ -427,6 +439,11 @@ class TestCaches:
             _unconditional_conditional_input_kwargs_identifiers=["hidden_states", "timestep", "class_labels"],
             **attention,
         )
+
+
+@pytest.mark.parametrize("name", ["first_block", "taylorseer", "taylorseer_lite", "mag"])
+def test_cache_inference_of_loops(name):
+    TestCaches().check_inference(PipelineMaker(ELTTransformer2DModel)(), name)
 
 
 class TestSampling:
@@ -620,6 +637,15 @@ class TestClassLabels:
         pipe = tiny_pipeline(id2label=ID2LABEL)
         expected = pipe(**inputs(class_labels=[2, 1])).images
         assert torch.equal(pipe(**inputs(class_labels=labels)).images, expected)
+
+    def test_images_of_one_label_are_neighbours(self, make_pipe):
+        pipe = make_pipe()
+        seen = []
+        pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
+        )
+        pipe(**inputs(class_labels=[2, 0], guidance_scale=1.0), num_images_per_prompt=2)
+        assert seen[0] == [2, 2, 0, 0]
 
     def test_synonyms(self):
         pipe = tiny_pipeline(id2label=ID2LABEL)

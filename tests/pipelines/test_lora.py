@@ -55,7 +55,7 @@ def with_deltas(pipe: ClassToImagePipeline, weights: dict[str, float]) -> ClassT
             name = key.removesuffix(".lora_A.weight")
             delta = state[f"{name}.lora_B.weight"] @ state[key] * config.lora_alpha / config.r
             layers[name].weight.data += weight * delta
-    result = ClassToImagePipeline(**{**pipe.components, "transformer": plain})
+    result = type(pipe)(**{**pipe.components, "transformer": plain})
     result.set_progress_bar_config(disable=True)
     return result
 

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 from lora_parts import FILE, make_adapter, rows
 from PIL import Image
-from tiny_pipelines import ID2LABEL, NUM_CLASSES, PATCH, SIDE, PipelineMaker, tiny_pipeline, tiny_transformer
+from tiny_pipelines import (
+    ID2LABEL,
+    NUM_CLASSES,
+    PATCH,
+    SIDE,
+    PipelineMaker,
+    any_size_autoencoder,
+    tiny_pipeline,
+    tiny_text_pipeline,
+    tiny_transformer,
+)
 
 import repagen
 from repagen import (
@@ -340,3 +350,74 @@ def test_a_damaged_pipeline_is_one_line(damage: str, tmp_path: Path) -> None:
         config.write_text(config.read_text().replace('"hidden_size": ', '"hidden_size": 1'))
     with pytest.raises(UserError, match=r"cannot be loaded|the file is damaged"):
         load_pipeline(str(folder), "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("text_model")
+    tiny_text_pipeline(vae=any_size_autoencoder()).save_pretrained(folder)
+    return str(folder)
+
+
+class TestPrompts:
+    def test_one_image_per_prompt_with_its_facts(self, text_model, tmp_path, monkeypatch):
+        words = ["--prompt", "a red cube", "ein *blauer* Ball", "--negative-prompt", "grey", "--guidance-scale", "2"]
+        sample(monkeypatch, "--model", text_model, *words, "--output", str(tmp_path / "a"))
+        assert len(pixels(tmp_path / "a")) == 2
+        facts = read_png_facts(tmp_path / "a/images/000001.png")
+        expected = {"prompt": "ein *blauer* Ball", "negative_prompt": "grey", "seed": 0, "index": 1}
+        assert {name: facts[name] for name in expected} == expected and "class_label" not in facts
+        with Image.open(tmp_path / "a/images/000001.png") as image:
+            assert image.info["Description"].startswith("prompt 'ein *blauer* Ball', seed 0, image 1, 2 steps")
+        program, *again = shlex.split(facts["command"])
+        monkeypatch.setattr(sys, "argv", [program, *again, "--output", str(tmp_path / "b")])
+        cli.main()
+        first, second = ({p.name: p.read_bytes() for p in (tmp_path / out / "images").iterdir()} for out in "ab")
+        assert first == second
+
+    def test_a_file_of_prompts_a_number_and_a_size(self, text_model, tmp_path, monkeypatch):
+        (tmp_path / "prompts.txt").write_text("a red cube\n\n  赤い立方体  \n", encoding="utf-8")
+        words = ["--prompts-file", str(tmp_path / "prompts.txt"), "--number", "3", "--height", "12", "--width", "8"]
+        sample(monkeypatch, "--model", text_model, *words, "--output", str(tmp_path / "out"))
+        images = pixels(tmp_path / "out")
+        assert len(images) == 3 and {image.shape for image in images.values()} == {(12, 8, 3)}
+        prompts = [read_png_facts(tmp_path / f"out/images/{i:06d}.png")["prompt"] for i in range(3)]
+        assert prompts == ["a red cube", "赤い立方体", "a red cube"]
+
+    def test_the_prompt_decides_the_picture(self, text_model, tmp_path, monkeypatch):
+        for name, prompt in {"a": "a red cube", "b": "two blue balls"}.items():
+            sample(monkeypatch, "--model", text_model, "--prompt", prompt, "--output", str(tmp_path / name))
+        a, b = (pixels(tmp_path / name)["000000.png"] for name in "ab")
+        assert not np.array_equal(a, b)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ((), "give either --prompt with one or more texts, or --prompts-file"),
+            (("--prompt", "a", "--prompts-file", "b"), "give either --prompt"),
+            (("--class-labels", "1"), "--class-labels was given, but the model draws prompts"),
+            (("--prompts-file", "no/such"), "--prompts-file no/such cannot be read"),
+            (("--prompt", "a", "--height", "9"), "--height is 9; give a positive multiple of 2 px"),
+            (("--prompt", "a", "--guidance-method", "internal"), "has no base head"),
+        ],
+    )
+    def test_a_mistake_is_one_line(self, text_model, tmp_path, monkeypatch, capsys, words, message):
+        with pytest.raises(SystemExit) as exit_info:
+            sample(monkeypatch, "--model", text_model, "--output", str(tmp_path / "out"), *words)
+        assert exit_info.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("repagen: error")]
+        assert message in line
+
+    def test_prompts_are_no_classes(self, model, tmp_path, monkeypatch, capsys):
+        with pytest.raises(SystemExit):
+            sample(monkeypatch, "--model", model, "--prompt", "a", "--output", str(tmp_path / "out"))
+        assert "--prompt was given, but the model draws classes" in capsys.readouterr().err
+
+    def test_the_script_of_a_repository(self, text_model, tmp_path, monkeypatch, capsys):
+        output = tmp_path / "grid.png"
+        words = ["--model", text_model, "--prompt", "a", "b", "--num-inference-steps", "2", "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+        runpy.run_path(str(DOOR.with_name("text_to_image") / "sample.py"), run_name="__main__")
+        with Image.open(output) as grid:
+            assert grid.size == (16, 8)
+        assert "wrote" in capsys.readouterr().out

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from repagen import (
     ClassToImagePipeline,
@@ -18,6 +22,8 @@ from repagen import (
     RAEv2Transformer2DModel,
     RepresentationAutoencoder,
     SiTTransformer2DModel,
+    TextEncoder,
+    TextToImagePipeline,
     sampler_preset,
 )
 
@@ -82,18 +88,81 @@ def tiny_pipeline(cls: type = SiTTransformer2DModel, **overrides: Any) -> ClassT
     return pipe
 
 
+TEXT_GENERATORS: dict[type, dict[str, Any]] = {
+    DiTDHTransformer2DModel: {"text_conditioning": "in_context"},
+    RAEv2Transformer2DModel: {"text_conditioning": "cross_attention"},
+}
+TEXT_LENGTH, TEXT_DIM = 20, 32
+
+
+def tiny_text_encoder() -> TextEncoder:
+    """A T5 of random weights with a tokenizer of bytes."""
+    return copy.deepcopy(_saved_text_encoder())
+
+
+@cache
+def _saved_text_encoder() -> TextEncoder:
+    from encoders.tiny_text_encoders import save_tiny
+
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = TextEncoder.from_encoder(save_tiny(Path(folder), "t5"), max_length=TEXT_LENGTH)
+        encoder.save_pretrained(Path(folder) / "whole")
+        return TextEncoder.from_pretrained(Path(folder) / "whole")
+
+
+def tiny_text_transformer(cls: type = DiTDHTransformer2DModel, seed: int = 0, **overrides: Any) -> Any:
+    arguments = {"num_classes": 0, "text_dim": TEXT_DIM, "text_dropout_prob": 0.1, **TEXT_GENERATORS[cls]}
+    return tiny_transformer(cls, seed, **{**arguments, **overrides})
+
+
+def any_size_autoencoder() -> AutoencoderKL:
+    """One that decodes every grid, 2 px a token."""
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=CHANNELS,
+        down_block_types=2 * ("DownEncoderBlock2D",), up_block_types=2 * ("UpDecoderBlock2D",),
+    ).eval()  # fmt: skip
+
+
+def tiny_text_components(cls: type = DiTDHTransformer2DModel, **overrides: Any) -> dict[str, Any]:
+    components = {
+        "transformer": tiny_text_transformer(cls),
+        "vae": tiny_autoencoder(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=2.0),
+        "text_encoder": tiny_text_encoder(),
+    }
+    return {**components, **overrides}
+
+
+def tiny_text_pipeline(cls: type = DiTDHTransformer2DModel, **overrides: Any) -> TextToImagePipeline:
+    pipe = TextToImagePipeline(**tiny_text_components(cls, **overrides))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @dataclass(frozen=True)
 class PipelineMaker:
     """Constructor of tiny pipelines around one class of generator."""
 
     transformer_class: type
 
-    def __call__(self, **overrides: Any) -> ClassToImagePipeline:
+    def __call__(self, **overrides: Any) -> Any:
         return tiny_pipeline(self.transformer_class, **overrides)
 
     def weaker(self) -> Any:
         """Another transformer of that class, for autoguidance."""
         return tiny_transformer(self.transformer_class, seed=5)
+
+
+@dataclass(frozen=True)
+class TextPipelineMaker(PipelineMaker):
+    """The same, of pipelines that take prompts."""
+
+    def __call__(self, **overrides: Any) -> Any:
+        return tiny_text_pipeline(self.transformer_class, **overrides)
+
+    def weaker(self) -> Any:
+        return tiny_text_transformer(self.transformer_class, seed=5)
 
 
 def inputs(**overrides: Any) -> dict[str, Any]:
@@ -106,3 +175,9 @@ def inputs(**overrides: Any) -> dict[str, Any]:
         "output_type": "pt",
     }
     return {**arguments, **overrides}
+
+
+def text_inputs(**overrides: Any) -> dict[str, Any]:
+    """The call that most tests of prompts share."""
+    shared = {name: value for name, value in inputs().items() if name != "class_labels"}
+    return {"prompt": "a red cube", **shared, **overrides}

@@ -55,6 +55,16 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def new_model(config: Any, latent_shape: tuple[int, int, int], num_classes: int, **more: Any) -> Any:
+    """The network of a configuration, for so many classes."""
+    from repagen.training.conditioning import ClassConditioning
+    from repagen.training.generator_model import build_model
+
+    names = [str(label) for label in range(num_classes)]
+    arguments = ClassConditioning.of_all(names, config.label_dropout).model_arguments
+    return build_model(config, latent_shape, arguments, **more)
+
+
 def write_parts(folder: Path) -> Path:
     """Write an encoder, a representation autoencoder (16, 4, 4) and a KL autoencoder (4, 8, 8), both for 32 px."""
     from diffusers import AutoencoderKL
@@ -120,7 +130,9 @@ def train_settings(values: dict[str, Any], folder: Path, *words: str) -> Path:
     return folder / "run"
 
 
-def stop_after(values: dict[str, Any], folder: Path, steps: int, *words: str) -> Path:
+def stop_after(
+    values: dict[str, Any], folder: Path, steps: int, *words: str, train: Callable[..., Path] = train_settings
+) -> Path:
     """Train and send SIGTERM to this process within the last of `steps` steps; => the run's folder."""
     import signal
 
@@ -139,7 +151,7 @@ def stop_after(values: dict[str, Any], folder: Path, steps: int, *words: str) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "log", log_and_signal)
         with pytest.raises(RunStopped, match=f"stopped after step {steps} of"):
-            train_settings(values, folder, *words)
+            train(values, folder, *words)
     return folder / "run"
 
 
@@ -167,20 +179,20 @@ def write_settings(values: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def command(config: Path, *words: str, processes: int = 1) -> list[str]:
-    """The command line of generator training, under torchrun for several processes."""
-    module = ["-m", "repagen.training.generator", "--config", str(config), *words]
+def command(config: Path, *words: str, processes: int = 1, program: str = "generator") -> list[str]:
+    """The command line of a training, under torchrun for several processes."""
+    module = ["-m", f"repagen.training.{program}", "--config", str(config), *words]
     if processes == 1:
         return [sys.executable, *module]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--no-python"]
     return [sys.executable, *launcher, sys.executable, *module]
 
 
-def start(config: Path, *words: str, processes: int = 1) -> subprocess.Popen[str]:
-    """Start generator training in a process of its own."""
+def start(config: Path, *words: str, processes: int = 1, program: str = "generator") -> subprocess.Popen[str]:
+    """Start a training in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command(config, *words, processes=processes),
+        command(config, *words, processes=processes, program=program),
         env=environment,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -13,12 +13,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from encoders.tiny_text_encoders import save_tiny
 from PIL import Image
 
 import repagen
 from repagen.cli import main
-from repagen.data import DataConfig, ImageDataset, LatentShards, StreamBatchSampler, load_batches, open_dataset
+from repagen.data import (
+    CaptionConfig,
+    DataConfig,
+    ImageDataset,
+    LatentShards,
+    StreamBatchSampler,
+    load_batches,
+    open_dataset,
+)
 from repagen.encoders import VisionEncoder
+from repagen.encoders.prompt_cache import CachedTextEncoder
+from repagen.encoders.text import TextEncoder
 from repagen.errors import UserError
 from repagen.models.latents import images_to_latents
 from repagen.training.latent_cache import CacheConfig, cache_latents, require_matching_cache
@@ -265,6 +276,52 @@ def test_command_caches_targets_of_named_encoders(
     require_matching_cache(shards, repagen.RepresentationAutoencoder.from_pretrained(tmp_path / "ae"), [encoder])
 
 
+def test_command_keeps_captions_and_their_embeddings(
+    autoencoder: object, photos: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Afterwards every caption is found without the text encoder, as the text encoder reads it."""
+    for number, path in enumerate(sorted(photos.rglob("*.png"))):
+        path.with_suffix(".txt").write_text(f"a red cube\nnumber {number}")
+    text = save_tiny(tmp_path / "text", "qwen3")
+    first, *others = command(autoencoder, photos, tmp_path, "cache")
+    words = [first, "data.captions={}", *others, "--prompt-cache", str(tmp_path / "prompts"), "--text-encoder"]
+    words += [str(text), "--max-length", "12", "--hidden-layer", "-2"]
+    monkeypatch.setattr(sys, "argv", ["repagen", *words])
+    main()
+    assert capsys.readouterr().out.strip().endswith(f"text.cache={tmp_path / 'prompts'}")
+    shards = LatentShards(tmp_path / "cache")
+    texts = [text for index in range(COUNT) for text in shards.captions(index).texts]
+    assert set(texts) == {"a red cube", *(f"number {number}" for number in range(COUNT))}
+    encoder = TextEncoder.from_encoder(text, max_length=12, hidden_layer=-2)
+    cached = CachedTextEncoder(tmp_path / "prompts")
+    assert cached.cache.size()[0] == COUNT + 2  # and the empty one
+    for one, other in zip(cached.encode(texts[:5]), encoder.encode(texts[:5]), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--text-encoder", "x"], "--text-encoder and --prompt-cache go together"),
+        (["--text-encoder", "x", "--prompt-cache", "y"], "the images have no captions"),
+        (
+            ["data.captions.missing=empty", "--text-encoder", "no/where", "--prompt-cache", "y"],
+            "--text-encoder: .*no/where",
+        ),
+    ],
+)
+def test_command_refuses_captions_it_cannot_encode(
+    autoencoder: object, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    first, *others = command(autoencoder, photos, tmp_path, "cache")
+    settings = [word for word in words if word.startswith("data.")]
+    others += words[len(settings) :]
+    monkeypatch.setattr(sys, "argv", ["repagen", "--debug", first, *settings, *others])
+    with pytest.raises(UserError, match=message):
+        main()
+
+
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again_give_the_same_bytes(
     autoencoder: object, photos: Path, tmp_path: Path
@@ -296,3 +353,59 @@ def test_two_processes_write_the_same_bytes(autoencoder: object, photos: Path, t
             [*launcher, "-m", "repagen.cli", *words], check=True, env=environment, capture_output=True, timeout=300
         )
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_cache_keeps_captions_and_several_sizes(tmp_path: Path) -> None:
+    """Every cached latent is that of its own image with its own captions, whatever its size; and a batch has one."""
+    torch.manual_seed(0)
+    kl = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shapes = [(16, 16), (24, 16), (16, 24)]
+    for number in range(11):
+        width, height = shapes[number % 3]
+        noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(f"picture {number}\nanother blå {number}")
+    config = DataConfig(
+        path=str(folder), image_size=16, captions=CaptionConfig(), buckets=["1:1", "3:2", "2:3"], bucket_step=4,
+        index_folder=str(tmp_path / "index"),
+    )  # fmt: skip
+    dataset = open_dataset(config)
+    assert isinstance(dataset, ImageDataset)
+    shards = cache_latents(kl, dataset, tmp_path / "cache", config=CacheConfig(batch_size=2, shard_rows=3))
+    assert len(shards) == 11 and shards.bucket_sizes == [(8, 8), (6, 10), (10, 6)] and shards.has_captions
+    assert shards.buckets is not None and shards.buckets.bincount().tolist() == [4, 4, 3]
+    seen = []
+    for row in range(11):
+        source = int(shards.describe(row).split("image ")[1].split()[0])
+        expected = images_to_latents(kl, dataset[source]["image"][None], sample_posterior=False)[0]
+        torch.testing.assert_close(shards[row]["latent"], expected, atol=1e-5, rtol=1e-5)
+        assert shards.captions(row) == dataset.captions(source) and shards[row]["caption"] == f"picture {source}"
+        assert shards[row]["latent"].shape[1:] == shards.bucket_sizes[int(shards.buckets[row])]
+        seen.append(source)
+    assert sorted(seen) == list(range(11))
+    sampler = StreamBatchSampler(11, 2, seed=0, num_steps=12, buckets=shards.buckets)
+    assert {batch["latent"].shape[2:] for batch in load_batches(shards, sampler, 0)} == {(8, 8), (6, 10), (10, 6)}
+    copy = open_dataset(DataConfig(kind="latents", path=str(tmp_path / "cache"), captions=CaptionConfig()))
+    assert copy.captions(3) == shards.captions(3)
+
+
+def test_what_cannot_be_cached_in_several_sizes_is_refused(
+    autoencoder: object, encoder: VisionEncoder, photos: Path, tmp_path: Path
+) -> None:
+    dataset = opened(photos, buckets=[[16, 16], [16, 24]], bucket_step=8, index_folder=str(tmp_path / "index"))
+    with pytest.raises(UserError, match=r"data\.buckets: 16x24 px, but RepresentationAutoencoder"):
+        cache_latents(autoencoder, dataset, tmp_path / "cache", config=CONFIG)
+    square = opened(photos, buckets=["1:1"], bucket_step=8, index_folder=str(tmp_path / "index"))
+    with pytest.raises(UserError, match=r"data\.buckets: alignment targets"):
+        cache_latents(autoencoder, square, tmp_path / "cache", encoders=[encoder], config=CONFIG)
+
+
+def test_a_cache_without_captions_refuses_to_give_them(autoencoder: object, photos: Path, tmp_path: Path) -> None:
+    cache_latents(autoencoder, opened(photos), tmp_path / "cache", config=CONFIG)
+    with pytest.raises(UserError, match=r"data\.captions: given, but data\.kind=latents"):
+        open_dataset(DataConfig(kind="latents", path=str(tmp_path / "cache"), captions=CaptionConfig()))

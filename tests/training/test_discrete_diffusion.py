@@ -9,17 +9,18 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
+from repagen.flow.conditions import ConditionDropout, Conditions
 from repagen.randomness import generator_for
 from repagen.training.discrete_diffusion import DDPM, DDPMSample
 
 SHAPE = (2, 3, 3)
-PROCESS = DDPM(num_classes=10, label_dropout=0.5)
+PROCESS = DDPM(ConditionDropout.of_classes(10, 0.5))
 
 
 def draw(positions: range) -> DDPMSample:
     latents = torch.stack([torch.full(SHAPE, position / 10) for position in positions])
     generators = [generator_for(0, "flow", position) for position in positions]
-    return PROCESS.draw(latents, torch.arange(len(positions)) % 10, generators)
+    return PROCESS.draw(latents, Conditions(torch.arange(len(positions)) % 10), generators)
 
 
 def at_steps(steps: list[int]) -> DDPMSample:
@@ -28,7 +29,7 @@ def at_steps(steps: list[int]) -> DDPMSample:
     latents, noise = (torch.randn(len(steps), *SHAPE, generator=generator) for _ in range(2))
     numbers = torch.tensor(steps)
     noisy = scheduler().add_noise(latents, noise, numbers)
-    return DDPMSample(latents, noisy, noise, numbers / 1000, None, numbers)
+    return DDPMSample(latents, noisy, noise, numbers / 1000, Conditions(), numbers)
 
 
 def scheduler() -> Any:
@@ -50,7 +51,7 @@ def test_draws_belong_to_the_position_not_to_the_batch() -> None:
     whole, part = draw(range(8)), draw(range(5, 8))
     assert torch.equal(whole.steps[5:], part.steps)
     assert torch.equal(whole.noisy[5:], part.noisy)
-    assert whole.labels is not None and part.labels is not None
+    assert whole.conditions.labels is not None and part.conditions.labels is not None
 
 
 def test_steps_are_whole_numbers_in_range_and_uniform() -> None:

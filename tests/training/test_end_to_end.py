@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from decoder_parts import folder_bytes, rows, run_two_processes, words, write_lpips
-from generator_parts import write_parts
+from generator_parts import new_model, write_parts
 from torch import nn
 
 from repagen import ClassToImagePipeline, UserError, images_to_latents
@@ -16,12 +16,12 @@ from repagen.config import load_config, save_config
 from repagen.data import open_dataset
 from repagen.randomness import generator_for
 from repagen.training.checkpoint import CheckpointFolder
+from repagen.training.conditioning import ClassConditioning
 from repagen.training.end_to_end import build_objective, train
 from repagen.training.end_to_end_config import EndToEndConfig
 from repagen.training.end_to_end_step import EndToEndStep, LatentNorm, constant
 from repagen.training.frozen import FrozenParts
 from repagen.training.generator_alignment import build_terms
-from repagen.training.generator_model import build_model
 from repagen.training.run import open_run
 
 WIDTHS = {"hidden_size": 16, "depth": 3, "num_heads": 2}
@@ -114,8 +114,9 @@ class OneStep:
         with open_run(config, "end_to_end") as run:
             dataset = open_dataset(config.data)
             frozen = FrozenParts.open(config, dataset, run)
-            objective = build_objective(config, frozen, dataset.num_classes)
-            step = EndToEndStep(run, config, frozen, objective, dataset)
+            conditioning = ClassConditioning.of_all(dataset.class_names, config.label_dropout)
+            objective = build_objective(config, frozen, conditioning)
+            step = EndToEndStep(run, config, frozen, conditioning, objective, dataset)
             _, micro_batches = next(run.steps(dataset, 0))
             (self.batch,) = micro_batches
             self.objective, self.autoencoder, self.norm = map(deepcopy, (objective, frozen.autoencoder, step.norm))
@@ -283,7 +284,7 @@ def test_the_release_is_a_pipeline_that_standardises_by_the_running_statistics(c
 def test_the_published_sizes_and_weights():
     config = load_config(EndToEndConfig, "repa_e", ["data.path=unused"])
     with torch.device("meta"):
-        model = build_model(config, (4, 32, 32), 1000)
+        model = new_model(config, (4, 32, 32), 1000)
         terms = build_terms(config.alignment, model, [768])
     projector = sum(p.numel() for p in terms["alignment"].parameters())
     parameters = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel() + projector

@@ -283,10 +283,10 @@ def test_interrupted_prior_images_go_on_and_are_the_same(
     lost.unlink()
     calls: list[Any] = []
     call = ClassToImagePipeline.__call__
-    monkeypatch.setattr(ClassToImagePipeline, "__call__", lambda *a, **k: calls.append(k) or call(*a, **k))
+    monkeypatch.setattr(ClassToImagePipeline, "__call__", lambda *a, **k: calls.append(a) or call(*a, **k))
     words = ["prior.images_per_class=2", "prior.forward_batch_size=3"]
     again = finetune(settings(parts, "lora"), tmp_path, *words)
-    prior, grid = (kwargs["class_labels"] for kwargs in calls)
+    prior, grid = (labels for _, labels in calls)
     assert prior == [2] and len(grid) > 1  # the batch that had lost one, alone; then the grid beside the release
     assert lost.read_bytes() == (kept / "000001" / "000001.png").read_bytes()
     assert result_bytes(again) == result_bytes(finished["lora"])

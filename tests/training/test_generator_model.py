@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from generator_parts import SIT_WIDTHS, metric_rows, tiny_settings, train_settings, write_parts
+from generator_parts import SIT_WIDTHS, metric_rows, new_model, tiny_settings, train_settings, write_parts
 from golden_cases import GoldenCase
 from safetensors.torch import load_file
 
@@ -23,7 +23,7 @@ from repagen import (
 from repagen.config import load_config
 from repagen.errors import UserError
 from repagen.training.generator_config import GeneratorConfig
-from repagen.training.generator_model import build_model, refuse_other_autoencoder, token_grid
+from repagen.training.generator_model import refuse_other_autoencoder, token_grid
 
 SHAPE = (16, 4, 4)
 
@@ -51,7 +51,7 @@ def config(folder: Path, *words: str) -> GeneratorConfig:
 
 
 def build(folder: Path, *words: str, num_classes: int = 10, shape: tuple[int, int, int] = SHAPE) -> Any:
-    return build_model(config(folder, f"transformer.pretrained={folder / 'sit'}", *words), shape, num_classes)
+    return new_model(config(folder, f"transformer.pretrained={folder / 'sit'}", *words), shape, num_classes)
 
 
 def test_weights_direction_and_prediction_are_the_pretrained_ones(tmp_path: Path) -> None:
@@ -162,10 +162,10 @@ def test_a_new_network_predicts_what_its_class_says(tmp_path: Path) -> None:
     for architecture, size in (("sit", "S"), ("dit", "S"), ("raev2", "XL")):
         with torch.device("meta"):
             words = [f"transformer.architecture={architecture}", f"transformer.size={size}"]
-            found[architecture] = build_model(config(tmp_path, *words), SHAPE, 10).config.prediction_type
+            found[architecture] = new_model(config(tmp_path, *words), SHAPE, 10).config.prediction_type
     assert found == {"sit": "velocity", "dit": "epsilon", "raev2": "sample"}
     with torch.device("meta"):
-        assert isinstance(build_model(config(tmp_path), SHAPE, 10), DiTDHTransformer2DModel)
+        assert isinstance(new_model(config(tmp_path), SHAPE, 10), DiTDHTransformer2DModel)
 
 
 def test_a_released_pipeline_is_fine_tuned_at_once(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_converted_model_is_fine_tuned_at_once_and_exported_back(golden: Path,
 
 def test_a_pretrained_network_may_learn_a_class_token(tmp_path: Path) -> None:
     official = official_sit(tmp_path / "sit")
-    model = build_model(config(tmp_path, f"transformer.pretrained={tmp_path / 'sit'}"), SHAPE, 10, class_token_dim=8)
+    model = new_model(config(tmp_path, f"transformer.pretrained={tmp_path / 'sit'}"), SHAPE, 10, class_token_dim=8)
     own, new = official.state_dict(), model.state_dict()
     assert model.config.class_token_dim == 8 and own.keys() < new.keys()
     assert all(torch.equal(new[name], own[name]) for name in own)
@@ -257,7 +257,7 @@ def test_the_command_line_is_blamed_for_its_own_values(tmp_path: Path, word: str
 )
 def test_sizes_that_do_not_fit_are_refused_by_their_keys(tmp_path: Path, words: list[str], message: str) -> None:
     with torch.device("meta"), pytest.raises(UserError, match=message):
-        build_model(config(tmp_path, *(f"transformer.{word}" for word in words)), SHAPE, 10)
+        new_model(config(tmp_path, *(f"transformer.{word}" for word in words)), SHAPE, 10)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_sizes_that_do_not_fit_are_refused_by_their_keys(tmp_path: Path, words: 
 def test_what_a_ddpm_takes_no_notice_of_is_refused(tmp_path: Path, word: str) -> None:
     key = word.split("=")[0]
     with torch.device("meta"), pytest.raises(UserError, match=f"^{key}: .* has no effect, DDPMDiT"):
-        build_model(config(tmp_path, "transformer.architecture=dit", word), SHAPE, 10)
+        new_model(config(tmp_path, "transformer.architecture=dit", word), SHAPE, 10)
 
 
 def pipeline_folder(folder: Path, transformer: Any, vae: Path) -> Path:

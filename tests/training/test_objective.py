@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from repagen.flow.conditions import ConditionDropout, Conditions
 from repagen.flow.path import interpolate
 from repagen.flow.time import TimeDistribution, TimeShift
 from repagen.models.transformer_sit import SiTTransformer2DModel
@@ -16,7 +17,8 @@ from repagen.training.noising import FlowMatching, FlowSample, flow_losses
 from repagen.training.objective import GeneratorObjective, weighted_sum
 
 SHAPE = (3, 2, 2)
-FLOW = FlowMatching(TimeDistribution(), num_classes=10, label_dropout=0.5)
+KEPT = ConditionDropout.of_classes(10, 0.0)
+FLOW = FlowMatching(TimeDistribution(), ConditionDropout.of_classes(10, 0.5))
 
 
 def generators(positions: range) -> list[torch.Generator]:
@@ -26,7 +28,9 @@ def generators(positions: range) -> list[torch.Generator]:
 def draw(positions: range, label_dropout: float = 0.5, num_classes: int = 10) -> FlowSample:
     latents = torch.stack([torch.full(SHAPE, float(position)) for position in positions])
     labels = torch.arange(len(positions)) % max(num_classes, 1)
-    return FlowMatching(TimeDistribution(), num_classes, label_dropout).draw(latents, labels, generators(positions))
+    dropout = ConditionDropout.of_classes(num_classes, label_dropout)
+    conditions = Conditions(labels) if num_classes else Conditions()
+    return FlowMatching(TimeDistribution(), dropout).draw(latents, conditions, generators(positions))
 
 
 def test_draws_belong_to_the_position_not_to_the_batch() -> None:
@@ -45,14 +49,15 @@ def test_drawn_point_lies_on_the_path() -> None:
 
 def test_labels_are_dropped_at_the_rate_to_the_null_label() -> None:
     flow = draw(range(4000), label_dropout=0.1)
-    assert flow.labels is not None
-    share = (flow.labels == 10).float().mean().item()
+    labels = flow.conditions.labels
+    assert labels is not None
+    share = (labels == 10).float().mean().item()
     assert abs(share - 0.1) < 4 * math.sqrt(0.09 / 4000)
-    assert torch.equal(flow.labels[flow.labels != 10], (torch.arange(4000) % 10)[flow.labels != 10])
+    assert torch.equal(labels[labels != 10], (torch.arange(4000) % 10)[labels != 10])
 
 
 def test_no_classes_no_labels() -> None:
-    assert draw(range(3), num_classes=0).labels is None
+    assert draw(range(3), num_classes=0).conditions == Conditions()
 
 
 def test_exact_predictions_have_no_loss() -> None:
@@ -63,7 +68,7 @@ def test_exact_predictions_have_no_loss() -> None:
 
 def test_sample_loss_is_the_velocity_loss_with_a_clamped_time() -> None:
     flow = draw(range(5))
-    flow = FlowSample(flow.latents, flow.noisy, flow.noise, torch.tensor([0.001, 0.02, 0.05, 0.5, 1.0]), None)
+    flow = FlowSample(flow.latents, flow.noisy, flow.noise, torch.tensor([0.001, 0.02, 0.05, 0.5, 1.0]), Conditions())
     losses = flow_losses(flow.latents + 0.3, flow, "sample")
     expected = (0.3 / torch.tensor([0.05, 0.05, 0.05, 0.5, 1.0])) ** 2
     assert torch.allclose(losses, expected, rtol=1e-3)
@@ -87,14 +92,16 @@ def test_losses_are_float32_under_autocast() -> None:
 
 def test_shift_moves_the_drawn_times() -> None:
     plain, shifted = TimeDistribution(), TimeDistribution(shift=TimeShift(4.0))
-    latents, labels = torch.zeros(6, *SHAPE), torch.zeros(6, dtype=torch.long)
-    draws = [FlowMatching(times, 1, 0.0).draw(latents, labels, generators(range(6))).t for times in (plain, shifted)]
+    latents, dropout = torch.zeros(6, *SHAPE), ConditionDropout.of_classes(0, 0.0)
+    draws = [
+        FlowMatching(times, dropout).draw(latents, Conditions(), generators(range(6))).t for times in (plain, shifted)
+    ]
     assert torch.allclose(TimeShift(4.0)(draws[0]), draws[1])
 
 
 def test_direction_loss_sees_angles_alone() -> None:
     flow = draw(range(5))
-    process = FlowMatching(TimeDistribution(), 10, 0.0, direction_loss=True)
+    process = FlowMatching(TimeDistribution(), KEPT, direction_loss=True)
 
     def direction(prediction: torch.Tensor) -> torch.Tensor:
         return process.losses(SimpleNamespace(sample=prediction), flow, "velocity")["direction"]
@@ -114,15 +121,15 @@ def test_base_head_has_the_error_of_the_last_layer() -> None:
 
 
 def test_students_of_a_looped_network_leave_after_their_own_number_of_loops() -> None:
-    process = FlowMatching(TimeDistribution(), 10, 0.0, num_loops=4)
-    latents, labels = torch.zeros(600, *SHAPE), torch.zeros(600, dtype=torch.long)
+    process = FlowMatching(TimeDistribution(), KEPT, num_loops=4)
+    latents, labels = torch.zeros(600, *SHAPE), Conditions(torch.zeros(600, dtype=torch.long))
     whole = process.draw(latents, labels, generators(range(600)))
-    part = process.draw(latents[:5], labels[:5], generators(range(595, 600)))
+    part = process.draw(latents[:5], Conditions(labels.labels[:5]), generators(range(595, 600)))
     assert whole.student_loops is not None and part.student_loops is not None
     assert torch.equal(whole.student_loops[595:], part.student_loops)
     shares = torch.bincount(whole.student_loops, minlength=5) / 600
     assert shares[0] == shares[4] == 0 and (shares[1:4] - 1 / 3).abs().max() < 4 * math.sqrt(2 / 9 / 600)
-    plain = FlowMatching(TimeDistribution(), 10, 0.0).draw(latents, labels, generators(range(600)))
+    plain = FlowMatching(TimeDistribution(), KEPT).draw(latents, labels, generators(range(600)))
     assert torch.equal(plain.noisy, whole.noisy)
 
     every = tuple(torch.full_like(whole.velocity, float(loop)) for loop in (1, 2, 3))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from generator_parts import TINY, write_parts
+from generator_parts import TINY, new_model, write_parts
 
 from repagen.cli import COMMANDS
 from repagen.config import load_config, preset_names, read_preset
@@ -20,7 +20,6 @@ from repagen.training import recipes_command
 from repagen.training.generator import train
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.generator_loop import time_distribution
-from repagen.training.generator_model import build_model
 from repagen.training.log import read_metrics
 
 SD_VAE, RAE = (4, 32, 32), (768, 16, 16)
@@ -82,7 +81,7 @@ def test_sizes_are_the_published_ones(name: str) -> None:
     shape, parameters, alpha = IMAGENET[name]
     config = load_config(GeneratorConfig, name, PLACES)
     with torch.device("meta"):
-        model = build_model(config, shape, 1000, class_token_dim=768 if config.alignment.class_token else 0)
+        model = new_model(config, shape, 1000, class_token_dim=768 if config.alignment.class_token else 0)
     assert parameters_with_tables(model) == parameters
     assert time_distribution(config, shape).shift.alpha == pytest.approx(alpha, abs=1e-3)
 
@@ -90,7 +89,7 @@ def test_sizes_are_the_published_ones(name: str) -> None:
 def test_a_looped_network_has_the_depth_of_sit_xl_in_fewer_weights() -> None:
     config = load_config(GeneratorConfig, "elt_xl", PLACES)
     with torch.device("meta"):
-        model = build_model(config, SD_VAE, 1000)
+        model = new_model(config, SD_VAE, 1000)
     assert model.config.depth * model.config.num_loops == 28
     assert SIT_XL / 4.5 < sum(p.numel() for p in model.parameters()) < SIT_XL / 3.5
 
@@ -101,7 +100,7 @@ def test_other_sizes_are_one_word_away(name: str, size: str) -> None:
     published = {"S": 32_963_360, "B": 130_512_416, "L": 458_102_816}[size]
     config = load_config(GeneratorConfig, name, [*PLACES, f"transformer.size={size}"])
     with torch.device("meta"):
-        model = build_model(config, SD_VAE, 1000)
+        model = new_model(config, SD_VAE, 1000)
     unused = 0 if name == "dit_xl_2" else 16 * (model.config.hidden_size + 1)
     assert parameters_with_tables(model) == published - unused
 
@@ -111,7 +110,7 @@ def test_presets_release_the_sampling_of_the_official_checkpoints(name: str) -> 
     config = load_config(GeneratorConfig, name, PLACES)
     shape = IMAGENET[name][0]
     with torch.device("meta"):
-        model = build_model(config, shape, 1000)
+        model = new_model(config, shape, 1000)
     recipe = OFFICIAL_FAMILIES[FAMILIES[name]].recipe(model.config)
     assert config.sampler.preset == recipe.preset
     steps = SAMPLER_PRESETS[recipe.preset].num_inference_steps

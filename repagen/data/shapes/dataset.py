@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from repagen.data.captions import Captions
 from repagen.data.config import DataConfig
-from repagen.data.dataset import ImageDataset, ImageSample
+from repagen.data.dataset import ImageDataset
 from repagen.data.shapes.drawing import draw_scene, picture_sides
 from repagen.data.shapes.scenes import Combinations, Scene, sample_scene
 from repagen.errors import UserError
@@ -42,8 +44,14 @@ class ShapesDataset(ImageDataset):
                 "data: shapes are neither mirrored nor cropped, their captions would be wrong; drop "
                 "data.horizontal_flip and data.crop"
             )
-        picture_sides(config.image_size)
         super().__init__(config, torch.zeros(config.num_images, dtype=torch.int64), [])
+        for size in self.bucket_sizes or [(config.image_size, config.image_size)]:
+            picture_sides(size)
+
+    @cached_property
+    def buckets(self) -> torch.Tensor | None:
+        """See `SampleDataset.buckets`; scenes are drawn in the sizes in turn."""
+        return torch.arange(len(self)) % len(self.bucket_sizes) if self.bucket_sizes else None
 
     def scene(self, index: int) -> Scene:
         """Return the scene of a sample."""
@@ -55,18 +63,19 @@ class ShapesDataset(ImageDataset):
         """Return the number of the scene within its subset."""
         return f"scene {index} of subset {self.config.subset}"
 
-    def try_load(self, index: int, generator: torch.Generator | None = None) -> ImageSample | None:
-        """Return sample `index` with a caption: one of the scene's prompts, or its first without a generator."""
-        sample = super().try_load(index, generator)
-        if sample is not None:
-            prompts = self.scene(index).prompts()
-            choice = int(torch.randint(len(prompts), (), generator=generator)) if generator is not None else 0
-            sample["caption"] = prompts[choice].text
-        return sample
+    def captions(self, index: int) -> Captions:
+        """Return the prompts of a scene, all of one weight."""
+        texts = tuple(prompt.text for prompt in self.scene(index).prompts())
+        return Captions(texts, (1.0,) * len(texts))
 
     def _decode(self, index: int) -> Image.Image:
-        return Image.fromarray(draw_scene(self.scene(index), self.config.image_size))
+        return Image.fromarray(draw_scene(self.scene(index), self.size(index)))
 
     def _hash_sources(self, digest: hashlib._Hash) -> None:
         for index in range(min(len(self), 16)):
             digest.update(repr(self.scene(index)).encode() + draw_scene(self.scene(index)).tobytes())
+
+    def _hash_captions(self, digest: hashlib._Hash) -> None:
+        """Add those of the first scenes: the others follow from the same code."""
+        for index in range(min(len(self), 16)):
+            digest.update(self.captions(index).to_json().encode())
