@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from folders import folder_bytes
 
 TOKEN = "hf_" + "a" * 34
 
@@ -42,8 +43,7 @@ class UploadHub:
         return self.folder / repo_id / name
 
     def files(self, repo_id: str, name: str = "main") -> dict[str, bytes]:
-        branch = self.branch(repo_id, name)
-        return {str(p.relative_to(branch)): p.read_bytes() for p in sorted(branch.rglob("*")) if p.is_file()}
+        return folder_bytes(self.branch(repo_id, name))
 
     def open(self, repo_id: str, *, private: bool = False) -> None:
         self.private[repo_id] = private

@@ -33,7 +33,7 @@ ALLOWED = {
     "conversion": {*BASE, "flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines"},
     "pipelines": {*BASE, "registration", "flow", "layers", "encoders", "models", "alignment", "schedulers"},
     "app": {*BASE, "flow", "models", "schedulers", "pipelines"},
-    "export": {*BASE, "models", "pipelines"},
+    "export": {*BASE, "encoders", "models", "pipelines"},
     "evaluation": {*BASE, "flow", "layers", "encoders", "models", "alignment", "schedulers", "pipelines", "data"},
     "doctor": {*BASE, "layers", "encoders", "models", "pipelines", "data"},
     "training": {

@@ -33,6 +33,8 @@ PUBLISHED = [
     "SelfAlignment",
     "SiTTransformer2DModel",
     "TextEncoder",
+    "TextToImagePipeline",
+    "TextToImagePipelineOutput",
     "TimeDistribution",
     "TimeShift",
     "UserError",

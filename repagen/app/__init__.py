@@ -1,1 +1,1 @@
-"""`repagen app`: a page that draws images of a pipeline's classes, alone or beside another model or adapter."""
+"""`repagen app`: a page that draws a pipeline's classes or prompts, alone or beside another model or adapter."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repagen.errors import UserError, refusing
-from repagen.pipelines.sample_command import add_model_arguments, open_pipeline
+from repagen.pipelines.sample_command import PIPELINE_KINDS, add_model_arguments, open_pipeline
 
 if TYPE_CHECKING:
     from repagen.app.page import Side
@@ -73,4 +73,4 @@ def _open_sides(args: argparse.Namespace) -> list[Side]:
         beside.model, beside.lora = args.beside or args.model, args.beside_lora
         beside.revision = None if args.beside else args.revision
         asked.append(beside)
-    return [Side(" + ".join([each.model, *each.lora]), *open_pipeline(each)) for each in asked]
+    return [Side(" + ".join([each.model, *each.lora]), *open_pipeline(each, PIPELINE_KINDS)) for each in asked]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,20 +25,22 @@ class DrawingRequest:
     """What a visitor asks for. Image i is that of `repagen sample` with the same seed.
 
     Attributes:
-        class_label: name or id of a class; empty for an unconditional pipeline.
+        subject: name or id of a class, or a prompt, as the pipeline takes it; empty for an unconditional one.
         number: images.
         num_inference_steps, guidance_scale, guidance_interval: as in the pipeline's call.
         seed: whole number.
         trajectory_images: states of the first image on its way that are shown; 0: none.
+        negative_prompt: what guidance leads away from; empty: as the pipeline does by itself.
     """
 
-    class_label: str
+    subject: str
     number: int
     num_inference_steps: int
     guidance_scale: float
     guidance_interval: tuple[float, float]
     seed: int
     trajectory_images: int
+    negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         """Check what the pipeline does not.
@@ -76,7 +78,7 @@ def numbered_images(pipe: Any, origin: Mapping[str, Any], request: DrawingReques
     """Return what `repagen sample` would draw with one batch.
 
     Args:
-        pipe: a `ClassToImagePipeline`.
+        pipe: a `ClassToImagePipeline` or `TextToImagePipeline`.
         origin: facts of all its images.
         request: what to draw.
 
@@ -89,9 +91,15 @@ def numbered_images(pipe: Any, origin: Mapping[str, Any], request: DrawingReques
         "guidance_interval": request.guidance_interval,
     }
     pipe.check_options(options)
-    conditional = pipe.transformer.config.num_classes > 0
-    labels = choose_labels(pipe, [request.class_label.strip()] if conditional else None, request.number)
-    return NumberedImages(pipe, labels, request.seed, request.number, options, origin)
+    subjects: Sequence[int | str | None]
+    arguments: dict[str, Any] = {}
+    if pipe.transformer.takes_text:
+        subjects = [request.subject] * request.number
+        arguments = {"negative_prompt": request.negative_prompt} if request.negative_prompt else {}
+    else:
+        conditional = pipe.transformer.config.num_classes > 0
+        subjects = choose_labels(pipe, [request.subject.strip()] if conditional else None, request.number)
+    return NumberedImages(pipe, subjects, request.seed, request.number, options, origin, arguments)
 
 
 def draw(numbered: NumberedImages, trajectory_images: int, stop: threading.Event) -> Iterator[Drawing]:

@@ -31,7 +31,7 @@ class Side:
 
     Attributes:
         title: stands above its images.
-        pipe: a `ClassToImagePipeline`.
+        pipe: a `ClassToImagePipeline` or `TextToImagePipeline`.
         origin: facts of all its images, for their metadata.
     """
 
@@ -55,9 +55,19 @@ class Page:
     Args:
         sides: one model, or two that draw the same request one after the other.
         folder: where the pictures are written that the page shows.
+
+    Attributes:
+        takes_prompts: the models draw prompts, not classes.
+
+    Raises:
+        UserError: one model draws prompts and the other does not.
     """
 
     def __init__(self, sides: Sequence[Side], folder: Path) -> None:
+        asked = {bool(side.pipe.transformer.takes_text): side.title for side in sides}
+        if len(asked) > 1:
+            raise UserError(f"{asked[True]} draws prompts and {asked[False]} does not; open them on a page each")
+        self.takes_prompts = True in asked
         self.sides = list(sides)
         self.folder = folder
         self._numbers = itertools.count()
@@ -67,7 +77,7 @@ class Page:
         """Names of the classes of all models, ids where they have no names; empty if none has classes."""
         names: dict[str, None] = {}
         for side in self.sides:
-            id2label = side.pipe.config["id2label"] or {}
+            id2label = side.pipe.config.get("id2label") or {}
             classes = range(side.pipe.transformer.config.num_classes)
             names |= {id2label.get(str(label), str(label)): None for label in classes}
         return list(names)
@@ -155,7 +165,7 @@ def build_page(page: Page) -> gr.Blocks:
 
         def on_draw(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
             try:
-                for update in page.draw(str(request.session_hash), _request_of(*values)):
+                for update in page.draw(str(request.session_hash), _request_of(page.takes_prompts, *values)):
                     yield [update.words, *_pictures_of(update, len(page.sides))]
             except UserError as error:
                 _warn(error)
@@ -173,12 +183,14 @@ def _warn(error: UserError) -> None:
     gr.Warning(html.escape(str(error)))  # gradio renders it as HTML
 
 
-def _settings(page: Page) -> list[Any]:
-    """The fields in the order of `_request_of`, filled with what the first pipeline does by itself."""
-    defaults = page.sides[0].pipe.sampling_options({})
+def _subject_fields(page: Page) -> list[Any]:
+    """What is to be drawn: a prompt and a negative one, or a class."""
+    if page.takes_prompts:
+        return [
+            gr.Textbox(label="prompt", lines=3, elem_id="prompt"),
+            gr.Textbox(label="negative prompt", lines=1, elem_id="negative-prompt"),
+        ]
     names = page.class_names()
-    low, high = defaults.guidance_interval
-    scale = defaults.guidance_scale
     return [
         gr.Dropdown(
             names,
@@ -187,7 +199,17 @@ def _settings(page: Page) -> list[Any]:
             allow_custom_value=True,
             visible=bool(names),
             elem_id="class",
-        ),
+        )
+    ]
+
+
+def _settings(page: Page) -> list[Any]:
+    """The fields in the order of `_request_of`, filled with what the first pipeline does by itself."""
+    defaults = page.sides[0].pipe.sampling_options({})
+    low, high = defaults.guidance_interval
+    scale = defaults.guidance_scale
+    return [
+        *_subject_fields(page),
         gr.Slider(1, MAX_IMAGES, 4, step=1, label="images"),
         gr.Number(defaults.num_inference_steps, precision=0, label="steps", elem_id="steps"),
         gr.Slider(min(1.0, scale), max(10.0, scale), scale, step=0.1, label="guidance"),
@@ -205,19 +227,21 @@ def _pictures_of(update: Update, num_sides: int) -> Iterator[Any]:
         yield update.trajectories.get(number, gr.skip())
 
 
-def _request_of(
-    label: str | None, number: Any, steps: Any, scale: Any, low: Any, high: Any, seed: Any, trajectory: Any
-) -> DrawingRequest:
+def _request_of(takes_prompts: bool, *values: Any) -> DrawingRequest:
     """What the fields of the page say.
 
     Raises:
         UserError: a field is empty or holds no number.
     """
+    subject, *rest = values
+    negative = rest.pop(0) if takes_prompts else ""
+    number, steps, scale, low, high, seed, trajectory = rest
     fields = {"images": number, "steps": steps, "seed": seed, "states on the way": trajectory}
     fields |= {"guidance": scale, "guided from t": low, "guided to t": high}
     for name, value in fields.items():
         if not isinstance(value, int | float):
             raise UserError(f"{name} is empty; give a number")
     return DrawingRequest(
-        str(label or ""), int(number), int(steps), float(scale), (float(low), float(high)), int(seed), int(trajectory)
-    )
+        str(subject or ""), int(number), int(steps), float(scale), (float(low), float(high)), int(seed),
+        int(trajectory), str(negative or ""),
+    )  # fmt: skip

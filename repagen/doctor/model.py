@@ -14,7 +14,7 @@ from safetensors import safe_open
 from repagen.doctor.report import Finding, Section, findings_of, readable_size
 from repagen.errors import UserError, refusing
 from repagen.hub.inspection import inspect_folder
-from repagen.pipelines.class_to_image import ClassToImagePipeline
+from repagen.pipelines.loading import saved_pipeline_class
 from repagen.pipelines.provenance import training_record
 
 
@@ -63,7 +63,10 @@ def _parts(folder: Path) -> Iterable[Finding]:
     memory = {"float32": 4 * total, "bfloat16": 2 * total}
     text = ", ".join(f"{readable_size(size)} in {dtype}" for dtype, size in memory.items())
     yield Finding("memory of weights", text, facts=memory)
-    yield from findings_of("classes", lambda: [_classes(folder, index)])
+    if "text_encoder" in index:
+        yield from findings_of("prompts", lambda: [_prompts(folder)])
+    else:
+        yield from findings_of("classes", lambda: [_classes(folder, index)])
     yield from findings_of("training", lambda: [_training(folder)])
 
 
@@ -75,7 +78,7 @@ def _training(folder: Path) -> Finding:
 
 def _loading(folder: Path) -> Iterable[Finding]:
     """Load the pipeline on the CPU as a user would, and look at every number."""
-    pipe = ClassToImagePipeline.from_pretrained(folder)
+    pipe = saved_pipeline_class(str(folder)).from_pretrained(folder)
     bad = [
         f"{part}.{key}"
         for part, model in pipe.components.items()
@@ -88,6 +91,22 @@ def _loading(folder: Path) -> Iterable[Finding]:
         yield Finding("loading", text, "problem", bad[:10], {"not_finite": bad})
     else:
         yield Finding("loading", "works on the CPU, and all weights are finite")
+
+
+def _prompts(folder: Path) -> Finding:
+    """What reads the prompts, how much of one, and whether its weights are here."""
+    path = folder / "text_encoder" / "config.json"
+    if not path.is_file():
+        return Finding("prompts", "the pipeline has no text encoder, calls give prompt_embeds")
+    config = _read_json(path)
+    read = [
+        f"{encoder.get('name_or_path') or encoder['family']} reads {encoder['max_length']} tokens"
+        for encoder in config["encoders"]
+    ]
+    if config.get("encoders_stored", True):
+        return Finding("prompts", ", ".join(read), facts={"encoders": config["encoders"]})
+    text = f"{', '.join(read)}; its weights are not inside, they are fetched when it reads the first"
+    return Finding("prompts", text, "note", facts={"encoders": config["encoders"]})
 
 
 def _classes(folder: Path, index: dict[str, Any]) -> Finding:

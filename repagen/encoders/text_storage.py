@@ -21,7 +21,8 @@ from repagen.hub.whole_models import WholeModelMixin
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER = "tokenizer.{}"  # sub-folder of each; a name without a dot breaks diffusers' search for variants
+TOKENIZER = "tokenizer.{}"
+"""Sub-folder of each encoder's tokenizer; a name without a dot breaks diffusers' search for variants."""
 
 
 class StoredTextEncoder(WholeModelMixin):
@@ -49,7 +50,7 @@ class StoredTextEncoder(WholeModelMixin):
             UserError: a folder that is refused or incomplete.
         """
         root = inspected_source(
-            pretrained_model_name_or_path, cls.__name__, kwargs, extra=(f"{_TOKENIZER.format('*')}/*",), weights=False
+            pretrained_model_name_or_path, cls.__name__, kwargs, extra=(f"{TOKENIZER.format('*')}/*",), weights=False
         )
         folder = root / (kwargs.get("subfolder") or "")
         config: Any = cls.load_config(folder)  # type: ignore[attr-defined]
@@ -128,7 +129,7 @@ class StoredTextEncoder(WholeModelMixin):
             return
         for index, tower in enumerate(self._loaded()):
             if is_main_process and tower.tokenizer is not None:
-                tower.tokenizer.save_pretrained(Path(save_directory) / _TOKENIZER.format(index))
+                tower.tokenizer.save_pretrained(Path(save_directory) / TOKENIZER.format(index))
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _loaded(self) -> list[TextTower]:
@@ -169,7 +170,7 @@ def _dtype(kwargs: Mapping[str, Any]) -> torch.dtype:
 
 def _stored_tokenizer(folder: Path, index: int, spec: TextEncoderSpec) -> Any:
     """Load a saved tokenizer; of a pipeline that diffusers alone downloaded, which leaves it out, fetch it first."""
-    place = folder / _TOKENIZER.format(index)
+    place = folder / TOKENIZER.format(index)
     if not place.is_dir():
         complete_snapshot(place, "text encoder of")
     return load_tokenizer(place, spec.name_or_path or spec.family)

@@ -8,7 +8,7 @@ what is computed from blocks depends on neither batch size nor process count.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,17 +134,20 @@ def extract(
     store = FeatureStore(folder, {**features_key(source, extractors), "written": sink.place if sink else None})
     share = _Share({}, {name: {} for name in needs.kept})
     shown = progress_bar and state.is_main_process
-    own = list(_own_blocks(len(source), batch_size))
+    own = list(own_blocks(len(source), batch_size))
+
+    def look(images: Mapping[int, torch.Tensor | Unreadable]) -> FeatureBlock:
+        return _look(images, source, extractors, sink)
+
     with naming({"": f"{title}: "}):
         with tqdm(total=len(source), desc=title, unit="image", disable=not shown) as progress:
             for blocks in own:
-                for content in _contents(blocks, store, source, extractors, sink):
+                for content in stored_blocks(blocks, store, source, look):
                     _require_one_size(share, content, source, expected_size)
                     _add(share, content, needs, max_bad_images)
                     if len(share.unreadable) > max_bad_images:
                         raise too_many_unreadable(all_unreadable(source), max_bad_images)
-                done = sum(len(numbers) for numbers in blocks.values()) * state.num_processes
-                progress.update(min(done, len(source) - progress.n))
+                show_progress(progress, blocks)
         whole = _join(gather_object([share]), source, max_bad_images)
         return _result(whole, needs, _score(store, source, own, whole, needs))
 
@@ -158,8 +161,8 @@ def features_key(source: ImageSource, extractors: Mapping[str, FeatureExtractor]
     }
 
 
-def _own_blocks(count: int, batch_size: int) -> Iterator[dict[int, range]]:
-    """This process's blocks, as many at a time as it takes in hand: number of a block => numbers of its images.
+def own_blocks(count: int, batch_size: int) -> Iterator[dict[int, range]]:
+    """Yield this process's blocks, as many at a time as it takes in hand: number of a block => numbers of its images.
 
     A block is a forward pass, so that a store written with one batch size is read with another.
     """
@@ -172,14 +175,19 @@ def _own_blocks(count: int, batch_size: int) -> Iterator[dict[int, range]]:
         yield {block: range(block * size, min((block + 1) * size, count)) for block in chosen}
 
 
-def _contents(
+def show_progress(progress: tqdm, blocks: Mapping[int, range]) -> None:
+    """Move a bar of images on by these blocks, and by those that the other processes have done meanwhile."""
+    done = sum(len(numbers) for numbers in blocks.values()) * PartialState().num_processes
+    progress.update(min(done, progress.total - progress.n))
+
+
+def stored_blocks(
     blocks: Mapping[int, range],
     store: FeatureStore,
     source: ImageSource,
-    extractors: Mapping[str, FeatureExtractor],
-    sink: ImageSink | None,
+    look: Callable[[Mapping[int, torch.Tensor | Unreadable]], FeatureBlock],
 ) -> Iterator[FeatureBlock]:
-    """The blocks' contents, from the store or else made and put there."""
+    """Yield the blocks' contents, from the store or else made by `look` and put there."""
     # Taken before the images are read: where one changes meanwhile, its features are made again another time.
     states = {block: source.state(numbers) for block, numbers in blocks.items()}
     stored = {block: store.read(block, numbers, states[block]) for block, numbers in blocks.items()}
@@ -188,7 +196,7 @@ def _contents(
     for block, numbers in blocks.items():
         content = stored[block]
         if content is None:
-            content = _look({number: images[number] for number in numbers}, source, extractors, sink)
+            content = look({number: images[number] for number in numbers})
             store.write(block, content, states[block])
         yield content
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import PartialState
@@ -22,7 +20,8 @@ from repagen.evaluation.extractor import ExtractorIdentity, FeatureExtractor
 from repagen.evaluation.measures import Figures, Side, feature_of, measure, needs_of
 from repagen.evaluation.metrics.ratios import Normaliser, frechet_distance_ratio
 from repagen.evaluation.moments import Statistics
-from repagen.evaluation.pipeline_images import PipelineImages
+from repagen.evaluation.pipeline_images import DrawnImages
+from repagen.evaluation.processes import kept_or_temporary
 from repagen.evaluation.protocol import EvaluationProtocol, MetricName, metric_names
 from repagen.evaluation.reference import ReferenceStatistics
 from repagen.evaluation.reporting import distance_remarks, software_versions
@@ -141,7 +140,7 @@ def evaluate_generation(
     started = time.monotonic()
     if normalisers is not None and not any("fdr" in space.metrics for space in protocol.spaces):
         raise UserError(f"normalisers are for FDr, which protocol {name} does not measure; leave them out")
-    with _kept_or_temporary(folder) as place:
+    with kept_or_temporary(folder) as place:
         # The reference first: where it fails, no hours of sampling are lost.
         known = reference if isinstance(reference, KnownReference) else look_at_reference(
             reference, protocol, extractors, place / "reference",
@@ -170,7 +169,7 @@ def evaluate_generation(
         samples=image_facts(samples, generated),
         reference=_reference_facts(known.given, real),
         normalisers={space: dataclasses.asdict(one) for space, one in (normalisers or {}).items()},
-        training=samples.training if isinstance(samples, PipelineImages) else {},
+        training=samples.training if isinstance(samples, DrawnImages) else {},
         remarks=_remarks(protocol, identities, generated.statistics, statistics),
         versions=software_versions(),
         wall_time_s=round(time.monotonic() - started, 3),
@@ -204,25 +203,6 @@ def open_extractors(protocol: EvaluationProtocol, weights: str | None = None) ->
         )
         for space in protocol.spaces
     }
-
-
-@contextmanager
-def _kept_or_temporary(folder: str | Path | None) -> Iterator[Path]:
-    """The given folder, or one that all processes see under one name and that is gone afterwards."""
-    if folder is not None:
-        yield Path(folder)
-        return
-    state = PartialState()
-    own = TemporaryDirectory(prefix="repagen-features-") if state.is_main_process else None
-    name = [own.name if own else ""]
-    if state.num_processes > 1:
-        broadcast_object_list(name)
-    try:
-        yield Path(name[0])
-        state.wait_for_everyone()  # a process that fails alone must not wait for the others
-    finally:
-        if own:
-            own.cleanup()
 
 
 def _on_main_process(compute: Callable[[], Figures]) -> Figures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from accelerate import PartialState
 from repagen.errors import UserError, require_at_least
 from repagen.evaluation.extractor import Pooling
 from repagen.evaluation.generation import evaluate_generation, open_extractors
+from repagen.evaluation.interruptible import run_interruptible
 from repagen.evaluation.metrics.ratios import load_normalisers
 from repagen.evaluation.pipeline_images import PipelineImages
 from repagen.evaluation.places import require_result_file, write_result
@@ -24,14 +24,13 @@ from repagen.evaluation.protocol import (
     protocol_name,
     protocol_names,
 )
-from repagen.evaluation.reference import open_reference, save_statistics
+from repagen.evaluation.reference import ReferenceStatistics, open_reference, save_statistics
 from repagen.evaluation.reference_building import require_new_npz
 from repagen.evaluation.result import GenerationResult
-from repagen.evaluation.samples import ImageSource, LabelMode, open_images
+from repagen.evaluation.samples import DatasetImages, ImageSource, LabelMode, captions_of, open_images
 from repagen.evaluation.sinks import SampleWriter
-from repagen.evaluation.store import require_own_folder
 from repagen.pipelines.adapters import load_adapters
-from repagen.pipelines.sample_command import add_sampler_options, load_pipeline, sampler_options
+from repagen.pipelines.sample_command import PIPELINE_KINDS, add_sampler_options, load_pipeline, sampler_options
 
 _SAMPLING = ("num_samples", "label_mode", "seed", "lora", "dtype", "forward_batch_size")
 
@@ -120,35 +119,23 @@ def run(args: argparse.Namespace) -> str | None:
     reference = open_reference(args.reference)
     normalisers = load_normalisers(args.normalisers) if args.normalisers else None
     extractors = open_extractors(protocol, args.extractor_weights)
-    samples = _open_samples(args, name, protocol)
-    features = Path(f"{args.output}.partial") if args.output else None
-    continuing = features is not None and features.exists()
-    if features is not None:
-        require_own_folder(features)
-    writer = SampleWriter(Path(args.save_samples), len(samples), continuing=continuing) if args.save_samples else None
-    result = evaluate_generation(
-        samples,
-        reference,
-        protocol,
-        extractors,
-        name=name,
-        normalisers=normalisers,
-        batch_size=args.batch_size,
-        max_bad_images=args.max_bad,
-        folder=features,
-        sink=writer,
-    )
-    PartialState().wait_for_everyone()
-    if not PartialState().is_main_process:
-        return None
-    if writer is not None:
-        writer.finish()
-    _write(result, args)
-    if features is not None:
-        shutil.rmtree(features)
-    if writer is not None:
-        writer.remove_rows()
-    return result.table()
+    samples = _open_samples(args, name, protocol, reference)
+
+    def evaluate(folder: Path | None, sink: SampleWriter | None) -> GenerationResult:
+        return evaluate_generation(
+            samples,
+            reference,
+            protocol,
+            extractors,
+            name=name,
+            normalisers=normalisers,
+            batch_size=args.batch_size,
+            max_bad_images=args.max_bad,
+            folder=folder,
+            sink=sink,
+        )
+
+    return run_interruptible(args, len(samples), evaluate, lambda result: _write(result, args))
 
 
 def _require_options(args: argparse.Namespace) -> None:
@@ -179,7 +166,9 @@ def choose_protocol(args: argparse.Namespace) -> tuple[str, EvaluationProtocol]:
     return "custom", encoder_protocol(args.extractor, pooling=args.pooling or "mean", metrics=metrics)
 
 
-def _open_samples(args: argparse.Namespace, name: str, protocol: EvaluationProtocol) -> ImageSource:
+def _open_samples(
+    args: argparse.Namespace, name: str, protocol: EvaluationProtocol, reference: ImageSource | ReferenceStatistics
+) -> ImageSource:
     if args.model is None:
         given = [option for option in _SAMPLING if getattr(args, option) is not None] + [*sampler_options(args)]
         if given:
@@ -195,7 +184,7 @@ def _open_samples(args: argparse.Namespace, name: str, protocol: EvaluationProto
             f"--model needs --num-samples, since the protocol {name} fixes none; published figures draw 50000"
         )
     dtype = args.dtype or protocol.sampling_dtype or "float32"
-    pipeline = load_pipeline(args.model, str(PartialState().device), dtype)
+    pipeline = load_pipeline(args.model, str(PartialState().device), dtype, kinds=PIPELINE_KINDS)
     adapters = load_adapters(pipeline, args.lora or [])
     return PipelineImages(
         pipeline,
@@ -203,10 +192,27 @@ def _open_samples(args: argparse.Namespace, name: str, protocol: EvaluationProto
         seed=args.seed or 0,
         label_mode=args.label_mode or protocol.label_mode or "balanced",
         rounding=protocol.rounding,
+        prompts=_prompts(args, number, reference) if pipeline.transformer.takes_text else (),
         forward_batch_size=args.forward_batch_size or 32,
         adapters=adapters,
         **sampler_options(args),
     )
+
+
+def _prompts(args: argparse.Namespace, number: int, reference: ImageSource | ReferenceStatistics) -> list[str]:
+    """The captions of the reference, for a model that takes prompts.
+
+    Raises:
+        UserError: it has none, or the command chooses classes.
+    """
+    if args.label_mode:
+        raise UserError("--label-mode is for a model of classes; this one draws prompts, leave it out")
+    if not isinstance(reference, DatasetImages) or not reference.dataset.has_captions:
+        raise UserError(
+            "--model takes prompts, and they are the captions of --reference, which has none; give a dataset with "
+            "captions (data.KEY=VALUE ... data.captions.missing=refuse), or use `repagen evaluate text-to-image`"
+        )
+    return captions_of(reference.dataset, number, args.seed or 0)
 
 
 def _write(result: GenerationResult, args: argparse.Namespace) -> None:

@@ -1,13 +1,16 @@
-"""Joining the processes that `accelerate launch` or torchrun started."""
+"""What `accelerate launch` or torchrun asks of us: joining the processes that it started, and a place they share."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
 from repagen.errors import UserError
 
@@ -28,3 +31,22 @@ def all_processes() -> Iterator[None]:
         )
     yield
     accelerator.end_training()  # not after an error: the others may never come
+
+
+@contextmanager
+def kept_or_temporary(folder: str | Path | None) -> Iterator[Path]:
+    """Yield the given folder, or one that all processes see under one name that is gone afterwards."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    state = PartialState()
+    own = TemporaryDirectory(prefix="repagen-features-") if state.is_main_process else None
+    name = [own.name if own else ""]
+    if state.num_processes > 1:
+        broadcast_object_list(name)
+    try:
+        yield Path(name[0])
+        state.wait_for_everyone()  # a process that fails alone must not wait for the others
+    finally:
+        if own:
+            own.cleanup()

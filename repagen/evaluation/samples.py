@@ -14,7 +14,14 @@ from typing import IO, Any, Literal
 import numpy as np
 import torch
 
-from repagen.data import DataConfig, ImageDataset, data_config_from_words, open_image_dataset
+from repagen.data import (
+    DataConfig,
+    ImageDataset,
+    SampleDataset,
+    data_config_from_words,
+    open_image_dataset,
+    sample_indices,
+)
 from repagen.data.folders import list_images
 from repagen.data.images import EXTENSIONS, BadImageError, decode_image
 from repagen.errors import UserError
@@ -269,7 +276,7 @@ class DatasetImages(ImageSource):
         """Kind, where the images are, and how they are cropped."""
         config = self.dataset.config
         source = {"path": config.path}
-        if config.kind == "digits":
+        if config.kind in ("digits", "shapes"):
             source = {"subset": config.subset}
         elif config.kind == "datasets":
             source |= {"split": config.split, "revision": config.revision}
@@ -287,6 +294,18 @@ def dataset_images(config: DataConfig) -> DatasetImages:
         UserError: when there is nothing there.
     """
     return DatasetImages(open_image_dataset(replace(config, max_bad_images=_ANY_NUMBER)))
+
+
+def captions_of(dataset: SampleDataset, count: int, seed: int) -> list[str]:
+    """Return prompts for `count` images: captions of samples that are drawn, none twice before all have come.
+
+    Args:
+        dataset: with captions.
+        count: of the images; where the dataset is smaller its captions are to take turns.
+        seed: of the draw.
+    """
+    indices = sample_indices(0, min(count, len(dataset)), len(dataset), seed)
+    return [dataset.captions(index).draw() for index in indices]
 
 
 def to_uint8(images: torch.Tensor, rounding: Rounding = "round") -> torch.Tensor:

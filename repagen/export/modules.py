@@ -2,14 +2,16 @@
 
 Nothing is imported or executed here. A statement `from repagen.a.b import c` needs the module `repagen.a.b`, wherever
 in a file it stands. Two kinds of them need nothing: those for type checkers alone, and those within functions that ask
-for a module of `LEFT_OUT`; elsewhere such a module is an error of ours, but for names that have a stand-in.
+for a module that is left out; elsewhere such a module is an error of ours, but for names that have a stand-in.
+
+Functions take `left_out`, the modules that a copy does not hold: `LEFT_OUT`, or fewer.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,18 @@ LEFT_OUT = frozenset(
         "repagen.pipelines.loading",
     }
 )
-"""Modules that no copy holds: sampling needs no encoder, and a copy leaves it to diffusers to load it from the Hub."""
+"""Modules that a copy does not hold: sampling needs no vision encoder, and a copy leaves it to diffusers to load it
+from the Hub."""
+
+READING_PROMPTS = frozenset(
+    {
+        "repagen.encoders.backbones",
+        "repagen.encoders.families",
+        "repagen.encoders.files",
+        "repagen.encoders.weights",
+    }
+)
+"""Those of them that a text encoder needs: a copy of a pipeline with one holds them."""
 
 STAND_INS = "repagen.export.stand_ins"
 """What this module defines is taken from it by a copy, in place of what has the same name in `LEFT_OUT`."""
@@ -75,8 +88,8 @@ def file_of(module: str) -> str:
     return (LIBRARY / path.relative_to(_ROOT)).as_posix()
 
 
-def modules_needed(start: Iterable[str]) -> list[str]:
-    """Return modules and all that they import in turn, sorted, without `LEFT_OUT`.
+def modules_needed(start: Iterable[str], left_out: Collection[str] = LEFT_OUT) -> list[str]:
+    """Return modules and all that they import in turn, sorted, without those left out.
 
     `COMPONENTS` is among them where it is needed, but not what only it imports.
     """
@@ -88,7 +101,7 @@ def modules_needed(start: Iterable[str]) -> list[str]:
             continue
         found.add(module)
         if module != COMPONENTS:
-            waiting += [item.module for item in _needed_imports(module)]
+            waiting += [item.module for item in _needed_imports(module, left_out)]
     return sorted(found)
 
 
@@ -97,7 +110,7 @@ def name_in_copy(module: str) -> str:
     return module.removeprefix(f"{LIBRARY}.").replace(".", "_")
 
 
-def rewritten(source: str) -> str:
+def rewritten(source: str, left_out: Collection[str] = LEFT_OUT) -> str:
     """Return a module's source with its imports of the library made relative, and nothing else changed.
 
     `from repagen.a.b import c` becomes `from . import a_b` and `c = a_b.c`: a form that diffusers does not follow. It
@@ -106,13 +119,13 @@ def rewritten(source: str) -> str:
     """
     lines = source.splitlines()
     grouped: dict[ast.ImportFrom, list[_Import]] = {}
-    for item in _own_imports(source):
+    for item in _own_imports(source, left_out):
         grouped.setdefault(item.statement, []).append(item)
     for statement, items in sorted(grouped.items(), key=lambda pair: -pair[0].lineno):
         assert statement.end_lineno is not None
         indent = " " * statement.col_offset
         lines[statement.lineno - 1 : statement.end_lineno] = [
-            indent + line for line in _replacement(ast.unparse(statement), items)
+            indent + line for line in _replacement(ast.unparse(statement), items, left_out)
         ]
     return "\n".join(lines) + "\n"
 
@@ -121,7 +134,7 @@ def narrowed_components(held: Iterable[str]) -> str:
     """Return the source of `COMPONENTS` without the classes of modules that are not `held`."""
     kept = set(held)
     tree = ast.parse(source_of(COMPONENTS))
-    absent = {item.bound for item in _own_imports(source_of(COMPONENTS)) if item.module not in kept}
+    absent = {item.bound for item in _own_imports(source_of(COMPONENTS), LEFT_OUT) if item.module not in kept}
     return ast.unparse(_Narrowing(absent).visit(tree)) + "\n"
 
 
@@ -157,18 +170,18 @@ def _path_of(module: str) -> Path | None:
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
-def _needed_imports(module: str) -> Iterator[_Import]:
-    for item in _own_imports(source_of(module)):
+def _needed_imports(module: str, left_out: Collection[str]) -> Iterator[_Import]:
+    for item in _own_imports(source_of(module), left_out):
         if item.for_typing:
             continue
-        if item.module in LEFT_OUT:
+        if item.module in left_out:
             within = item.statement.col_offset > 0
             assert within, f"{module}:{item.statement.lineno} needs {item.module} to be imported, which no copy holds"
             continue
         yield item
 
 
-def _own_imports(source: str) -> Iterator[_Import]:
+def _own_imports(source: str, left_out: Collection[str]) -> Iterator[_Import]:
     tree = ast.parse(source)
     typing_blocks = [
         node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
@@ -183,16 +196,16 @@ def _own_imports(source: str) -> Iterator[_Import]:
             module, name = str(node.module), alias.name
             if _path_of(f"{module}.{name}") is not None:
                 module, name = f"{module}.{name}", ""
-            elif module in LEFT_OUT and name in _stand_ins():
+            elif module in left_out and name in _stand_ins():
                 module = STAND_INS
             yield _Import(node, module, name, alias.asname or alias.name, node in for_typing)
 
 
-def _replacement(statement: str, items: list[_Import]) -> list[str]:
+def _replacement(statement: str, items: list[_Import], left_out: Collection[str]) -> list[str]:
     """Lines in place of an import statement."""
     if items[0].for_typing:
         return [f"pass  # {statement}"]
-    if any(item.module in LEFT_OUT for item in items):
+    if any(item.module in left_out for item in items):
         return [
             "raise ImportError(",
             f'    "{statement}: not in this self-contained copy, which only samples; "',

@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import repagen
+from repagen.encoders.text_storage import TOKENIZER
 from repagen.errors import UserError, refusing
 from repagen.export.modules import (
     COMPONENTS,
+    LEFT_OUT,
     LIBRARY,
+    READING_PROMPTS,
     file_of,
     first_name,
     modules_needed,
@@ -35,9 +38,7 @@ from repagen.export.modules import (
 )
 from repagen.files import replace_folder
 from repagen.hub.folder_facts import PIPELINE_FILE
-
-PIPELINES = {"ClassToImagePipeline": "repagen.pipelines.class_to_image"}
-"""Pipelines that can be exported => their modules."""
+from repagen.pipelines.loading import PIPELINES
 
 BRANCH = "remote-code"
 """Branch of a Hub repository for such a folder; `main` stays as it was saved, for users with the library."""
@@ -61,7 +62,8 @@ class _Pipeline:
 def export_remote_code(model: str | os.PathLike[str], output: Path, revision: str | None = None) -> Path:
     """Write a pipeline with the source of everything that it samples with.
 
-    Weights and configs are copied as they are, without an encoder's weights: nothing in the copy encodes. The same
+    Weights and configs are copied as they are, without a vision encoder's weights: nothing in the copy encodes images,
+    so it samples and does not edit. A text encoder goes along, its tokenizers too. The same
     pipeline and the same version of the library give the same bytes.
 
     Args:
@@ -96,13 +98,13 @@ def export_remote_code(model: str | os.PathLike[str], output: Path, revision: st
 
 def _fetched(model: str, revision: str | None) -> Path:
     from repagen.models.opening import refuse_missing_folder
-    from repagen.pipelines.class_to_image import ClassToImagePipeline
+    from repagen.pipelines.loading import saved_pipeline_class
 
     refuse_missing_folder(model, "MODEL", "a folder or Hub id of a pipeline")
     if Path(model).is_dir():
         return Path(model)
     with refusing(f"MODEL: {model} cannot be fetched"):
-        return Path(ClassToImagePipeline.download(model, revision=revision))
+        return Path(saved_pipeline_class(model, revision).download(model, revision=revision))
 
 
 def _read(folder: Path) -> _Pipeline:
@@ -129,18 +131,20 @@ def _component_modules() -> dict[str, str]:
     """Name of each class that a component may have => full name of its module."""
     components = importlib.import_module(COMPONENTS)
     unions = (components.Transformer, components.Autoencoder, components.Scheduler)
-    return {cls.__name__: cls.__module__ for union in unions for cls in get_args(union)}
+    found = {cls.__name__: cls.__module__ for union in unions for cls in get_args(union)}
+    return {**found, "TextEncoder": "repagen.encoders.text"}
 
 
 def _code(pipeline: _Pipeline) -> dict[str, str]:
     """Path within the folder => text, of all that is not copied."""
     kind = pipeline.index["_class_name"]
-    modules = modules_needed([PIPELINES[kind], *pipeline.own.values()])
+    left_out = LEFT_OUT - READING_PROMPTS if "text_encoder" in pipeline.own else LEFT_OUT
+    modules = modules_needed([PIPELINES[kind], *pipeline.own.values()], left_out)
     sources = {module: source_of(module) for module in modules}
     sources[COMPONENTS] = narrowed_components(modules)
     texts = {
         name_in_copy(module): _header(f"{file_of(module)} of repagen {repagen.__version__}, {_change(module)}")
-        + rewritten(source)
+        + rewritten(source, left_out)
         for module, source in sources.items()
     }
     tag = hashlib.sha256(json.dumps([texts, pipeline.classes], sort_keys=True).encode()).hexdigest()[:8]
@@ -157,7 +161,7 @@ def _code(pipeline: _Pipeline) -> dict[str, str]:
     }
     return {
         PIPELINE_FILE: json.dumps(index, indent=2, sort_keys=True) + "\n",
-        "README.md": _readme(package, len(texts)),
+        "README.md": _readme(package, len(texts), takes_prompts="text_encoder" in pipeline.own),
         f"pipeline_{tag}.py": _entry(package, {**names, name_in_copy(PIPELINES[kind]): kind}),
         **{f"{package}/{name}.py": text for name, text in texts.items()},
         **{f"{component}/{component}_{tag}.py": text for component, text in doors.items()},
@@ -194,7 +198,8 @@ def _header(origin: str) -> str:
     )
 
 
-def _readme(package: str, count: int) -> str:
+def _readme(package: str, count: int, *, takes_prompts: bool) -> str:
+    reading = "transformers for the text encoder; " if takes_prompts else ""
     return f"""---
 library_name: diffusers
 ---
@@ -203,7 +208,7 @@ library_name: diffusers
 
 This branch holds a pipeline and the part of repagen {repagen.__version__} that samples it, for users who have not
 installed the library. It needs torch, diffusers, accelerate, huggingface_hub, safetensors, numpy and Pillow;
-torchvision where the autoencoder is SVG's, and peft for LoRA:
+{reading}torchvision where the autoencoder is SVG's, and peft for LoRA:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -221,7 +226,15 @@ def _copy_component(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     with refusing(f"MODEL: {source} cannot be read"):
         paths = sorted(path for path in source.iterdir() if path.suffix in (".json", ".safetensors"))
-    if (source / "config.json") in paths and not any(path.suffix == ".safetensors" for path in paths):
+        config = (
+            json.loads((source / "config.json").read_text(encoding="utf-8"))
+            if (source / "config.json") in paths
+            else {}
+        )
+    by_reference = not config.get("encoders_stored", True)
+    if config and not by_reference and not any(path.suffix == ".safetensors" for path in paths):
         raise UserError(f"MODEL: {source} has no weights in safetensors; save the pipeline again by save_pretrained")
     for path in paths:
         shutil.copyfile(path, target / path.name)
+    for tokenizer in sorted(source.glob(TOKENIZER.format("*"))):
+        shutil.copytree(tokenizer, target / tokenizer.name)

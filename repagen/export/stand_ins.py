@@ -27,6 +27,6 @@ class SavedModelMixin:
     _folder: Path | None = None
 
 
-def inspected_source(source: str | os.PathLike[str], what: str, options: dict[str, Any]) -> Path:
+def inspected_source(source: str | os.PathLike[str], what: str, options: dict[str, Any], **further: Any) -> Path:
     """Return that folder."""
     return Path(source)

@@ -12,6 +12,7 @@ from repagen.hub.card import CardFacts, CardKind, LicenceFact, class_to_ask_for,
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PIPELINE_FILE = "model_index.json"
+_PIPELINES = ("ClassToImagePipeline", "TextToImagePipeline")
 _PROMPT = "a picture of a cat"
 _ONE_SIDED = "What it draws is as one-sided as the images it was trained on; nothing filters it."
 
@@ -43,7 +44,7 @@ def carries_code(folder: Path) -> bool:
     if not (folder / PIPELINE_FILE).is_file():
         return False
     kind = _read(folder / PIPELINE_FILE).get("_class_name")
-    return isinstance(kind, list) and kind[-1:] == ["ClassToImagePipeline"]
+    return isinstance(kind, list) and bool(kind) and kind[-1] in _PIPELINES
 
 
 def _text_pipeline_facts(folder: Path, parts: Mapping[str, str], licences: Sequence[LicenceFact]) -> CardFacts:
@@ -55,7 +56,7 @@ def _text_pipeline_facts(folder: Path, parts: Mapping[str, str], licences: Seque
         parts={**parts, **{name: text for name in ("text_encoder",) if (text := _part(folder / name))}},
         prompt=_PROMPT,
         tags=("text-to-image",),
-        licences=licences or _unstated_encoder(autoencoder),
+        licences=licences or (*_unstated_encoders(autoencoder), *_unstated_encoders(_config(folder / "text_encoder"))),
         encoder_outside=_encoder_outside(autoencoder),
         limits=(_ONE_SIDED,),
     )
@@ -68,9 +69,11 @@ def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
     if defaults:
         parts["sampling"] = ", ".join(f"{key} {value}" for key, value in defaults.items())
     parts = {name: text for name, text in parts.items() if text}
-    if index.get("_class_name") == "TextToImagePipeline":
+    kind = index.get("_class_name")
+    kind = kind[-1] if kind and carries_code(folder) else kind
+    if kind == "TextToImagePipeline":
         return _text_pipeline_facts(folder, parts, licences)
-    if index.get("_class_name") != "ClassToImagePipeline" and not carries_code(folder):
+    if kind != "ClassToImagePipeline":
         raise _unknown_class(index, folder / PIPELINE_FILE)
     transformer = _config(folder / "transformer")
     autoencoder = _config(folder / "vae")
@@ -87,7 +90,7 @@ def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         num_classes=num_classes,
         example=class_to_ask_for(names),
         tags=("class-conditional",) if num_classes else (),
-        licences=licences or _unstated_encoder(autoencoder),
+        licences=licences or _unstated_encoders(autoencoder),
         encoder_outside=_encoder_outside(autoencoder),
         limits=_class_limits(num_classes),
     )
@@ -112,7 +115,7 @@ def _model_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         parts={kind: _part(folder)},
         num_classes=config.get("num_classes", 0),
         tags=("autoencoder" if kind == "autoencoder" else "generator",),
-        licences=licences or _unstated_encoder(config),
+        licences=licences or _unstated_encoders(config),
         encoder_outside=outside,
         limits=_class_limits(config["num_classes"]) if "num_classes" in config else (),
     )
@@ -153,13 +156,19 @@ def _class_limits(num_classes: int) -> tuple[str, ...]:
     return (known, _ONE_SIDED)
 
 
-def _unstated_encoder(config: Mapping[str, Any]) -> tuple[LicenceFact, ...]:
-    """The encoder that a config names, where nobody said its licence."""
-    encoder = config.get("encoder")
-    if not encoder:
-        return ()
-    name = str(without_local_paths(encoder.get("name_or_path") or encoder.get("family")))
-    return (LicenceFact(part="encoder", name=name, licence="unknown here", consequence="see the encoder's own card"),)
+def _unstated_encoders(config: Mapping[str, Any]) -> tuple[LicenceFact, ...]:
+    """The encoders, of images or texts, that a component's config names, where nobody said their licences."""
+    named = [("encoder", encoder) for encoder in [config.get("encoder")] if encoder]
+    named += [("text encoder", encoder) for encoder in config.get("encoders") or ()]
+    return tuple(
+        LicenceFact(
+            part=part,
+            name=str(without_local_paths(encoder.get("name_or_path") or encoder.get("family"))),
+            licence="unknown here",
+            consequence="see the encoder's own card",
+        )
+        for part, encoder in named
+    )
 
 
 def _encoder_outside(config: Mapping[str, Any]) -> bool:

@@ -64,7 +64,7 @@ def inspected_source(
 
 def _refuse_half(folder: Path, repo_id: str, revision: str | None, what: str, needed: Sequence[str]) -> None:
     """Name the command for files that the cache lacks, where the Hub cannot be asked for them."""
-    absent = [pattern for pattern in ("config.json", f"{_WEIGHTS}*.safetensors") if not any(folder.glob(pattern))]
+    absent = [pattern for pattern in needed if not any(folder.glob(pattern))]
     if absent and is_offline_mode():
         raise UserError(
             f"{what} {repo_id!r}: in the local cache without {' and '.join(absent)}; {fetch_once(repo_id, revision)}"

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _GRID_IMAGES = 64
 _OF_CLASSES = ("ClassToImagePipeline",)
-_ALL_KINDS = (*_OF_CLASSES, "TextToImagePipeline")
+PIPELINE_KINDS = (*_OF_CLASSES, "TextToImagePipeline")
+"""Classes of pipelines that draw images."""
 _PROMPT_ARGUMENTS = ("prompt", "prompts_file", "negative_prompt", "height", "width")
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -62,6 +63,11 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what a text-to-image pipeline is asked for."""
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="of a text-to-image model: prompts, taken in turn")
     parser.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, in place of --prompt")
+    add_prompt_options(parser)
+
+
+def add_prompt_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add what the call of a text-to-image pipeline takes beside prompts."""
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from; default: nothing")
     parser.add_argument("--height", type=int, metavar="PX", help="of the images; default: that of the training")
     parser.add_argument("--width", type=int, metavar="PX", help="of the images; default: that of the training")
@@ -147,7 +153,7 @@ def open_numbered_images(args: argparse.Namespace) -> NumberedImages:
         UserError: a model that cannot be loaded, or arguments that do not fit it.
     """
     require_at_least(args, {"number": 1, "batch_size": 1})
-    pipe, origin = open_pipeline(args, _ALL_KINDS)
+    pipe, origin = open_pipeline(args, PIPELINE_KINDS)
     subjects, arguments = _choose_subjects(pipe, args)
     options = sampler_options(args)
     pipe.check_options(options)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from repagen.data import SampleDataset, sample_indices
+from repagen.data import SampleDataset
 from repagen.errors import UserError
 from repagen.evaluation.extractor import FeatureExtractor
 from repagen.evaluation.generation import KnownReference, evaluate_generation, look_at_reference, open_extractors
@@ -23,7 +23,7 @@ from repagen.evaluation.measures import require_enough_reference
 from repagen.evaluation.pipeline_images import PipelineImages
 from repagen.evaluation.protocol import EvaluationProtocol
 from repagen.evaluation.reference import ReferenceStatistics, open_reference
-from repagen.evaluation.samples import ImageSource, dataset_images
+from repagen.evaluation.samples import ImageSource, captions_of, dataset_images
 from repagen.files import replace_file
 from repagen.models.latents import decoded_size
 from repagen.models.modes import in_eval_mode
@@ -113,7 +113,7 @@ class TrainingEvaluation:
             seed=config.seed,
             label_mode=self._protocol.label_mode or "balanced",
             rounding=self._protocol.rounding,
-            prompts=_prompts(dataset, config) if pipeline.transformer.takes_text else (),
+            prompts=captions_of(dataset, config.num_samples, config.seed) if pipeline.transformer.takes_text else (),
             forward_batch_size=config.forward_batch_size,
             **config.options,
         )
@@ -194,12 +194,6 @@ class TrainingEvaluation:
             )
         facts = {**training_facts(self._run, step, self._dataset), "evaluation_sha256": key}
         return dataclasses.replace(result, training=facts).as_dict()
-
-
-def _prompts(dataset: SampleDataset, config: EvaluationConfig) -> list[str]:
-    """Captions of samples that are drawn; none comes twice before all have come."""
-    indices = sample_indices(0, min(config.num_samples, len(dataset)), len(dataset), config.seed)
-    return [dataset.captions(index).draw() for index in indices]
 
 
 def _write(path: Path, record: Mapping[str, Any], partial: Path) -> None:

@@ -50,7 +50,7 @@ def open_captioned(config: DataConfig) -> SampleDataset:
     Raises:
         UserError: there is none, or it has no captions.
     """
-    asked = config.captions or (CaptionConfig() if config.kind in ("folder", "datasets") else None)
+    asked = config.captions or (CaptionConfig() if config.kind in ("folder", "datasets", "webdataset") else None)
     dataset = open_dataset(replace(config, captions=asked))
     if not dataset.has_captions:
         raise UserError(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,40 @@ CHROMIUM = next(
 )
 
 
-@pytest.fixture
-def address(pipe: Any, tmp_path: Path) -> Iterator[str]:
-    """The page of two models, served by the command."""
-    pipe.save_pretrained(tmp_path / "model")
+@contextmanager
+def served(pipe: Any, folder: Path) -> Iterator[str]:
+    """The page of two models, served by the command; => its address."""
+    pipe.save_pretrained(folder / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    model = str(tmp_path / "model")
+    model = str(folder / "model")
     command = [sys.executable, "-m", "repagen", "app", "--model", model, "--beside", model, "--port", str(port)]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(tmp_path)})
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(folder)})
         try:
-            wait_for(lambda: "the page is at" in (tmp_path / "log").read_text(), 120, server)
+            wait_for(lambda: "the page is at" in (folder / "log").read_text(), 120, server)
             yield f"http://127.0.0.1:{port}"
             assert server.poll() is None
         finally:
             server.terminate()
             server.wait(30)
-    assert not list(tmp_path.glob("repagen-app-*"))
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert not list(folder.glob("repagen-app-*"))
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+@pytest.fixture
+def address(pipe: Any, tmp_path: Path) -> Iterator[str]:
+    with served(pipe, tmp_path) as address:
+        yield address
+
+
+@pytest.fixture
+def text_address(tmp_path: Path) -> Iterator[str]:
+    from tiny_pipelines import tiny_text_pipeline
+
+    with served(tiny_text_pipeline(sampling_defaults={"guidance_scale": 3.0}), tmp_path) as address:
+        yield address
 
 
 @pytest.fixture
@@ -135,3 +150,35 @@ def test_the_page_draws_and_survives_its_visitors(browser: Any, address: str, tm
     wait_for_state(page, "^done$")
     page.screenshot(path=tmp_path / "page.png")
     assert all(url.startswith(address) or url.startswith("data:") or url.startswith("blob:") for url in requests)
+
+
+def pixels(page: Any, name: str) -> list[str]:
+    """Contents of the pictures that the browser shows."""
+    return page.eval_on_selector_all(
+        f"#{name} img",
+        """images => images.map(image => {
+            const canvas = document.createElement("canvas");
+            [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+            canvas.getContext("2d").drawImage(image, 0, 0);
+            return canvas.toDataURL();
+        })""",
+    )
+
+
+def test_a_prompt_is_drawn_in_the_browser(browser: Any, text_address: str) -> None:
+    requests: list[str] = []
+    page = open_page(browser, text_address, requests)
+    assert page.query_selector("#class") is None
+    shown = []
+    for prompt, negative in (("a red cube", ""), ("a red cube", ""), ("two <b>dogs</b>", ""), ("a red cube", "dull")):
+        page.fill("#prompt textarea", prompt)
+        page.fill("#negative-prompt textarea, #negative-prompt input", negative)
+        before = pictures(page, "images-1")
+        draw(page, "5")
+        wait_for(lambda before=before: len(now := pictures(page, "images-1")) == 4 and now != before, 60)
+        wait_for_state(page, "^done$")
+        shown.append(pixels(page, "images-0"))
+    assert shown[0] == shown[1] and len({images[0] for images in shown}) == 3
+    title = page.get_attribute("#images-0 img", "title")
+    assert "prompt 'a red cube'" in title and "guidance 3" in title
+    assert all(url.startswith(text_address) or url.startswith(("data:", "blob:")) for url in requests)

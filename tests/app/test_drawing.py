@@ -72,8 +72,8 @@ def test_an_error_of_the_pipeline_arrives(pipe: Any, monkeypatch: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"class_label": "zebra"}, "'zebra', which is no class"),
-        ({"class_label": "9"}, "has class 9; this model's classes are 0 to 3"),
+        ({"subject": "zebra"}, "'zebra', which is no class"),
+        ({"subject": "9"}, "has class 9; this model's classes are 0 to 3"),
         ({"number": 0}, "number is 0; give a whole number from 1 to 16"),
         ({"num_inference_steps": 1}, "num_inference_steps is 1; give a whole number from 2 to 1000"),
         ({"seed": -1}, "seed is -1"),
@@ -92,6 +92,6 @@ def test_an_unconditional_model_needs_no_class() -> None:
 
     unconditional = tiny_pipeline(transformer=tiny_transformer(num_classes=0))
     assert (
-        len(drawings(unconditional, dataclasses.replace(REQUEST, class_label="", guidance_scale=1.0))[-1].images or ())
+        len(drawings(unconditional, dataclasses.replace(REQUEST, subject="", guidance_scale=1.0))[-1].images or ())
         == 2
     )

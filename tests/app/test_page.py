@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import html
+import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio
 import pytest
+from PIL import Image
 
 from repagen.app.drawing import DrawingRequest
 from repagen.app.page import Page, Side, _request_of, _settings, _warn
@@ -107,7 +110,44 @@ def test_the_range_of_guidance_includes_the_default(tmp_path: Path, scale: float
 
 def test_empty_fields_are_named() -> None:
     with pytest.raises(UserError, match="seed is empty; give a number"):
-        _request_of("3", 4, 50, 1.0, 0.0, 1.0, None, 8)
+        _request_of(False, "3", 4, 50, 1.0, 0.0, 1.0, None, 8)
+
+
+@pytest.fixture
+def prompt_page(tmp_path: Path) -> Page:
+    from tiny_pipelines import tiny_text_pipeline
+
+    defaults = {"num_inference_steps": 3, "guidance_scale": 3.0}
+    return Page([Side("text", tiny_text_pipeline(sampling_defaults=defaults), ORIGIN)], tmp_path)
+
+
+def test_a_text_model_has_fields_for_prompts(prompt_page: Page) -> None:
+    fields = _settings(prompt_page)
+    assert [field.label for field in fields[:4]] == ["prompt", "negative prompt", "images", "steps"]
+    assert prompt_page.class_names() == []
+    request = _request_of(True, "a red cube", "", 2, 3, 3.0, 0.0, 1.0, 7, 1)
+    assert request == DrawingRequest("a red cube", 2, 3, 3.0, (0.0, 1.0), 7, 1)
+    assert _request_of(True, None, "dull", 2, 3, 3.0, 0.0, 1.0, 7, 1).negative_prompt == "dull"
+
+
+def test_prompts_are_drawn_and_the_negative_one_tells(prompt_page: Page) -> None:
+    plain = DrawingRequest("a red cube", 2, 3, 3.0, (0.0, 1.0), 7, 1)
+    shown = []
+    for request in (plain, plain, replace(plain, subject="two dogs"), replace(plain, negative_prompt="dull")):
+        *_, update = (update for update in prompt_page.draw("visitor", request) if update.images)
+        shown.append([path.read_bytes() for path in files(update.images[0])])
+    facts = [read_png_facts(path) for path in files(update.images[0])]
+    pixels = [[Image.open(io.BytesIO(content)).tobytes() for content in images] for images in shown]
+    assert pixels[0] == pixels[1] and len({pixels[0][0], pixels[0][1], pixels[2][0], pixels[3][0]}) == 4
+    assert [(fact["prompt"], fact["negative_prompt"], fact["index"]) for fact in facts] == [
+        ("a red cube", "dull", 0),
+        ("a red cube", "dull", 1),
+    ]
+
+
+def test_models_of_prompts_and_of_classes_share_no_page(prompt_page: Page, page: Page, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="text draws prompts and one does not; open them on a page each"):
+        Page([page.sides[0], *prompt_page.sides], tmp_path)
 
 
 def test_command_line() -> None:

@@ -210,3 +210,11 @@ def test_the_subsets_differ_and_are_fingerprinted() -> None:
 def test_wrong_settings_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_dataset(DataConfig(**{"kind": "shapes", "image_size": 32, **settings}))  # type: ignore[arg-type]
+
+
+def test_objects_that_have_changed_places_are_still_there() -> None:
+    """Paired by their places both would have the wrong shape."""
+    here, there = SceneObject("circle", "red", "small", "top left"), SceneObject("square", "red", "small", "top right")
+    swapped = Scene((replace(here, quadrant="top right"), replace(there, quadrant="top left")))
+    verdict = check_scene(draw_scene(swapped), Scene((here, there)))
+    assert verdict.kind and not verdict.position

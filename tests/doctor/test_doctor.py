@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines.tiny_pipelines import TEXT_LENGTH, tiny_text_pipeline
 from safetensors.torch import load_file, save_file
 
 import repagen
@@ -321,6 +322,22 @@ def test_the_parts_of_a_model(saved: tuple[Path, Any], tmp_path: Path) -> None:
     assert finding(section, "loading").text == "works on the CPU, and all weights are finite"
 
 
+def test_a_model_of_prompts(tmp_path: Path) -> None:
+    pipe: Any = tiny_text_pipeline()
+    pipe.save_pretrained(tmp_path)
+    section = check_model(str(tmp_path))
+    numbers = sum(value.numel() for value in pipe.text_encoder.state_dict().values())
+    assert finding(section, "text_encoder").facts["numbers"] == numbers
+    assert finding(section, "prompts").text == f"t5 reads {TEXT_LENGTH} tokens"
+    assert finding(section, "loading").text == "works on the CPU, and all weights are finite"
+    assert not [one for one in section.findings if one.name == "classes"]
+
+    change_json(tmp_path / "text_encoder/config.json", encoders_stored=False)
+    assert "its weights are not inside" in finding(check_model(str(tmp_path)), "prompts").text
+    shutil.rmtree(tmp_path / "text_encoder")
+    assert [one.name for one in Report([check_model(str(tmp_path))]).problems] == ["text_encoder"]
+
+
 def test_a_damaged_model_is_a_problem(saved: tuple[Path, Any], tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(saved[0], folder)
@@ -352,7 +369,11 @@ def spoil_weights(path: Path) -> None:
         ("transformer/diffusion_pytorch_model.safetensors", Path.unlink, "diffusion_pytorch_model"),
         ("vae/config.json", Path.unlink, "config.json"),
         ("scheduler/scheduler_config.json", Path.unlink, "scheduler_config.json"),
-        ("model_index.json", lambda path: path.write_text("{}"), "a ClassToImagePipeline is needed"),
+        (
+            "model_index.json",
+            lambda path: path.write_text("{}"),
+            "a ClassToImagePipeline or TextToImagePipeline is needed",
+        ),
         ("model_index.json", lambda path: change_json(path, _class_name="DiTPipeline"), "holds a DiTPipeline"),
         ("model_index.json", lambda path: change_json(path, id2label=["crane"]), "id2label is"),
         ("transformer/config.json", lambda path: change_json(path, num_classes="3"), "str"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from pipelines.tiny_pipelines import any_size_autoencoder, tiny_text_pipeline, tiny_text_transformer
 
 import repagen
 from repagen.encoders import VisionEncoder
@@ -132,3 +133,12 @@ def online_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         monkeypatch.setattr(module, name, value)
     yield tmp_path / "hub"
     assert not tried
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved pipeline that draws pictures of 32 px."""
+    folder = tmp_path_factory.mktemp("text") / "pipeline"
+    pipe = tiny_text_pipeline(transformer=tiny_text_transformer(sample_size=16), vae=any_size_autoencoder())
+    pipe.save_pretrained(folder)
+    return folder

@@ -19,6 +19,8 @@ from PIL import Image
 
 import repagen
 from repagen import cli
+from repagen.data.shapes import sample_scene
+from repagen.data.shapes.dataset import VALIDATION_SEED
 from repagen.evaluation import generation_command, open_images
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +98,35 @@ def test_a_protocol_of_ones_own(
     }
     assert result["num_samples"] == 40
     assert result["samples"]["scheduler_config"]["stochastic_sampling"] is False
+
+
+def test_a_text_pipeline_draws_the_captions_of_the_reference(
+    evaluate: Any, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    call = repagen.TextToImagePipeline.__call__
+
+    def listening(self: Any, prompt: Any, **options: Any) -> Any:
+        asked.extend(prompt)
+        return call(self, prompt, **options)
+
+    monkeypatch.setattr(repagen.TextToImagePipeline, "__call__", listening)
+    reference = ["data.kind=shapes", "data.subset=validation", "data.image_size=32", "data.num_images=24"]
+    words = ["--model", str(text_folder), "--num-samples", "32", "--num-inference-steps", "2", "--metrics", "fd"]
+    evaluate(*words, "--reference", *reference, "--output", str(tmp_path / "r.json"))
+    result = json.loads((tmp_path / "r.json").read_text())
+    captions = [sample_scene(VALIDATION_SEED, index).prompts()[0].text for index in range(24)]
+    assert sorted(asked[:24]) == sorted(captions) and asked[24:] == asked[:8]
+    assert result["samples"]["label_mode"] == "prompts" and result["num_reference"] == 24
+
+
+def test_a_text_pipeline_needs_a_reference_with_captions(
+    evaluate: Any, text_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, message in (([], "they are the captions of --reference"), (["--label-mode", "random"], "--label-mode")):
+        with pytest.raises(SystemExit):
+            evaluate("--model", str(text_folder), "--num-samples", "9", "--reference", *DIGITS, *more)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["", ".npz"])

@@ -28,16 +28,16 @@ class NoisePipeline:
 
     def __call__(
         self,
-        labels: list[int] | None,
+        class_labels: list[int] | None,
         generator: list[torch.Generator],
-        num_images_per_prompt: int,
+        num_images_per_prompt: int = 1,
         **options: Any,
     ) -> SimpleNamespace:
-        assert len(generator) == num_images_per_prompt * (1 if labels is None else len(labels))
-        self.calls.append({"labels": labels, **options})
+        assert len(generator) == num_images_per_prompt * (1 if class_labels is None else len(class_labels))
+        self.calls.append({"labels": class_labels, **options})
         images = torch.stack([torch.rand(3, 8, 8, generator=source) for source in generator])
-        if labels is not None:
-            images[:, :, 0, 0] = torch.tensor(labels)[:, None] / 255
+        if class_labels is not None:
+            images[:, :, 0, 0] = torch.tensor(class_labels)[:, None] / 255
         return SimpleNamespace(images=images)
 
 

@@ -1,4 +1,4 @@
-"""Tiny pipelines of every generator, with every kind of autoencoder and scheduler among them."""
+"""Tiny pipelines of every generator, with every kind of autoencoder and scheduler among them; two take prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from models.autoencoder_cases import tiny_autoencoder, tiny_svg
-from pipelines.tiny_pipelines import ID2LABEL, tiny_transformer
+from pipelines.tiny_pipelines import ID2LABEL, any_size_autoencoder, tiny_text_pipeline, tiny_transformer
 
 from repagen import (
     ClassToImagePipeline,
@@ -23,6 +23,7 @@ from repagen import (
     PixelAutoencoder,
     RAEv2Transformer2DModel,
     SiTTransformer2DModel,
+    TextToImagePipeline,
     sampler_preset,
 )
 
@@ -45,7 +46,7 @@ def _make(generator: type, autoencoder: Callable[[], Any], channels: int, schedu
 
 
 # An autoencoder's latents have 32 channels (RAE), 36 (SVG), 4 (KL) or 3 (pixels), on a grid of 4 x 4.
-CASES: dict[str, Callable[[], ClassToImagePipeline]] = {
+CASES: dict[str, Callable[[], ClassToImagePipeline | TextToImagePipeline]] = {
     "sit-rae": lambda: _make(SiTTransformer2DModel, tiny_autoencoder, 32, FlowMatchEulerDiscreteScheduler(shift=2.0)),
     "dit-kl": lambda: _make(DDPMDiTTransformer2DModel, tiny_kl, 4, sampler_preset("dit-ddpm")[0]),
     "lightningdit-svg": lambda: _make(LightningDiTTransformer2DModel, tiny_svg, 36, FlowMatchHeunScheduler()),
@@ -58,4 +59,7 @@ CASES: dict[str, Callable[[], ClassToImagePipeline]] = {
     "elt-kl": lambda: _make(
         ELTTransformer2DModel, tiny_kl, 4, FlowMatchEulerDiscreteScheduler(), sampling_defaults={"num_loops": 2}
     ),
+    "text-ditdh-rae": tiny_text_pipeline,
+    "text-raev2-kl": lambda: tiny_text_pipeline(RAEv2Transformer2DModel, vae=any_size_autoencoder()),
 }  # fmt: skip
+TEXT_CASES = tuple(name for name in CASES if name.startswith("text-"))

@@ -9,8 +9,10 @@ import json
 import sys
 from typing import Any
 
-# Arguments of a draw that is cheap and guided, and names a class.
-CALL = {"class_labels": ["golden retriever", 2], "num_inference_steps": 3, "guidance_scale": 2.0}
+# Arguments of a draw that is cheap and guided, and names a class or gives prompts.
+CALL = {"num_inference_steps": 3, "guidance_scale": 2.0}
+CLASSES = {"class_labels": ["golden retriever", 2]}
+PROMPTS = {"prompt": ["a red cube", "ein Würfel"], "negative_prompt": "a dog"}
 
 
 def draw(pipe: Any, **changes: Any) -> dict[str, Any]:
@@ -19,7 +21,10 @@ def draw(pipe: Any, **changes: Any) -> dict[str, Any]:
     import torch
 
     def call(output_type: str) -> Any:
-        return pipe(**{**CALL, **changes}, generator=torch.Generator().manual_seed(7), output_type=output_type).images
+        asked = PROMPTS if "text_encoder" in pipe.components else CLASSES
+        return pipe(
+            **{**CALL, **asked, **changes}, generator=torch.Generator().manual_seed(7), output_type=output_type
+        ).images
 
     pipe.set_progress_bar_config(disable=True)
     pictures = np.stack([np.asarray(picture) for picture in call("pil")])

@@ -13,6 +13,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from folders import folder_bytes
 from hub_stand_in import COMMIT, StandInHub, write_model
 from huggingface_hub import constants
 
@@ -21,10 +22,6 @@ from repagen.hub.fetching import fetch_snapshot, resolve_commit
 
 WEIGHTS = "part/weights.safetensors"
 LARGE = b"\1" * 12_000_000  # more than huggingface_hub reads before it writes
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
@@ -56,7 +53,7 @@ def test_a_snapshot_is_whole_and_named_by_its_commit(hub: StandInHub, folder: Pa
     hub.add("org/model", folder, COMMIT)
     found = fetch_snapshot("org/model", revision=COMMIT)
     assert found.name == COMMIT and found.is_relative_to(cache)
-    assert contents(found) == contents(folder)
+    assert folder_bytes(found) == folder_bytes(folder)
     asked = len(hub.requests)
     assert fetch_snapshot("org/model", revision=COMMIT) == found
     assert len(hub.requests) == asked, "a commit in the cache needs no request"
@@ -65,7 +62,7 @@ def test_a_snapshot_is_whole_and_named_by_its_commit(hub: StandInHub, folder: Pa
 def test_only_what_is_asked_for_comes(hub: StandInHub, folder: Path) -> None:
     hub.add("org/model", folder)
     found = fetch_snapshot("org/model", revision=None, patterns=["*.json"])
-    assert set(contents(found)) == {"config.json"}
+    assert set(folder_bytes(found)) == {"config.json"}
     assert not hub.asked("*.safetensors", method=None)
 
 
@@ -76,7 +73,7 @@ def test_a_branch_that_moves_between_two_requests(hub: StandInHub, folder: Path,
     hub.fault("org/model", "(info)", then=lambda: repository.commit(newer), times=1)
     commit = resolve_commit("org/model")
     assert commit == first != repository.refs["main"]
-    assert contents(fetch_snapshot("org/model", revision=commit)) == contents(folder)
+    assert folder_bytes(fetch_snapshot("org/model", revision=commit)) == folder_bytes(folder)
     assert {request.revision for request in hub.requests if request.path != "(info)"} == {first}
 
 
@@ -87,7 +84,7 @@ def test_another_cache_and_a_fetch_anew(hub: StandInHub, folder: Path, tmp_path:
     (found / WEIGHTS).resolve().write_bytes(b"rotten")
     assert (found / WEIGHTS).read_bytes() == b"rotten"
     fetch_snapshot("org/model", revision=COMMIT, cache_dir=tmp_path / "elsewhere", force_download=True)
-    assert contents(found) == contents(folder)
+    assert folder_bytes(found) == folder_bytes(folder)
 
 
 def test_a_fetch_anew_without_the_hub_is_refused(hub: StandInHub, folder: Path) -> None:
@@ -106,7 +103,7 @@ def test_a_private_repository_needs_its_token(hub: StandInHub, folder: Path) -> 
     assert "no such model on the Hub" in message and "hf auth login" in message
     assert resolve_commit("org/model", token="hf_secret") == COMMIT
     found = fetch_snapshot("org/model", revision=COMMIT, token="hf_secret")
-    assert contents(found) == contents(folder)
+    assert folder_bytes(found) == folder_bytes(folder)
 
 
 def test_a_token_is_in_no_message(hub: StandInHub, folder: Path) -> None:
@@ -156,7 +153,7 @@ def test_an_answer_with_an_error(
 def test_too_many_requests_pass_by(hub: StandInHub, folder: Path, waits: list[float]) -> None:
     hub.add("org/model", folder)
     hub.fault("org/model", WEIGHTS, method="GET", status=429, headers={"Retry-After": "7"}, times=2)
-    assert contents(fetch_snapshot("org/model", revision=None)) == contents(folder)
+    assert folder_bytes(fetch_snapshot("org/model", revision=None)) == folder_bytes(folder)
     assert waits == [8, 8], "as long as the Hub asks for, and one second"
 
 
@@ -222,7 +219,7 @@ def test_a_connection_that_is_refused(hub: StandInHub, folder: Path, monkeypatch
 def test_a_body_that_breaks_off_is_gone_on_with(hub: StandInHub, folder: Path) -> None:
     hub.add("org/model", folder)
     hub.fault("org/model", WEIGHTS, method="GET", cut=30_000, times=2)
-    assert contents(fetch_snapshot("org/model", revision=None)) == contents(folder)
+    assert folder_bytes(fetch_snapshot("org/model", revision=None)) == folder_bytes(folder)
     assert len(hub.asked(WEIGHTS)) == 3
 
 
@@ -235,7 +232,7 @@ def test_a_body_that_always_breaks_off_is_given_up(hub: StandInHub, folder: Path
     assert len(hub.asked(WEIGHTS)) <= 7
     assert nothing_half(cache)
     hub.faults.clear()
-    assert contents(fetch_snapshot("org/model", revision=None)) == contents(folder)
+    assert folder_bytes(fetch_snapshot("org/model", revision=None)) == folder_bytes(folder)
 
 
 def test_a_file_of_another_size(hub: StandInHub, folder: Path, cache: Path) -> None:
@@ -244,7 +241,7 @@ def test_a_file_of_another_size(hub: StandInHub, folder: Path, cache: Path) -> N
     assert "another size" in refusal(fetch_snapshot, "org/model", revision=None, patterns=["*.safetensors"])
     assert nothing_half(cache)
     hub.faults.clear()
-    assert contents(fetch_snapshot("org/model", revision=None)) == contents(folder)
+    assert folder_bytes(fetch_snapshot("org/model", revision=None)) == folder_bytes(folder)
 
 
 def test_limits_end_with_the_call(hub: StandInHub, folder: Path) -> None:
@@ -290,7 +287,7 @@ def test_a_disk_that_gets_full(hub: StandInHub, folder: Path, cache: Path, monke
         message = refusal(fetch_snapshot, "org/model", revision=None, patterns=["*.safetensors"])
     assert "disk of the Hub's cache is full" in message
     assert nothing_half(cache)
-    assert contents(fetch_snapshot("org/model", revision=None)) == contents(folder)
+    assert folder_bytes(fetch_snapshot("org/model", revision=None)) == folder_bytes(folder)
 
 
 def test_a_cache_that_cannot_be_written(
@@ -350,4 +347,4 @@ def test_killed_in_the_middle_and_again(hub: StandInHub, folder: Path, cache: Pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert begun and "weights.safetensors" not in {path.name for path in cache.rglob("*.safetensors")}
-    assert contents(fetch_snapshot("org/model", revision=None)) == contents(folder)
+    assert folder_bytes(fetch_snapshot("org/model", revision=None)) == folder_bytes(folder)

@@ -15,12 +15,27 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from folders import folder_bytes
 from hub_uploads import UPLOAD_WARNING, UploadHub, reach, serve_uploads
 from huggingface_hub import ModelCard
-from pipelines.tiny_pipelines import ID2LABEL, inputs, tiny_pipeline, tiny_transformer
+from pipelines.tiny_pipelines import (
+    ID2LABEL,
+    inputs,
+    text_inputs,
+    tiny_pipeline,
+    tiny_text_pipeline,
+    tiny_transformer,
+)
 from safetensors.torch import save_file
 
-from repagen import ClassToImagePipeline, RepresentationAutoencoder, SiTTransformer2DModel, UserError, VisionEncoder
+from repagen import (
+    ClassToImagePipeline,
+    RepresentationAutoencoder,
+    SiTTransformer2DModel,
+    TextToImagePipeline,
+    UserError,
+    VisionEncoder,
+)
 from repagen.export.remote_code import export_remote_code
 from repagen.hub import push_command
 from repagen.hub.publishing import check_repository, open_repository, publish_folder
@@ -39,10 +54,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "pipeline"
     tiny_pipeline(id2label=ID2LABEL).save_pretrained(folder)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def card(uploads: UploadHub, repo_id: str = "org/model", branch: str = "main") -> ModelCard:
@@ -87,6 +98,28 @@ def test_the_card_of_a_pipeline_is_ours(uploads: UploadHub, saved: Path) -> None
 
 
 @torch.no_grad()
+def test_a_pipeline_of_prompts_is_published_with_its_text_encoder(uploads: UploadHub, tmp_path: Path) -> None:
+    pipe = tiny_text_pipeline()
+    pipe.save_pretrained(tmp_path / "saved")
+    publish_folder(tmp_path / "saved", "org/text")
+    loaded = TextToImagePipeline.from_pretrained(uploads.branch("org/text"))
+    saved = TextToImagePipeline.from_pretrained(tmp_path / "saved")
+    for one in (loaded, saved):
+        one.set_progress_bar_config(disable=True)
+    assert torch.equal(loaded(**text_inputs()).images, saved(**text_inputs()).images)
+    found = card(uploads, "org/text")
+    assert found.data.pipeline_tag == "text-to-image" and "text_encoder" in found.text
+    assert 'repagen.TextToImagePipeline.from_pretrained("org/text")' in found.text
+    assert "| text encoder | t5 | unknown here | see the encoder's own card |" in found.text
+    assert "--prompt" in uploads.branch("org/text").joinpath("sample.py").read_text()
+
+    publish_folder(export_remote_code(tmp_path / "saved", tmp_path / "code"), "org/text", revision="remote-code")
+    there = uploads.files("org/text", "remote-code")
+    assert "text_encoder/tokenizer.0/tokenizer.json" in there
+    assert "trust_remote_code=True" in card(uploads, "org/text", "remote-code").text
+
+
+@torch.no_grad()
 def test_a_saved_and_pushed_autoencoder_has_its_encoder_and_statistics(uploads: UploadHub, tmp_path: Path) -> None:
     model = autoencoder_with_encoder()
     model.set_statistics(torch.randn(model.latent_shape), 1 + torch.rand(model.latent_shape))
@@ -128,7 +161,8 @@ def test_a_folder_with_its_own_code_replaces_that_of_an_earlier_push(
     uploads.write("org/model", "remote-code", "repagen_00000000/errors.py", b"old")
     publish_folder(folder, "org/model", revision="remote-code")
     there = set(uploads.files("org/model", "remote-code"))
-    assert {name for name in there if name.endswith(".py")} - main == {n for n in contents(folder) if n[-3:] == ".py"}
+    code = {name for name in folder_bytes(folder) if name.endswith(".py")}
+    assert {name for name in there - main if name.endswith(".py")} == code
     assert set(uploads.files("org/model")) == main
     text = card(uploads, branch="remote-code").text
     assert 'from_pretrained("org/model", revision="remote-code", trust_remote_code=True)' in text
@@ -334,8 +368,15 @@ def test_the_lines_of_every_card_run_as_they_are_copied(uploads: UploadHub, save
     publish_folder(tmp_path / "kl", "org/kl")
     autoencoder_with_encoder().push_to_hub("org/rae")
     tiny_transformer().push_to_hub("org/sit")
+    tiny_text_pipeline().push_to_hub("org/text")
     code = ""
-    for repo_id, branch in {"org/pipeline": "v1", "org/kl": "main", "org/rae": "main", "org/sit": "main"}.items():
+    for repo_id, branch in {
+        "org/text": "main",
+        "org/pipeline": "v1",
+        "org/kl": "main",
+        "org/rae": "main",
+        "org/sit": "main",
+    }.items():
         code += "".join(re.findall(r"```python\n(.*?)```", card(uploads, repo_id, branch).text, re.DOTALL))
     code += "print(image.size, images.shape, type(transformer).__name__)\n"
     environment = {
@@ -370,13 +411,13 @@ def test_the_lines_of_every_card_run_as_they_are_copied(uploads: UploadHub, save
 def test_what_the_hub_refuses_is_one_line_and_nothing_half(
     uploads: UploadHub, saved: Path, pattern: str, status: int, expected: str
 ) -> None:
-    before = contents(saved)
+    before = folder_bytes(saved)
     uploads.faults[pattern] = status
     with pytest.raises(UserError) as raised:
         publish_folder(saved, "org/model")
     assert str(raised.value).startswith("org/model: ") and expected in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert contents(saved) == before and not uploads.commits
+    assert folder_bytes(saved) == before and not uploads.commits
     uploads.faults.clear()
     publish_folder(saved, "org/model")
     assert len(uploads.commits) == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import folder_bytes
 from models.autoencoder_cases import tiny_autoencoder, tiny_svg
 from pipelines.tiny_pipelines import ID2LABEL, SIZES, tiny_pipeline, tiny_transformer
 
@@ -41,10 +42,6 @@ def own_umask() -> Iterator[None]:
     os.umask(before)
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def modes_of(folder: Path) -> set[int]:
     return {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
 
@@ -62,7 +59,7 @@ def assert_round_trips(first: Any, load: Callable[[Path], Any], within: Path, mo
         os.umask(umask)
         model.save_pretrained("to be saved")
         folder = place / "to be saved"
-        saved.append(files_of(folder))
+        saved.append(folder_bytes(folder))
         assert modes_of(folder) == {0o666 & ~umask}
         shutil.move(folder, place / "moved")
         model = load(Path("moved"))
@@ -110,14 +107,14 @@ def test_an_official_encoder_that_is_stored(golden: Path, tmp_path: Path, monkey
     encoder = golden / "rae_dinov2" / "encoder"
     model = RepresentationAutoencoder.from_encoder(encoder, TINY_DECODER, image_size=16, decoder_patch_size=4)
     assert_round_trips(model, RepresentationAutoencoder.from_pretrained, tmp_path, monkeypatch)
-    assert "encoder.frozen/model.frozen.safetensors" in files_of(tmp_path / NAMES[2] / "moved")
+    assert "encoder.frozen/model.frozen.safetensors" in folder_bytes(tmp_path / NAMES[2] / "moved")
 
 
 def test_what_is_uploaded_tells_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uploaded: list[dict[str, bytes]] = []
 
     def publish(folder: Path, *_: Any, **__: Any) -> None:
-        uploaded.append(files_of(folder))
+        uploaded.append(folder_bytes(folder))
 
     monkeypatch.setattr("repagen.hub.published.publish_folder", publish)
     tiny_pipeline(vae=tiny_kl()).save_pretrained(tmp_path / "first")

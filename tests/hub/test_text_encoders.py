@@ -81,3 +81,15 @@ def test_a_published_pipeline_comes_with_its_tokenizers(
     assert repagen.TextEncoder is TextEncoder  # imported, it lets diffusers download its components
     assert same(PromptPipeline.from_pretrained("org/pipe").text_encoder, encoder)
     assert same(TextEncoder.from_pretrained("org/pipe", subfolder="text_encoder"), encoder)
+
+
+def test_one_that_is_named_by_id_needs_no_weights_of_its_own(
+    hub: StandInHub, cache: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/text", source)
+    encoder = TextEncoder.from_encoder("org/text")
+    encoder.save_pretrained(tmp_path / "named", include_encoder=False)
+    hub.add("org/named", tmp_path / "named")
+    assert same(TextEncoder.from_pretrained("org/named"), encoder)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same(TextEncoder.from_pretrained("org/named"), encoder)

@@ -85,10 +85,6 @@ def rows(config: DecoderConfig) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in ("time_s", "images_per_s")} for row in found]
 
 
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def run_two_processes(module: str, config: Path) -> None:
     """Run a training program under torchrun on two processes; it must succeed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoder_parts import folder_bytes, rows, run_two_processes, settings, words, write_parts
+from decoder_parts import rows, run_two_processes, settings, words, write_parts
+from folders import folder_bytes
 
 from repagen import RepresentationAutoencoder, UserError
 from repagen.config import load_config, preset_names, read_preset, save_config

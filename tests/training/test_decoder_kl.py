@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoder_parts import folder_bytes, rows, settings, words, write_parts
+from decoder_parts import rows, settings, words, write_parts
 from diffusers import AutoencoderKL
+from folders import folder_bytes
 
 from repagen import UserError, images_to_latents
 from repagen.config import load_config

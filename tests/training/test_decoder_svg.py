@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoder_parts import folder_bytes, rows, run_two_processes, settings, words, write_parts
+from decoder_parts import rows, run_two_processes, settings, words, write_parts
+from folders import folder_bytes
 from safetensors.torch import load_file
 
 from repagen import UserError

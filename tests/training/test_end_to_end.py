@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoder_parts import folder_bytes, rows, run_two_processes, words, write_lpips
+from decoder_parts import rows, run_two_processes, words, write_lpips
+from folders import folder_bytes
 from generator_parts import new_model, write_parts
 from torch import nn
 

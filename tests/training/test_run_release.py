@@ -17,6 +17,7 @@ from decoder_parts import settings as decoder_settings
 from decoder_parts import words
 from decoder_parts import write_parts as write_decoder_parts
 from finetune_parts import finetune, finetune_settings, write_images, write_pipeline
+from folders import folder_bytes
 from generator_parts import settings, train_settings, write_parts
 from hub_uploads import UPLOAD_WARNING, UploadHub, serve_uploads
 from huggingface_hub import ModelCard
@@ -50,17 +51,13 @@ def generator_settings(parts: Path, folder: Path, **changes: Any) -> dict[str, A
     return values
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def assert_pushed(uploads: UploadHub, repo_id: str, folder: Path, branch: str = "main") -> ModelCard:
     """The repository holds the folder, with its name in the card; => the card."""
     pushed = uploads.files(repo_id, branch)
-    for name, content in contents(folder).items():
+    for name, content in folder_bytes(folder).items():
         if not name.endswith((".json", "README.md")):
             assert pushed[name] == content, name
-    readme = contents(folder)["README.md"].decode()
+    readme = folder_bytes(folder)["README.md"].decode()
     where = f'"{repo_id}"' + ("" if branch == "main" else f', revision="{branch}"')
     assert pushed["README.md"].decode() == readme.replace('"ORG/NAME"', where).replace("ORG/NAME", repo_id)
     assert uploads.commits == [(repo_id, branch, uploads.commits[0][2])]
@@ -193,10 +190,10 @@ def test_a_run_without_push_has_card_and_grid_and_may_be_pushed_when_it_goes_on(
     values = generator_settings(parts, tmp_path)
     run = train_settings(values, tmp_path / "work")
     assert not uploads.requests
-    first = contents(run / "pipeline")
+    first = folder_bytes(run / "pipeline")
     assert b'from_pretrained("ORG/NAME")' in first["README.md"] and first["samples.png"].startswith(b"\x89PNG")
     train_settings({**values, "push_to_hub": "org/x"}, tmp_path / "work")
-    assert contents(run / "pipeline") == first
+    assert folder_bytes(run / "pipeline") == first
     assert_pushed(uploads, "org/x", run / "pipeline")
 
 

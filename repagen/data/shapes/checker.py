@@ -121,16 +121,20 @@ def check_picture(picture: np.ndarray | torch.Tensor, prompt: ScenePrompt) -> Sc
 def judge(found: FoundScene, prompt: ScenePrompt) -> SceneVerdict:
     """Judge what a picture shows against a prompt.
 
-    Objects asked for are paired with objects found such that most of them are entirely right.
+    Objects asked for are paired with objects found such that most of them are entirely right, then such that most have
+    their shape and colour, wherever they are.
     """
     wanted = prompt.objects
     pool: list[FoundObject | None] = [*found.objects, *[None] * len(wanted)]
     judged = [
-        ([_judge(item, request) for item, request in zip(order, wanted, strict=True)], _stands(order, prompt.relation))
+        (
+            [_judge(item, request) for item, request in zip(order, wanted, strict=True)],
+            _stands(order, prompt.relation),
+        )
         for order in itertools.permutations(pool[: len(wanted) + _MAX_CONSIDERED], len(wanted))
     ]
-    rows, related = max(judged, key=lambda pair: (sum(map(all, pair[0])) + pair[1], sum(map(sum, pair[0]))))
-    shape, colour, size, position = (all(column) for column in zip(*rows, strict=True))
+    objects, related = max(judged, key=lambda pairing: _agreement(*pairing))
+    shape, colour, size, position = (all(column) for column in zip(*objects, strict=True))
     return SceneVerdict(
         object=shape,
         colour=colour,
@@ -139,6 +143,13 @@ def judge(found: FoundScene, prompt: ScenePrompt) -> SceneVerdict:
         background=prompt.background in (None, found.background),
         count=len(found.objects) == len(wanted),
     )
+
+
+def _agreement(objects: Sequence[tuple[bool, ...]], related: bool) -> tuple[int, int, int]:
+    """How good a pairing is: what is entirely right, then objects of the right shape and colour, then everything."""
+    entirely = sum(map(all, objects)) + related
+    kinds = sum(all(judged[:2]) for judged in objects)
+    return entirely, kinds, sum(map(sum, objects)) + related
 
 
 def _judge(found: FoundObject | None, wanted: ObjectRequest) -> tuple[bool, bool, bool, bool]:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from repagen.errors import UserError
-from repagen.evaluation.extraction import all_unreadable, listed, pixel_digest, pixels_sha256
+from repagen.evaluation.extraction import ImageSink, pixels_sha256
 from repagen.evaluation.extractor import ExtractorIdentity
+from repagen.evaluation.pipeline_images import DrawnImages
 from repagen.evaluation.reporting import aligned, described, software_versions
-from repagen.evaluation.samples import ImageSource, Unreadable
-from repagen.evaluation.text_to_image.matching import PromptImages
+from repagen.evaluation.samples import ImageSource
+from repagen.evaluation.text_to_image.prompted import PromptedImages
 from repagen.evaluation.text_to_image.scores import (
     CLIP_CONVENTIONS,
     ScoringModel,
@@ -27,6 +26,7 @@ from repagen.evaluation.text_to_image.scores import (
     text_limit,
     truncated_prompts,
 )
+from repagen.evaluation.text_to_image.scoring import Judge, judge_images
 
 ScoreName = Literal["clip_score", "pick_score"]
 
@@ -44,6 +44,7 @@ class TextToImageResult:
         spaces: score => the model that gave it.
         samples: protocol and pixel hash of the images.
         reference: the prompts, and how many of them each model saw cut off.
+        training: what the pipeline that drew the images says about its training; empty where that is not known.
         remarks: what to know before the figures stand beside others.
         versions: of the packages involved, and the device.
         wall_time_s: seconds, models not loaded within.
@@ -55,6 +56,7 @@ class TextToImageResult:
     spaces: dict[str, ExtractorIdentity]
     samples: dict[str, Any]
     reference: dict[str, Any]
+    training: dict[str, Any]
     remarks: tuple[str, ...]
     versions: dict[str, str]
     wall_time_s: float
@@ -91,7 +93,12 @@ def _title(name: str) -> str:
 
 
 def evaluate_text_to_image(
-    samples: PromptImages, models: Mapping[ScoreName, ScoringModel], *, batch_size: int = 50
+    samples: PromptedImages,
+    models: Mapping[ScoreName, ScoringModel],
+    *,
+    folder: Path | None = None,
+    batch_size: int = 50,
+    sink: ImageSink | None = None,
 ) -> TextToImageResult:
     """Score images against their prompts.
 
@@ -100,13 +107,20 @@ def evaluate_text_to_image(
     Args:
         samples: images and their prompts; the images may differ in size.
         models: `clip_score` and `pick_score`, or one of them => its model.
-        batch_size: images at once, per process.
+        folder, batch_size, sink: as of `judge_images`.
 
     Raises:
         UserError: on images that cannot be read, all of which are listed, and on scores that are not finite.
     """
     start = time.perf_counter()
-    scores, digests = _score(samples, models, batch_size)
+    judged, digests = judge_images(
+        samples,
+        {name: _clip_judge(name, model, samples) for name, model in models.items()},
+        {name: model.identity.as_dict() for name, model in models.items()},
+        folder=folder, batch_size=batch_size, sink=sink,
+    )  # fmt: skip
+    scores = {name: judged[name][:, 0].double() for name in models}
+    _require_finite(scores, samples)
     texts = [prompt.text for prompt in samples.prompts.prompts]
     truncated = {name: len(truncated_prompts(one.model, one.processor, texts)) for name, one in models.items()}
     return TextToImageResult(
@@ -115,6 +129,7 @@ def evaluate_text_to_image(
         spaces={name: one.identity for name, one in models.items()},
         samples={**samples.protocol, "pixels_sha256": pixels_sha256(digests)},
         reference={**samples.prompts.protocol, "truncated_prompts": truncated},
+        training=samples.training if isinstance(samples, DrawnImages) else {},
         remarks=tuple(
             f"{truncated[name]} of {len(texts)} prompts are longer than the {text_limit(one.model, one.processor)} "
             f"tokens that the model of {name} reads; their ends are not scored"
@@ -127,39 +142,12 @@ def evaluate_text_to_image(
     )
 
 
-def _score(
-    samples: PromptImages, models: Mapping[ScoreName, ScoringModel], batch_size: int
-) -> tuple[dict[ScoreName, torch.Tensor], list[str]]:
-    """Scores (N,) by name, and the digest of each image."""
-    state = PartialState()
-    batches = [range(len(samples))[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    share = batches[state.process_index :: state.num_processes]
-    rows: dict[int, tuple[str, dict[str, float]]] = {}
-    for indices in tqdm(share, desc="scores", unit="batch", disable=not state.is_main_process):
-        images = load_readable(samples, indices)
-        prompts = [samples.prompts.prompts[index // samples.images_per_prompt].text for index in indices]
-        values = {name: _SCORES[name](one.model, one.processor, images, prompts) for name, one in models.items()}
-        for number, (index, image) in enumerate(zip(indices, images, strict=True)):
-            rows[index] = pixel_digest(image), {name: float(value[number]) for name, value in values.items()}
-    gathered = {index: row for part in gather_object([rows]) for index, row in part.items()}
-    ordered = [gathered[index] for index in range(len(samples))]
-    scores = {name: torch.tensor([row[name] for _, row in ordered], dtype=torch.float64) for name in models}
-    _require_finite(scores, samples)
-    return scores, [digest for digest, _ in ordered]
+def _clip_judge(name: ScoreName, model: ScoringModel, samples: PromptedImages) -> Judge:
+    def judge(images: Sequence[torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
+        prompts = [samples.prompt_of(index).text for index in indices]
+        return _SCORES[name](model.model, model.processor, images, prompts)[:, None]
 
-
-def load_readable(source: ImageSource, indices: Sequence[int]) -> list[torch.Tensor]:
-    """Load images, uint8 (3, H, W) each.
-
-    Raises:
-        UserError: when one cannot be read; every unreadable image of the source is listed.
-    """
-    loaded = source.load(indices)
-    images = [image for image in loaded if not isinstance(image, Unreadable)]
-    if len(images) < len(loaded):
-        unreadable = all_unreadable(source)
-        raise UserError(f"{len(unreadable)} unreadable images, 0 allowed: {listed(unreadable)}; replace them")
-    return images
+    return judge
 
 
 def _require_finite(scores: Mapping[ScoreName, torch.Tensor], samples: ImageSource) -> None:
@@ -180,7 +168,7 @@ def _figures(scores: Mapping[ScoreName, torch.Tensor]) -> dict[str, float]:
     return figures
 
 
-def _per_prompt(samples: PromptImages, scores: Mapping[ScoreName, torch.Tensor]) -> list[dict[str, Any]]:
+def _per_prompt(samples: PromptedImages, scores: Mapping[ScoreName, torch.Tensor]) -> list[dict[str, Any]]:
     shaped: dict[str, torch.Tensor] = {
         name: values.reshape(len(samples.prompts), -1) for name, values in scores.items()
     }

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from repagen.data.images import BadImageError, decode_image
 from repagen.errors import UserError, refusing
 from repagen.evaluation.samples import ImageSource
-from repagen.evaluation.text_to_image.evaluate import load_readable
 from repagen.evaluation.text_to_image.prompts import Prompt, PromptSet
 from repagen.evaluation.text_to_image.scores import require_uint8_rgb
+from repagen.evaluation.text_to_image.scoring import load_readable
 from repagen.files import TEMPORARY_PREFIX, replace_file, replace_folder
 from repagen.pipelines.grid import save_image_grid
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from repagen.errors import UserError
 from repagen.evaluation.samples import FolderImages
+from repagen.evaluation.text_to_image.prompted import PromptedImages
 from repagen.evaluation.text_to_image.prompts import PromptSet, natural_key
 
 Matching = Literal["id", "number", "order"]
@@ -16,7 +17,7 @@ _Separator = Literal["/", "_", "-", ""]
 """Between id and number of an image; the last is a name that is the id alone, of a single image."""
 
 
-class PromptImages(FolderImages):
+class PromptImages(FolderImages, PromptedImages):
     """The images of a folder in the order of their prompts: image i belongs to prompt i // images_per_prompt.
 
     Prompts that have ids are matched by `id`: all images are named `<id>/<n>.png`, `<id>_<n>.png` or `<id>-<n>.png`,

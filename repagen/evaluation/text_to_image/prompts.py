@@ -34,13 +34,13 @@ class PromptSet:
     """Prompts in the order of their file; those of a folder in that of `natural_key`.
 
     Attributes:
-        path: the file or folder.
-        sha256: of the file; for a folder, of all its ids and texts.
+        path: the file or folder; of prompts that lie nowhere, what they are.
+        sha256: of the file; otherwise of all ids and texts.
         prompts: at least one, with different ids.
         named: whether the ids come from the file and not from the order.
     """
 
-    path: Path
+    path: Path | str
     sha256: str
     prompts: tuple[Prompt, ...]
     named: bool
@@ -78,6 +78,17 @@ def read_prompts(path: str | Path) -> PromptSet:
         lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     prompts, named = _read_lines(lines, path) if path.suffix == ".txt" else _read_json_lines(lines, path)
     return PromptSet(path, file_digest(path)["sha256"], tuple(prompts), named)
+
+
+def prompt_set(what: str, texts: Sequence[str]) -> PromptSet:
+    """Make a set of texts that lie nowhere.
+
+    Args:
+        what: they are, for messages and results.
+        texts: at least one.
+    """
+    prompts = tuple(Prompt(f"{number:05d}", text) for number, text in enumerate(texts))
+    return PromptSet(what, _digest(prompts), prompts, named=False)
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
@@ -150,7 +161,6 @@ def _read_folder(folder: Path) -> PromptSet:
     files = sorted(found, key=lambda path: natural_key(path.stem))
     if not files:
         raise UserError(f"{folder}: no prompts found; looked for <id>.txt")
-    digest = hashlib.sha256()
     prompts = []
     for path in files:
         with refusing(f"{path}: cannot be read as UTF-8"):
@@ -158,5 +168,11 @@ def _read_folder(folder: Path) -> PromptSet:
         if not text:
             raise UserError(f"{path}: empty; write the prompt into it, or remove it")
         prompts.append(Prompt(path.stem, text))
-        digest.update(json.dumps([path.stem, text]).encode())
-    return PromptSet(folder, digest.hexdigest(), tuple(prompts), named=True)
+    return PromptSet(folder, _digest(prompts), tuple(prompts), named=True)
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.id, prompt.text]).encode())
+    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.utils import logging
 
+from repagen import cli
 from repagen.evaluation.text_to_image.prompts import PromptSet, read_prompts
 from repagen.evaluation.text_to_image.scores import ScoringModel, open_scoring_model
 
@@ -103,3 +105,15 @@ def geneval_prompts(tmp_path: Path) -> PromptSet:
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in GENEVAL_LINES))
     return read_prompts(path)
+
+
+@pytest.fixture
+def evaluate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run `repagen evaluate text-to-image`; => what it printed."""
+
+    def run(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["repagen", "evaluate", "text-to-image", *map(str, words)])
+        cli.main()
+        return capsys.readouterr().out
+
+    return run

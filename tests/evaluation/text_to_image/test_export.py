@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folders import folder_bytes
 from PIL import Image
 
 from repagen.errors import UserError
@@ -115,44 +116,40 @@ def test_an_interrupted_export_is_completed_only_when_asked(
     provider = Provider()
     assert export(broken, prompts, provider, resume=True) == len(prompts) - 1
     assert provider.asked[0][0][1] == 4
-    assert files_of(broken) == files_of(whole)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert folder_bytes(broken) == folder_bytes(whole)
 
 
 def test_what_a_killed_or_damaged_export_left_is_written_anew(tmp_path: Path, geneval_prompts: PromptSet) -> None:
     out = tmp_path / "out"
     export_geneval(out, geneval_prompts, Provider())
-    whole = files_of(out)
+    whole = folder_bytes(out)
     (out / "00001/samples/00003.png").write_bytes(whole["00001/samples/00003.png"][:60])
     (out / ".tmp-00000/samples").mkdir(parents=True)
     assert export_geneval(out, geneval_prompts, Provider(), resume=True) == 1
-    assert files_of(out) == whole and sorted(os.listdir(out)) == ["00000", "00001"]
+    assert folder_bytes(out) == whole and sorted(os.listdir(out)) == ["00000", "00001"]
     (out / "00000/samples/00002.png").unlink()
     assert export_geneval(out, geneval_prompts, Provider(), resume=True) == 1
-    assert files_of(out) == whole
+    assert folder_bytes(out) == whole
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:60])])
 def test_a_prompt_without_its_grid_is_completed(tmp_path: Path, geneval_prompts: PromptSet, damage: Any) -> None:
     out = tmp_path / "out"
     export_geneval(out, geneval_prompts, Provider())
-    whole = files_of(out)
+    whole = folder_bytes(out)
     damage(out / "00001/grid.png")
     assert export_geneval(out, geneval_prompts, Provider(), resume=True) == 1
-    assert files_of(out) == whole
+    assert folder_bytes(out) == whole
 
 
 def test_a_damaged_grid_is_written_anew(tmp_path: Path, dpg_prompts: PromptSet) -> None:
     out = tmp_path / "out"
     export_dpg(out, dpg_prompts, Provider())
-    whole = files_of(out)
+    whole = folder_bytes(out)
     (out / "1.png").write_bytes(whole["1.png"][:60])
     (out / ".tmp-1.png").write_bytes(b"half")
     assert export_dpg(out, dpg_prompts, Provider(), resume=True) == 1
-    assert files_of(out) == whole
+    assert folder_bytes(out) == whole
 
 
 @pytest.mark.parametrize("layout", ["geneval", "dpg"])

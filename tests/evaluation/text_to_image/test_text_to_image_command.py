@@ -13,24 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from repagen import cli
 from repagen.evaluation.text_to_image.prompts import PromptSet
 from repagen.evaluation.text_to_image.scores import ScoringModel, clip_score, open_scoring_model, pick_score
 
 ROOT = Path(__file__).parents[3]
 TEXTS = ["a red cat", "two dogs on a couch in the evening", "a boat"]
-
-
-@pytest.fixture
-def evaluate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run `repagen evaluate text-to-image`; => what it printed."""
-
-    def run(*words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["repagen", "evaluate", "text-to-image", *map(str, words)])
-        cli.main()
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture
@@ -175,7 +162,7 @@ def test_a_dpg_export_gives_every_prompt_its_own_images(evaluate: Any, tmp_path:
         (["--export", "dpg", "--export-to", "x"], "its prompts have no ids"),
         (["--metrics", "clip_score", "--by-order"], "--by-order is for prompts that have ids"),
         (["--metrics", "clip_score", "--export", "dpg"], "not allowed with argument"),
-        ([], "one of the arguments --metrics --export is required"),
+        ([], "one of the arguments --metrics --export --protocol is required"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -249,9 +236,11 @@ def test_unreadable_images_stop_the_run_and_are_all_listed(
 
 @pytest.mark.slow
 def test_two_processes_give_the_result_of_one(
-    evaluate: Any, given: list[object], clip_folder: Path, tmp_path: Path
+    evaluate: Any, random_pictures: Any, write_pictures: Any, prompts_of: Any, clip_folder: Path, tmp_path: Path
 ) -> None:
-    words = [*given, "--metrics", "clip_score", "--clip", clip_folder, "--batch-size", 2, "--output"]
+    folder = write_pictures(tmp_path / "many", random_pictures(40, seed=3))
+    words = ["--samples", folder, "--prompts", prompts_of(5 * TEXTS[:2]).path, "--images-per-prompt", 4]
+    words += ["--metrics", "clip_score", "--clip", clip_folder, "--batch-size", 32, "--output"]
     evaluate(*words, tmp_path / "1.json")
     script = tmp_path / "evaluate.py"  # accelerate joins processes on CPUs only where an Accelerator asks for it
     script.write_text(
