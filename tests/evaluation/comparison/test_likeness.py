@@ -263,7 +263,7 @@ def test_text_to_image_results(tmp_path: Path) -> None:
         evaluated = TextToImageResult(
             metrics={"clip_score": score}, num_samples=4, spaces={"clip_score": identity},
             samples={"kind": "folder", "path": str(number)}, reference={"kind": "prompts", "sha256": "b" * 64},
-            remarks=(), versions={}, wall_time_s=1.0, per_prompt=[],
+            training={}, remarks=(), versions={}, wall_time_s=1.0, per_prompt=[],
         )  # fmt: skip
         path = tmp_path / f"{number}.json"
         path.write_text(json.dumps(evaluated.as_dict()))
