@@ -30,7 +30,7 @@ from repagen.training.text_to_image_config import TextToImageConfig
 
 SEEN_GROUPS = [group for group in GROUPS if group.combinations == "seen" and group.num_objects < 3]
 PROMPTS_OF_A_GROUP, PROMPTS_OF_A_POINT, SHEET_PROMPTS = 125, 64, 24
-SCRATCH_STEPS, POINTS = 2400, 8
+SCRATCH_STEPS, POINTS = 1200, 6
 BATCH_SIZE = 64
 
 
