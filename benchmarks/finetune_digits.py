@@ -2,22 +2,23 @@
 
     python benchmarks/finetune_digits.py --pipeline runs/digits/generator/pipeline [--output DIR] [--modes full lora]
 
-The classes are strokes that no digit has: a cross, a plus, a corner and a cup, drawn by code in the look of the digits
-(antialiased to 8 x 8 pixels, 16 grey levels, scaled by replication) at random places, sizes, slants and widths. The
-pipeline is fine-tuned by the program that users run:
+The classes are drawn by code in the look of the digits (antialiased to 8 x 8 pixels, 16 grey levels, scaled by
+replication) at random places, sizes, slants and widths. The pipeline is fine-tuned by the program that users run:
 
 - `full`: the whole generator, with some of the pipeline's own images of each digit (prior preservation);
-- `full_alone`: the same without them; no digit is kept;
 - `lora`: adapters and the new rows of the label table, with prior images;
-- `labels`: the new rows alone;
-- `labels_familiar`: the same for four drawn classes whose forms the generator has: an oval (0), a stick (1), a zed (2)
-  and a hook (7), begun with the rows of these digits (`labels.start_from`). They are no other than digits to a judge,
-  so they are told from one another alone.
+- `labels`: the new rows alone.
 
-The judge is the quickstart's classifier, trained on the real training digits and on 150 further drawings of each new
-class: it has seen none of the 20 images, and shares nothing with encoder, autoencoder and generator. It says what
-share of 50 unguided samples of each class shows that class. The adapters are loaded into the pipeline as users load
-them, and drawn from unfused and fused.
+These three take `FORMS`: a chair, a hoop, a snail and a swan, forms that the generator has (of 4, 0, 6 and 2) under
+names that it does not have. The new rows begin with those of these digits (`labels.start_from`), and in
+`labels_from_mean` with the mean of all digits. `full_strokes`, `lora_strokes` and `labels_strokes` take `STROKES` that
+no digit has: a cross, a plus, a corner and a cup.
+
+The judge is the quickstart's classifier, trained on the real training digits and on 150 further drawings of each
+class: it has seen none of the 20 images, and shares nothing with encoder, autoencoder and generator. A stroke is a
+class of its own to it, a form the class of the digit that it is drawn like, to be told from the nine others. It says
+what share of 50 unguided samples of each class shows that class. The adapters are loaded into the pipeline as users
+load them, and drawn from unfused and fused.
 
 Writes OUTPUT/results.json, and OUTPUT/MODE.png with ten samples of each class in a row, below ten of the drawings.
 """
@@ -33,7 +34,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,31 +54,74 @@ Stroke = list[tuple[float, float]]
 DIGITS = [str(digit) for digit in range(10)]
 IMAGES_PER_CLASS, DRAWN_FOR_JUDGE, SAMPLES_PER_CLASS, SHOWN = 20, 150, 50, 10
 _CANVAS = 256  # pixels in which strokes are drawn before they are averaged to 8 x 8
-_OVAL = [(0.7 * math.cos(k * math.pi / 12), math.sin(k * math.pi / 12)) for k in range(25)]
 
-# Strokes in a square from -1 to 1, x to the right and y down.
-NEW: dict[str, list[Stroke]] = {
-    "cross": [[(-1, -1), (1, 1)], [(1, -1), (-1, 1)]],
-    "plus": [[(0, -1), (0, 1)], [(-1, 0), (1, 0)]],
-    "corner": [[(-0.8, -1), (-0.8, 1), (0.9, 1)]],
-    "cup": [[(-0.9, -1), (-0.9, 1), (0.9, 1), (0.9, -1)]],
-}
-FAMILIAR: dict[str, list[Stroke]] = {
-    "oval": [_OVAL],
-    "stick": [[(0, -1), (0, 1)]],
-    "zed": [[(-0.8, -1), (0.8, -1), (-0.8, 1), (0.8, 1)]],
-    "hook": [[(-0.8, -1), (0.8, -1), (-0.2, 1)]],
-}
+
+def _arc(x: float, y: float, width: float, height: float, start: float, end: float) -> Stroke:
+    """Points of an ellipse with these half axes around (x, y); angles in turns, clockwise from the right."""
+    angles = [2 * math.pi * (start + (end - start) * k / 20) for k in range(21)]
+    return [(x + width * math.cos(angle), y + height * math.sin(angle)) for angle in angles]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Drawn classes, and the hand that draws them; ranges are of uniform draws.
+
+    Attributes:
+        strokes: class => strokes in a square from -1 to 1, x to the right and y down.
+        like: class => digit that it is drawn like; empty for what no digit is like.
+        height: of a drawing, in heights of the picture.
+        aspect: its width by its height.
+        place: how far its middle lies from the picture's at most, in half pictures.
+        slant: shift of the top to the right, by half the height.
+        pen: width of the strokes, in pixels of the 8 x 8.
+    """
+
+    strokes: dict[str, list[Stroke]]
+    like: dict[str, int]
+    height: tuple[float, float]
+    aspect: tuple[float, float]
+    place: float
+    slant: tuple[float, float]
+    pen: tuple[float, float]
+
+
+FORMS = Shapes(
+    strokes={
+        "chair": [[(-0.1, -1), (-0.9, 0.1), (0.9, 0.1)], [(0.6, -0.5), (0.1, 1)]],
+        "hoop": [_arc(0, 0, 1, 1, 0, 1)],
+        "snail": [[(0.2, -1), *_arc(0.3, 0.3, 1.1, 1.3, -0.33, -0.5), *_arc(0, 0.5, 0.85, 0.5, 0.5, -0.5)]],
+        "swan": [[*_arc(0, -0.45, 0.8, 0.55, 0.53, 1.11), (-0.8, 1), (0.9, 1)]],
+    },
+    like={"chair": 4, "hoop": 0, "snail": 6, "swan": 2},
+    height=(0.8, 0.92),
+    aspect=(0.5, 0.68),
+    place=0.05,
+    slant=(-0.1, 0.25),
+    pen=(1.0, 1.6),
+)  # as tall, narrow and slanted as the digits
+STROKES = Shapes(
+    strokes={
+        "cross": [[(-1, -1), (1, 1)], [(1, -1), (-1, 1)]],
+        "plus": [[(0, -1), (0, 1)], [(-1, 0), (1, 0)]],
+        "corner": [[(-0.8, -1), (-0.8, 1), (0.9, 1)]],
+        "cup": [[(-0.9, -1), (-0.9, 1), (0.9, 1), (0.9, -1)]],
+    },
+    like={},
+    height=(0.62, 0.92),
+    aspect=(0.75, 1.0),
+    place=0.1,
+    slant=(-0.2, 0.2),
+    pen=(1.1, 1.6),
+)
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One fine-tuning: its preset, the classes, whether digits are kept, and its settings."""
+    """One fine-tuning: its preset, its settings and the classes."""
 
     preset: str
     words: list[str]
-    shapes: dict[str, list[Stroke]] = field(default_factory=lambda: NEW)
-    keeps_digits: bool = True
+    shapes: Shapes = FORMS
 
 
 # Times by the law of the pipeline's own training, and a learning rate that falls to 0.
@@ -85,27 +129,20 @@ _SHARED = ["flow.time=logit_normal", "optimizer.schedule.kind=linear", "optimize
 _TARGETS = (
     "[to_q, to_k, to_v, to_out.0, ff.linear_in, ff.linear_out, modulation, modulation_out, condition_proj, proj_out]"
 )
+_FULL = ["prior.images_per_class=10"]
+_LORA = ["prior.images_per_class=10", "lora.rank=4", "lora.alpha=16", f"lora.target_modules={_TARGETS}"]
+_LABELS = ["max_steps=300", "optimizer.learning_rate=0.05"]
+_FROM_DIGITS = [f"labels.start_from.{name}='{digit}'" for name, digit in FORMS.like.items()]
+# Forms ask little change of a generator that has them; strokes need higher rates and more steps.
 MODES = {
-    "full": Mode("finetune_full", ["max_steps=1800", "optimizer.learning_rate=1.5e-3", "prior.images_per_class=10"]),
-    "full_alone": Mode("finetune_full", ["max_steps=600", "optimizer.learning_rate=1.5e-3"], keeps_digits=False),
-    "lora": Mode(
-        "finetune_lora",
-        [
-            "max_steps=1500", "optimizer.learning_rate=1e-2", "prior.images_per_class=10",
-            "lora.rank=4", "lora.alpha=16", f"lora.target_modules={_TARGETS}",
-        ],
-    ),
-    "labels": Mode("finetune_labels", ["max_steps=300", "optimizer.learning_rate=0.05"]),
-    "labels_familiar": Mode(
-        "finetune_labels",
-        [
-            "max_steps=200", "optimizer.learning_rate=0.01",
-            "labels.start_from.oval='0'", "labels.start_from.stick='1'",
-            "labels.start_from.zed='2'", "labels.start_from.hook='7'",
-        ],
-        FAMILIAR,
-    ),
-}  # fmt: skip
+    "full": Mode("finetune_full", ["max_steps=300", "optimizer.learning_rate=4e-4", *_FULL, *_FROM_DIGITS]),
+    "lora": Mode("finetune_lora", ["max_steps=300", "optimizer.learning_rate=3e-3", *_LORA, *_FROM_DIGITS]),
+    "labels": Mode("finetune_labels", ["max_steps=300", "optimizer.learning_rate=1e-3", *_FROM_DIGITS]),
+    "labels_from_mean": Mode("finetune_labels", _LABELS),
+    "full_strokes": Mode("finetune_full", ["max_steps=1800", "optimizer.learning_rate=1.5e-3", *_FULL], STROKES),
+    "lora_strokes": Mode("finetune_lora", ["max_steps=1500", "optimizer.learning_rate=1e-2", *_LORA], STROKES),
+    "labels_strokes": Mode("finetune_labels", _LABELS, STROKES),
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +152,7 @@ class ModeResult:
     Attributes:
         mode: its name.
         new_agreement, old_agreement: share of the samples of the new classes, and of the digits, that the judge gives
-            to the class asked for; None where no digit is kept.
+            to the class asked for.
         by_class: the same of each class.
         size_share: size of the released adapter file by that of the generator's weights; None for a pipeline.
         fused_difference: largest difference between pixels of unfused and fused samples; None for a pipeline.
@@ -124,22 +161,22 @@ class ModeResult:
 
     mode: str
     new_agreement: float
-    old_agreement: float | None
+    old_agreement: float
     by_class: dict[str, float]
     size_share: float | None
     fused_difference: float | None
     seconds: float
 
 
-def draw(name: str, strokes: list[Stroke], seed: int, index: int) -> np.ndarray:
+def draw(shapes: Shapes, name: str, seed: int, index: int) -> np.ndarray:
     """Drawing number `index` of a class: (8, 8) uint8, bright on black."""
     random = np.random.default_rng(derived_seed(seed, f"drawing of {name}", index))
-    half = random.uniform(0.62, 0.92) * _CANVAS / 2 * np.array([random.uniform(0.75, 1.0), 1.0])
-    middle = _CANVAS / 2 + random.uniform(-0.1, 0.1, 2) * _CANVAS / 2
-    slant, width = random.uniform(-0.2, 0.2), random.uniform(1.1, 1.6) * _CANVAS / 8
+    half = random.uniform(*shapes.height) * _CANVAS / 2 * np.array([random.uniform(*shapes.aspect), 1.0])
+    middle = _CANVAS / 2 + random.uniform(-shapes.place, shapes.place, 2) * _CANVAS / 2
+    slant, width = random.uniform(*shapes.slant), random.uniform(*shapes.pen) * _CANVAS / 8
     image = Image.new("L", (_CANVAS, _CANVAS))
     pen = ImageDraw.Draw(image)
-    for stroke in strokes:
+    for stroke in shapes.strokes[name]:
         wobble = 0.0 if len(stroke) > 4 else 0.08  # a curve stays smooth
         wobbled = [np.array(point) + random.uniform(-wobble, wobble, 2) for point in stroke]
         points = [middle + half * (x - slant * y, y) for x, y in wobbled]
@@ -151,55 +188,53 @@ def draw(name: str, strokes: list[Stroke], seed: int, index: int) -> np.ndarray:
     return np.rint(levels * 255 / 16).astype(np.uint8)
 
 
-def write_drawings(shapes: dict[str, list[Stroke]], folder: Path, seed: int = 0) -> Path:
+def write_drawings(shapes: Shapes, folder: Path, seed: int = 0) -> Path:
     """Write the class folders, 20 PNG files of 32 px in each."""
-    for name, strokes in shapes.items():
+    for name in shapes.strokes:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(IMAGES_PER_CLASS):
-            picture = draw(name, strokes, seed, index).repeat(4, 0).repeat(4, 1)
+            picture = draw(shapes, name, seed, index).repeat(4, 0).repeat(4, 1)
             Image.fromarray(picture).convert("RGB").save(folder / name / f"{index:02d}.png")
     return folder
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A classifier of drawn classes, and of digits where these are told from them.
+    """A classifier of digits and drawn classes.
 
     Attributes:
         classifier: (B, 1, 8, 8) => logits.
-        names: of its classes.
+        labels: class => its label; that of the digit that it is drawn like, for some.
         accuracy: on held-out digits and further drawings.
     """
 
     classifier: Any
-    names: list[str]
+    labels: dict[str, int]
     accuracy: float
 
     @classmethod
-    def train(cls, shapes: dict[str, list[Stroke]], with_digits: bool, seed: int = 0) -> Judge:
+    def train(cls, shapes: Shapes, seed: int = 0) -> Judge:
         """Train on real digits and on drawings that nothing else is trained on."""
-        names = [*(DIGITS if with_digits else []), *shapes]
+        labels = {digit: int(digit) for digit in DIGITS}
+        for name in shapes.strokes:
+            labels[name] = shapes.like.get(name, len(set(labels.values())))
         sets = []
         for subset, first in (("train", 1000), ("validation", 2000)):
-            drawn = [
-                draw(name, strokes, seed, first + k)
-                for name, strokes in shapes.items()
-                for k in range(DRAWN_FOR_JUDGE)
-            ]
-            pictures = np.stack(drawn)
-            labels = len(names) - len(shapes) + np.arange(len(shapes)).repeat(DRAWN_FOR_JUDGE)
-            if with_digits:
-                digits, digit_labels = load_digits(subset)
-                pictures, labels = np.concatenate([digits, pictures]), np.concatenate([digit_labels, labels])
-            sets.append((torch.from_numpy(pictures).float().div(255)[:, None], torch.from_numpy(labels)))
-        classifier = train_digit_classifier(*sets[0], seed=seed, num_steps=600, num_classes=len(names))
-        return cls(classifier, names, agreement(classifier, *sets[1]))
+            digits, digit_labels = load_digits(subset)
+            numbers = range(first, first + DRAWN_FOR_JUDGE)
+            drawn = np.stack([draw(shapes, name, seed, number) for name in shapes.strokes for number in numbers])
+            drawn_labels = np.array([labels[name] for name in shapes.strokes]).repeat(DRAWN_FOR_JUDGE)
+            pictures = torch.from_numpy(np.concatenate([digits, drawn])).float().div(255)[:, None]
+            sets.append((pictures, torch.from_numpy(np.concatenate([digit_labels, drawn_labels]))))
+        num_classes = len(set(labels.values()))
+        classifier = train_digit_classifier(*sets[0], seed=seed, num_steps=600, num_classes=num_classes)
+        return cls(classifier, labels, agreement(classifier, *sets[1]))
 
     def shares(self, images: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
         """Class => share of its samples (N / classes, 3, 32, 32) that are given to it."""
         parts = to_small(images).chunk(len(names))
         return {
-            name: agreement(self.classifier, part, torch.full((len(part),), self.names.index(name)))
+            name: agreement(self.classifier, part, torch.full((len(part),), self.labels[name]))
             for name, part in zip(names, parts, strict=True)
         }
 
@@ -216,14 +251,14 @@ def sample(pipeline: Any, names: Sequence[str], count: int = SAMPLES_PER_CLASS, 
 
 
 def run_mode(
-    name: str, pipeline: Path, drawings: Path, output: Path, judge: Judge, more: Sequence[str] = ()
+    name: str, pipeline: Path, drawings: Path, output: Path, judge: Judge, more: Sequence[str] = (), seed: int = 0
 ) -> tuple[ModeResult, torch.Tensor]:
     """Fine-tune, load what was released, sample and judge; => the result, and samples class by class."""
     mode = MODES[name]
     words = [
         f"pipeline={pipeline}", f"data.path={drawings}", "data.image_size=32", f"output_dir={output / name}",
         "device=cpu", "precision=fp32", "gradient_checkpointing=false", "num_workers=0", "sample.every_steps=0",
-        "micro_batch_size=null", *_SHARED, *mode.words, *more,
+        "micro_batch_size=null", f"seed={seed}", *_SHARED, *mode.words, *more,
     ]  # fmt: skip
     settings = dict(word.split("=", 1) for word in words)  # the last word about a key counts
     started = time.perf_counter()
@@ -233,22 +268,22 @@ def run_mode(
     tuned: Any = repagen.ClassToImagePipeline.from_pretrained(pipeline if adapter.is_file() else released)
     if adapter.is_file():
         tuned.load_lora_weights(released)
-    old = [digit for digit in DIGITS if mode.keeps_digits and digit in judge.names]
-    names = [*mode.shapes, *old]
-    images = sample(tuned, names)
+    new = list(mode.shapes.strokes)
+    names = [*new, *DIGITS]
+    images = sample(tuned, names, seed=seed)
     by_class = judge.shares(images, names)
     size_share = fused_difference = None
     if adapter.is_file():
         weights = pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
         size_share = adapter.stat().st_size / weights.stat().st_size
         tuned.fuse_lora()
-        fused = sample(tuned, list(mode.shapes), SHOWN)
-        unfused = torch.cat([part[:SHOWN] for part in images.chunk(len(names))[: len(mode.shapes)]])
+        fused = sample(tuned, new, SHOWN, seed)
+        unfused = torch.cat([part[:SHOWN] for part in images.chunk(len(names))[: len(new)]])
         fused_difference = (fused - unfused).abs().max().item()
     result = ModeResult(
         mode=name,
-        new_agreement=float(np.mean([by_class[shape] for shape in mode.shapes])),
-        old_agreement=float(np.mean([by_class[digit] for digit in old])) if old else None,
+        new_agreement=float(np.mean([by_class[shape] for shape in new])),
+        old_agreement=float(np.mean([by_class[digit] for digit in DIGITS])),
         by_class=by_class,
         size_share=size_share,
         fused_difference=fused_difference,
@@ -259,7 +294,9 @@ def run_mode(
 
 def show(mode: Mode, drawings: Path, images: torch.Tensor, path: Path) -> None:
     """Write ten drawings of each new class, and below ten samples of each class, in rows."""
-    drawn = [np.asarray(Image.open(drawings / name / f"{k:02d}.png")) for name in mode.shapes for k in range(SHOWN)]
+    drawn = [
+        np.asarray(Image.open(drawings / name / f"{k:02d}.png")) for name in mode.shapes.strokes for k in range(SHOWN)
+    ]
     rows = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
     samples = [part[:SHOWN] for part in images.split(SAMPLES_PER_CLASS)]
     save_image_grid(torch.cat([rows, *samples]), path, columns=SHOWN, gap_px=2)
@@ -271,18 +308,20 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, required=True, help="the digits pipeline, of `repagen quickstart`")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_digits"))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--seed", type=int, default=0, help="of drawings, judge, training and samples")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of every mode")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    judges = {"new": Judge.train(NEW, with_digits=True), "familiar": Judge.train(FAMILIAR, with_digits=False)}
+    judges = {kind: Judge.train(shapes, args.seed) for kind, shapes in (("forms", FORMS), ("strokes", STROKES))}
     base: Any = repagen.ClassToImagePipeline.from_pretrained(args.pipeline)
-    before = judges["new"].shares(sample(base, DIGITS), DIGITS)
+    digits = sample(base, DIGITS, seed=args.seed)
+    before = {kind: float(np.mean(list(judge.shares(digits, DIGITS).values()))) for kind, judge in judges.items()}
     results = []
     for name in args.modes:
         mode = MODES[name]
-        kind = "new" if mode.shapes is NEW else "familiar"
-        drawings = write_drawings(mode.shapes, args.output / f"drawings_{kind}")
-        result, images = run_mode(name, args.pipeline, drawings, args.output, judges[kind], args.set)
+        kind = "forms" if mode.shapes is FORMS else "strokes"
+        drawings = write_drawings(mode.shapes, args.output / f"drawings_{kind}", args.seed)
+        result, images = run_mode(name, args.pipeline, drawings, args.output, judges[kind], args.set, args.seed)
         results.append(asdict(result))
         print(json.dumps(results[-1]), flush=True)
         show(mode, drawings, images, args.output / f"{name}.png")
@@ -292,7 +331,8 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "repagen": repagen.__version__},
         "judge_accuracy": {kind: judge.accuracy for kind, judge in judges.items()},
-        "old_agreement_before": float(np.mean(list(before.values()))),
+        "old_agreement_before": before,
+        "seed": args.seed,
         "samples_per_class": SAMPLES_PER_CLASS,
         "modes": results,
     }

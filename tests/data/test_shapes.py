@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from repagen.data import DataConfig, load_batches, open_dataset
+from repagen.data.config import Subset
 from repagen.data.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -121,10 +122,8 @@ def test_swapped_colours_missing_and_added_objects_are_wrong() -> None:
 def test_relations_and_attributes_left_out() -> None:
     picture = draw_scene(RED_AND_BLUE)
     assert check_picture(picture, prompt_of(RED_AND_BLUE, "a red circle above a blue square")).right
-    upside_down = draw_scene(Scene(tuple(
-        replace(item, quadrant=quadrant)
-        for item, quadrant in zip(RED_AND_BLUE.objects, ("bottom left", "top left"), strict=True)
-    )))  # fmt: skip
+    first, second = RED_AND_BLUE.objects
+    upside_down = draw_scene(Scene((replace(first, quadrant="bottom left"), replace(second, quadrant="top left"))))
     assert not check_picture(upside_down, prompt_of(RED_AND_BLUE, "a red circle above a blue square")).position
     assert check_picture(upside_down, prompt_of(RED_AND_BLUE, "a red circle and a blue square")).right
 
@@ -192,7 +191,7 @@ def test_the_dataset_gives_scenes_with_captions() -> None:
 
 
 def test_the_subsets_differ_and_are_fingerprinted() -> None:
-    names = ("train", "validation", "unseen", "all")
+    names: tuple[Subset, ...] = ("train", "validation", "unseen", "all")
     datasets = [open_dataset(DataConfig(kind="shapes", image_size=32, subset=name, num_images=4)) for name in names]
     assert len({dataset.fingerprint() for dataset in datasets}) == 4
     larger = open_dataset(DataConfig(kind="shapes", image_size=32, subset="train", num_images=5))

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from repagen.data import shapes_encoders_path
-from repagen.data.shapes import SHAPES, draw_scene, sample_scene
+from repagen.data.shapes import SHAPES, Scene, draw_scene, sample_scene
 from repagen.encoders import VisionEncoder
 
 FOLDER = shapes_encoders_path()
 
 
-def drawn(scenes: list) -> torch.Tensor:  # type: ignore[type-arg]
+def drawn(scenes: list[Scene]) -> torch.Tensor:
     pixels = torch.from_numpy(np.stack([draw_scene(scene) for scene in scenes]))
     return pixels.permute(0, 3, 1, 2).float().div(255)
 
