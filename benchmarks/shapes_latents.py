@@ -86,6 +86,7 @@ class Plan:
         points: how often each is scored, at even distances.
         num_prompts: fresh ones of each sort, for a point.
         num_inference_steps: of their sampling.
+        num_reconstructions: held-out scenes that say how good an autoencoder is.
         autoencoder_words, words: further `key=value` settings of autoencoders and generators.
     """
 
@@ -96,6 +97,7 @@ class Plan:
     points: int = 8
     num_prompts: int = 100
     num_inference_steps: int = 25
+    num_reconstructions: int = 300
     autoencoder_words: Sequence[str] = ()
     words: Sequence[str] = ()
 
@@ -110,7 +112,7 @@ def train_autoencoder(plan: Plan, name: str) -> Path:
 
 
 @torch.no_grad()
-def reconstruction_facts(folder: Path, num_images: int = 300) -> dict[str, Any]:
+def reconstruction_facts(folder: Path, num_images: int) -> dict[str, Any]:
     """Shape of the latent, and what is left of held-out scenes in it."""
     autoencoder = open_autoencoder(str(folder))
     data = ShapesDataset(DataConfig(kind="shapes", subset="validation", image_size=IMAGE_SIZE, num_images=num_images))
@@ -201,7 +203,9 @@ def compare(plan: Plan, seeds: Sequence[int], autoencoders: dict[str, Path]) -> 
     }
     save_score_plot(means, plan.output / "curves.png")
     return {
-        "autoencoders": {name: reconstruction_facts(folder) for name, folder in autoencoders.items()},
+        "autoencoders": {
+            name: reconstruction_facts(folder, plan.num_reconstructions) for name, folder in autoencoders.items()
+        },
         "means": {name: {seen: list(values) for seen, values in curve.items()} for name, curve in means.items()},
         "runs": [run for found in runs.values() for run in found],
     }
@@ -246,6 +250,7 @@ def main() -> None:
         "num_images": plan.num_images,
         "num_prompts": plan.num_prompts,
         "num_inference_steps": plan.num_inference_steps,
+        "num_reconstructions": plan.num_reconstructions,
         "settings": list(plan.words),
         **compare(plan, args.seeds, autoencoders),
     }
