@@ -87,8 +87,6 @@ class TransformersBackbone(Backbone):
         self.architecture = architecture(config)
         self._family = family
         self._frames = getattr(config, family.frames_key) if family.frames_key else 0
-        any_side = family.any_side
-        self._any_side = any_side if isinstance(any_side, bool) else getattr(config, any_side)
 
     def set_image_size(self, side: int) -> None:
         """See `Backbone.set_image_size`: these networks do so by themselves, or cannot.
@@ -96,7 +94,7 @@ class TransformersBackbone(Backbone):
         Raises:
             UserError: for another side than that of a network whose positions are fixed.
         """
-        if side != self.native_side and not self._any_side:
+        if side != self.native_side and not self._family.takes_side(self.architecture):
             raise UserError(
                 f"encoder.image_size: {side} px, but the positions of this {self._family.name} are fixed to "
                 f"{self.native_side} px; use that side, or a checkpoint of native resolution"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,6 +70,7 @@ class EncoderFamily(TransformersFamily):
             patch 16) to any model made for at least 14 x 14, `native` the side of the model's config.
         side_key: key of the model's own config that holds its input side in pixels.
         any_side: whether the network takes other sides than that; a key of its config where that says so.
+        any_grid: whether it takes any grid of tokens, images that are not square among them, without being rebuilt.
         frames_key: (video) key of the model's own config that counts the frames of one token; an image is repeated.
         patch_order: keyword argument that takes the order of the patches, where the model shuffles them without it.
         image_mean, image_std: normalisation where the checkpoint has no `preprocessor_config.json`.
@@ -82,10 +84,32 @@ class EncoderFamily(TransformersFamily):
     default_side: Literal["grid16", "native"] = "grid16"
     side_key: str = "image_size"
     any_side: bool | str = True
+    any_grid: bool = True
     frames_key: str | None = None
     patch_order: str | None = None
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
+
+    def takes_side(self, config: Mapping[str, Any]) -> bool:
+        """Whether a network of a config takes other sides than its own."""
+        return self.any_side if isinstance(self.any_side, bool) else bool(config.get(self.any_side))
+
+    def require_grid(self, config: Mapping[str, Any], grid: tuple[int, int], own: int) -> None:
+        """Refuse a grid of tokens that a network does not take.
+
+        Args:
+            config: of the network.
+            grid: rows and columns.
+            own: rows and columns of the square that it was opened for.
+
+        Raises:
+            UserError: it has positions for that square alone.
+        """
+        if grid != (own, own) and not (self.any_grid and self.takes_side(config)):
+            raise UserError(
+                f"encoder: images of {grid[0]}x{grid[1]} tokens, but this {self.name} has positions for the "
+                f"{own}x{own} that it was opened for alone; take squares of that size, or an encoder of another family"
+            )
 
 
 _INTERPOLATED = {"interpolate_pos_encoding": True}
@@ -321,6 +345,7 @@ _ROWS = (
         cls_tokens=0,
         final_norm="encoder.layernorm",
         side_key="crop_size",
+        any_grid=False,  # transformers counts the rows by the side in the config
         frames_key="tubelet_size",
         fixed_config={"pred_num_hidden_layers": 0},
         arguments={"skip_predictor": True},
@@ -380,6 +405,7 @@ _ROWS = (
         cls_tokens=1,
         final_norm="norm",
         default_side="native",
+        any_grid=False,  # its tables of positions are resampled once, when it is opened
         default_id="timm:vit_pe_core_base_patch16_224.fb",
         licence="see the model card",
         redistributable=False,

@@ -1,4 +1,4 @@
-"""The one contract of a frozen vision encoder: images in [0, 1] in, patch tokens on a square grid out."""
+"""The one contract of a frozen vision encoder: images in [0, 1] in, patch tokens on a grid out."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch.func import functional_call
 from repagen.encoders.backbones import Backbone, TimmBackbone, build_timm, build_transformers
 from repagen.encoders.families import FAMILIES, EncoderFamily
 from repagen.encoders.files import find_encoder, pixel_statistics, vision_family, weights_file
-from repagen.encoders.images import check_images
+from repagen.encoders.images import check_images, image_grid
 from repagen.encoders.spec import Combination, EncoderSpec, Layers
 from repagen.encoders.weights import load_weights, weights_sha256
-from repagen.errors import UserError
+from repagen.errors import UserError, naming
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class VisionEncoder(nn.Module):
         family: name of its row in `repagen.encoders.FAMILIES`.
         hidden_size: width D of a token.
         patch_size: patch side in pixels of the resized image.
-        image_size: side in pixels to which images are resized.
-        grid_size: tokens per row and column.
+        image_size: side in pixels to which square images are resized.
+        grid_size: tokens per row and column of those.
         image_mean, image_std: pixel normalisation.
         name_or_path, revision: where the weights come from; the revision is a commit.
     """
@@ -191,28 +191,50 @@ class VisionEncoder(nn.Module):
         super().train(False)
         return self
 
+    def grid_of(self, size: Sequence[int], image_size: int, name: str = "images") -> tuple[int, int]:
+        """Return the grid of images among squares that give `grid_size`: a token is of as many pixels in all of them.
+
+        Args:
+            size: height and width of the images in pixels.
+            image_size: side of the squares in pixels.
+            name: what the user gave the size as, for messages.
+
+        Raises:
+            UserError: for a side that is no whole number of tokens, or a grid that the network does not take.
+        """
+        grid = image_grid(size, image_size, self.grid_size, name, "the encoder's")
+        with naming({"encoder: ": f"{name}: "}):
+            self._require_grid(grid)
+        return grid
+
     @torch.no_grad()
-    def forward(self, images: torch.Tensor, attention_layers: Sequence[int] = ()) -> VisionEncoderOutput:
+    def forward(
+        self, images: torch.Tensor, attention_layers: Sequence[int] = (), grid: tuple[int, int] | None = None
+    ) -> VisionEncoderOutput:
         """Encode images.
 
         Args:
-            images: (B, 3, H, H) float in [0, 1]; resized to `image_size` (bicubic, no antialiasing, as RAE does).
+            images: (B, 3, H, W) float in [0, 1]; resized to the grid's rows and columns times `patch_size` (bicubic,
+                no antialiasing, as RAE does).
             attention_layers: block indices (0-based, negative from the end) whose attention is wanted too, in this
                 order. The network then attends by explicit matrices, which takes memory for every block.
+            grid: rows and columns of tokens wanted, of the proportions of the images; `grid_size` of both by default.
+                The network's positions are interpolated as its family does it.
 
         Returns:
             tokens (B, N, D) in the encoder's dtype, the grid, the class token, and the attention asked for.
 
         Raises:
-            UserError: for anything but a batch of square three-channel float images, or attention of layers that are
-                not there or of a network that does not tell it.
+            UserError: for anything but a batch of three-channel float images of the proportions of the grid, a grid
+                that the network does not take, or attention of layers that are not there or of a network that does
+                not tell it.
         """
         if not attention_layers:
-            return self._encode(images)
+            return self._encode(images, grid)
         wanted = layer_indices(attention_layers, self.backbone.num_layers, "attention_layers")
         with self.backbone.recording_attention(wanted) as maps:
             # Beyond the blocks that are read, timm stops.
-            output = self._encode(images, last=wanted[-1])
+            output = self._encode(images, grid, last=wanted[-1])
         asked = (layer % self.backbone.num_layers for layer in attention_layers)
         return dataclasses.replace(output, attention=tuple(self._patch_attention(maps[layer]) for layer in asked))
 
@@ -221,7 +243,7 @@ class VisionEncoder(nn.Module):
         """Patch tokens (B, N, D) of several blocks, each after the final norm, by one pass.
 
         Args:
-            images: as in `forward`.
+            images: (B, 3, H, H) float in [0, 1]; as in `forward`.
             layers: different block indices (0-based, negative from the end).
 
         Returns:
@@ -237,14 +259,14 @@ class VisionEncoder(nn.Module):
         """Patch tokens, after the final norm, of states (B, prefix + N, D)."""
         return [self._normalise(state[:, self.backbone.prefix_tokens :]) for state in states]
 
-    def _encode(self, images: torch.Tensor, last: int = 0) -> VisionEncoderOutput:
+    def _encode(self, images: torch.Tensor, grid: tuple[int, int] | None, last: int = 0) -> VisionEncoderOutput:
         """Read the selected blocks of a pass that runs up to block `last` at least."""
         indices = self._indices if last <= self._indices[-1] else [*self._indices, last]
-        states = self.backbone.states(self._pixels(images), indices)[: len(self._indices)]
+        states = self.backbone.states(self._pixels(images, grid), indices)[: len(self._indices)]
         patches = self._combine(self._patches(states))
         cls_tokens = self._normalise(states[-1][:, : self.backbone.cls_tokens], patches=False)
         cls = cls_tokens.mean(dim=1) if self.backbone.cls_tokens else None
-        return VisionEncoderOutput(patches, (self.grid_size, self.grid_size), cls)
+        return VisionEncoderOutput(patches, grid or (self.grid_size, self.grid_size), cls)
 
     def _patch_attention(self, attention: torch.Tensor) -> torch.Tensor:
         """Leave the prefix out and renormalise: the softmax of the patches' own logits."""
@@ -276,15 +298,23 @@ class VisionEncoder(nn.Module):
             content = {"image_mean": self.image_mean, "image_std": self.image_std}
             (path / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n")
 
-    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
-        check_images(images)
-        pixels = images.float()
-        if images.shape[-1] != self.image_size:
-            side = (self.image_size, self.image_size)
-            pixels = F.interpolate(pixels, size=side, mode="bicubic", align_corners=False)
+    def _pixels(self, images: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Normalised pixels (B, 3, rows * patch_size, columns * patch_size); nothing is squashed."""
+        grid = grid or (self.grid_size, self.grid_size)
+        check_images(images, square=grid[0] == grid[1])
+        height, width = images.shape[-2:]
+        if height * grid[1] != width * grid[0]:
+            raise UserError(f"images: {height}x{width} px are not of the proportions of the grid {grid[0]}x{grid[1]}")
+        self._require_grid(grid)
+        pixels, size = images.float(), (grid[0] * self.patch_size, grid[1] * self.patch_size)
+        if (height, width) != size:
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False)
         mean = pixels.new_tensor(self.image_mean).view(1, 3, 1, 1)
         std = pixels.new_tensor(self.image_std).view(1, 3, 1, 1)
         return ((pixels - mean) / std).to(self.dtype)
+
+    def _require_grid(self, grid: tuple[int, int]) -> None:
+        FAMILIES[self.family].require_grid(self.backbone.architecture, grid, self.grid_size)
 
     def _normalise(self, state: torch.Tensor, patches: bool = True) -> torch.Tensor:
         norm = self.backbone.final_norm

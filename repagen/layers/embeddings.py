@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from repagen.errors import UserError
-from repagen.layers.positions import MAX_CACHED_GRIDS, grid_positions
+from repagen.layers.positions import MAX_CACHED_GRIDS, cached, grid_positions
 
 
 def sincos_position_table(grid: tuple[int, int], dim: int, base_grid: tuple[int, int] | None = None) -> torch.Tensor:
@@ -47,6 +47,33 @@ def other_sincos_table(
     """`sincos_position_table` of a grid other than the model's own, kept for the next calls; call through `cached`."""
     with torch.inference_mode(False):  # what is made in that mode could not be trained with later
         return sincos_position_table(grid, dim, base_grid).to(device)
+
+
+def trained_sincos_table(table: torch.Tensor, grid: tuple[int, int], base_grid: tuple[int, int]) -> torch.Tensor:
+    """A table for another grid, made of one that began as `sincos_position_table` and may have been trained since.
+
+    The sines and cosines are those at `grid_positions`; what training added to the table is read off bilinearly at the
+    same places, and beyond the edges as at the edges.
+
+    Args:
+        table: (1, rows * columns, dim) of the base grid.
+        grid: rows and columns wanted.
+        base_grid: rows and columns of the table.
+
+    Returns:
+        (1, grid[0] * grid[1], dim) float32; the table itself where the grids are equal.
+    """
+    if grid == base_grid:
+        return table.float()
+    fixed, own = (
+        cached(other_sincos_table)(wanted, table.shape[-1], base_grid, table.device) for wanted in (grid, base_grid)
+    )
+    rows, columns = (
+        (1 - (places.clamp(0, n - 1)[:, None] - torch.arange(n, device=table.device)).abs()).clamp(min=0)
+        for places, n in zip(grid_positions(grid, base_grid, torch.float32, table.device), base_grid, strict=True)
+    )  # weights (wanted, own) of a linear reading
+    added = torch.einsum("ih,jw,hwd->ijd", rows, columns, (table.float() - own)[0].unflatten(0, base_grid))
+    return fixed + added.flatten(0, 1)
 
 
 class PatchEmbedding(nn.Module):

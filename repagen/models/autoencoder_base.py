@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from repagen.encoders.images import check_images, image_grid
 from repagen.encoders.spec import EncoderSpec
-from repagen.errors import UserError
+from repagen.errors import UserError, naming
 from repagen.hub.published import PublishedModelMixin
 from repagen.hub.whole_models import WholeModelMixin
 from repagen.models import encoder_storage
@@ -31,6 +33,12 @@ def check_positive(**sizes: Any) -> None:
             raise UserError(f"{name}: {value!r} must be a positive whole number")
 
 
+def check_latents(latents: torch.Tensor, channels: int) -> None:
+    """Refuse anything but latents (B, channels, h, w)."""
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise UserError(f"latents must have shape (B, {channels}, h, w), got {tuple(latents.shape)}")
+
+
 class LatentStandardisation(nn.Module):
     """Mean and standard deviation of raw latents; a module, so that offloading hooks bring them along for `decode`."""
 
@@ -43,9 +51,18 @@ class LatentStandardisation(nn.Module):
         self.register_buffer("std", torch.full(shape, std))
 
     def forward(self, latents: torch.Tensor, undo: bool = False) -> torch.Tensor:
-        """Standardise latents (B, C, h, w), or undo it; float32."""
-        mean, std = self.mean.float(), self.std.float()
+        """Standardise latents (B, C, h, w), or undo it; float32.
+
+        For a grid other than their own, statistics of every element are stretched over it (bilinear, corners on
+        corners): tokens at an edge keep those of that edge.
+        """
+        mean, std = (self._on_grid(value.float(), latents.shape[-2:]) for value in (self.mean, self.std))
         return latents.float() * std + mean if undo else (latents.float() - mean) / std
+
+    def _on_grid(self, values: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        if values.shape[1:] in ((1, 1), tuple(grid)):
+            return values
+        return F.interpolate(values[None], size=tuple(grid), mode="bilinear", align_corners=True)[0]
 
 
 class StandardisedLatents(PublishedModelMixin, WholeModelMixin):
@@ -68,29 +85,42 @@ class StandardisedLatents(PublishedModelMixin, WholeModelMixin):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (C, h, w) of a latent."""
+        """Shape (C, h, w) of the latent of a square of `image_size`."""
+        raise NotImplementedError
+
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of the patch that one token becomes."""
         raise NotImplementedError
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the images that are encoded."""
-        raise NotImplementedError
+        """Side in pixels of the squares that it was made for."""
+        return self.latent_shape[1] * self.patch_size
 
     @property
     def latents_depend_on_batch(self) -> bool:
         """Whether an image's latent depends on the other images that are encoded with it."""
         return False
 
-    def decoded_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width in pixels of the image that a grid of latents becomes.
+    def latent_grid(self, height: int, width: int, name: str = "images") -> tuple[int, int]:
+        """Return rows and columns (h, w) of the latents of images of a size in pixels.
+
+        Args:
+            height, width: of the images.
+            name: what the user gave the size as, for messages.
 
         Raises:
-            UserError: for a grid that is not decoded.
+            UserError: for a size that is not encoded.
         """
-        raise NotImplementedError
+        return image_grid((height, width), self.patch_size, 1, name, "the autoencoder's")
+
+    def decoded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width in pixels of the image that a grid of latents becomes."""
+        return height * self.patch_size, width * self.patch_size
 
     def raw_latents(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images (B, 3, H, H) float in [0, 1] to latents (B, C, h, w) float32 before standardisation."""
+        """Encode images (B, 3, H, W) float in [0, 1] to latents (B, C, h, w) float32 before standardisation."""
         raise NotImplementedError
 
     def encoding_facts(self) -> tuple[list[Any], list[torch.Tensor]]:
@@ -153,6 +183,25 @@ class FrozenEncoderAutoencoder(StandardisedLatents):
     def encoder_width(self) -> int:
         """Channels of a latent that come from the encoder."""
         raise NotImplementedError
+
+    def latent_grid(self, height: int, width: int, name: str = "images") -> tuple[int, int]:
+        """See `StandardisedLatents.latent_grid`; the encoder is not needed for it."""
+        from repagen.encoders import FAMILIES
+
+        grid = super().latent_grid(height, width, name)
+        if self.config.encoder is not None:
+            description = EncoderSpec.from_mapping(self.config.encoder)
+            with naming({"encoder: ": f"{name}: "}):
+                FAMILIES[description.family].require_grid(description.config, grid, self.latent_shape[1])
+        return grid
+
+    def _grid_of(self, images: torch.Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
+        """Rows and columns of the latents of images; see `encode`."""
+        check_images(images, square=False)
+        height, width = images.shape[-2:]
+        if grid is None:
+            grid = self.latent_shape[1:] if height == width else self.latent_grid(height, width)
+        return grid
 
     @property
     def encoder(self) -> VisionEncoder:

@@ -11,8 +11,7 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, E
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from repagen.encoders.images import check_images
-from repagen.errors import UserError
-from repagen.models.autoencoder_base import LatentStandardisation, StandardisedLatents, check_positive
+from repagen.models.autoencoder_base import LatentStandardisation, StandardisedLatents, check_latents, check_positive
 
 
 class PixelAutoencoder(StandardisedLatents, ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -39,18 +38,14 @@ class PixelAutoencoder(StandardisedLatents, ModelMixin, AutoencoderMixin, Config
         self.latent_statistics = LatentStandardisation((3, 1, 1), mean=0.5, std=0.5)
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of an image."""
-        return self.config.image_size
+    def patch_size(self) -> int:
+        """See `StandardisedLatents.patch_size`: one pixel."""
+        return 1
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (3, h, w) of the latent of an image of that side."""
+        """See `StandardisedLatents.latent_shape`."""
         return (3, self.config.image_size, self.config.image_size)
-
-    def decoded_size(self, height: int, width: int) -> tuple[int, int]:
-        """See `StandardisedLatents.decoded_size`: any."""
-        return height, width
 
     def encoding_facts(self) -> tuple[list[Any], list[torch.Tensor]]:
         """See `StandardisedLatents.encoding_facts`."""
@@ -58,13 +53,13 @@ class PixelAutoencoder(StandardisedLatents, ModelMixin, AutoencoderMixin, Config
 
     @apply_forward_hook
     def encode(self, images: torch.Tensor, return_dict: bool = True) -> EncoderOutput | tuple[torch.Tensor]:
-        """Standardise images (B, 3, H, H) float in [0, 1]: `.latent` (B, 3, H, H) in the model's dtype."""
+        """Standardise images (B, 3, H, W) float in [0, 1]: `.latent` (B, 3, H, W) in the model's dtype."""
         latents = self.latent_statistics(self.raw_latents(images)).to(self.dtype)
         return EncoderOutput(latent=latents) if return_dict else (latents,)
 
     def raw_latents(self, images: torch.Tensor) -> torch.Tensor:
-        """Return images (B, 3, H, H) as float32, after checking them."""
-        check_images(images)
+        """Return images (B, 3, H, W) as float32, after checking them."""
+        check_images(images, square=False)
         return images.float()
 
     @apply_forward_hook
@@ -74,11 +69,10 @@ class PixelAutoencoder(StandardisedLatents, ModelMixin, AutoencoderMixin, Config
         Raises:
             UserError: for latents of another number of channels.
         """
-        if latents.ndim != 4 or latents.shape[1] != 3:
-            raise UserError(f"latents must have shape (B, 3, H, W), got {tuple(latents.shape)}")
+        check_latents(latents, 3)
         images = self.latent_statistics(latents, undo=True).to(latents.dtype)
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
-        """Encode and decode images (B, 3, H, H) in [0, 1]."""
+        """Encode and decode images (B, 3, H, W) in [0, 1]."""
         return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)

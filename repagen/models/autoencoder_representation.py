@@ -20,9 +20,14 @@ from repagen.encoders.images import IMAGENET_MEAN, IMAGENET_STD
 from repagen.encoders.spec import Combination, EncoderSpec, Layers
 from repagen.errors import UserError
 from repagen.layers.attention import Attention, AttentionBackendMixin
-from repagen.layers.embeddings import sincos_position_table, unpatchify
+from repagen.layers.embeddings import sincos_position_table, trained_sincos_table, unpatchify
 from repagen.layers.norms import LayerNorm
-from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, LatentStandardisation, check_positive
+from repagen.models.autoencoder_base import (
+    FrozenEncoderAutoencoder,
+    LatentStandardisation,
+    check_latents,
+    check_positive,
+)
 
 if TYPE_CHECKING:
     from repagen.encoders import VisionEncoder
@@ -99,7 +104,7 @@ class RepresentationDecoder(nn.Module):
 
     Args:
         latent_channels: width C of a latent token.
-        grid_size: tokens per row and column.
+        grid_size: tokens per row and column of the table of positions.
         patch_size: side p in pixels of the patch a token becomes.
         dim, layers, heads, intermediate_size: sizes of the transformer.
     """
@@ -127,21 +132,28 @@ class RepresentationDecoder(nn.Module):
         self.decoder_norm = LayerNorm(dim, eps=1e-12)
         self.decoder_pred = nn.Linear(dim, patch_size**2 * 3)
 
-    def forward(self, tokens: torch.Tensor, run: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        run: Callable[..., torch.Tensor] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
         """Decode tokens.
 
         Args:
-            tokens: (B, N, C), row-major on a square grid. A grid other than the decoder's is resized (bilinear, after
-                the first layer), as RAE does.
+            tokens: (B, N, C), row-major on the grid.
             run: calls a block with its arguments; gradient checkpointing.
+            grid: rows and columns, for which the positions are interpolated. None: tokens on any square, which are
+                resized to the decoder's own (bilinear, after the first layer), as RAE does.
 
         Returns:
-            (B, grid_size^2, p * p * 3), the channel running fastest within a patch.
+            (B, N, p * p * 3) without a grid (B, grid_size^2, p * p * 3), the channel running fastest within a patch.
         """
-        embedded = self._on_own_grid(self.decoder_embed(tokens))
+        embedded = self.decoder_embed(tokens)
+        embedded = self._on_own_grid(embedded) if grid is None else embedded
         dtype = embedded.dtype
         cls_token = self.trainable_cls_token.expand(len(embedded), -1, -1)
-        hidden_states = torch.cat([cls_token.float(), embedded.float()], dim=1) + self.decoder_pos_embed.float()
+        hidden_states = torch.cat([cls_token.float(), embedded.float()], dim=1) + self._positions(grid)
         for block in self.decoder_layers:
             hidden_states = run(block, hidden_states, dtype) if run else block(hidden_states, dtype)
         return self.decoder_pred(self.decoder_norm(hidden_states).to(dtype))[:, 1:]
@@ -167,6 +179,14 @@ class RepresentationDecoder(nn.Module):
                 raise UserError(f"{where}:{key}: shape {given} does not fit the decoder, which needs {needed}")
         self.load_state_dict(state)
 
+    def _positions(self, grid: tuple[int, int] | None) -> torch.Tensor:
+        """The table (1, 1 + N, dim) float32 of a grid, that of the class token first."""
+        own = (self.grid_size, self.grid_size)
+        if grid is None or grid == own:
+            return self.decoder_pos_embed.float()
+        cls_token, table = self.decoder_pos_embed.split([1, self.grid_size**2], dim=1)
+        return torch.cat([cls_token.float(), trained_sincos_table(table, grid, own)], dim=1)
+
     def _on_own_grid(self, tokens: torch.Tensor) -> torch.Tensor:
         if tokens.shape[1] == self.grid_size**2:
             return tokens
@@ -188,9 +208,9 @@ class RepresentationAutoencoder(
             affine part of the encoder's final norm, RAEv2 keeps it for SigLIP2. None for an autoencoder that only
             decodes.
         latent_channels: channels C of a latent, the encoder's width.
-        latent_size: rows and columns of a latent, the encoder's token grid.
-        decoder_patch_size: side in pixels of the image patch that one token becomes; the image side is
-            `latent_size * decoder_patch_size`.
+        latent_size: rows and columns of the latent of a square of `latent_size * decoder_patch_size` pixels, the
+            encoder's token grid. Statistics and decoder are made for it, and interpolated for images of other sizes.
+        decoder_patch_size: side in pixels of the image patch that one token becomes.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: sizes
             of the ViT decoder; see `DECODER_SIZES`.
         image_mean, image_std: the decoder's output times std plus mean is the image in [0, 1] (RAE: the encoder's
@@ -368,13 +388,13 @@ class RepresentationAutoencoder(
         return to_diffusers(self)
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the decoded image."""
-        return self.config.latent_size * self.config.decoder_patch_size
+    def patch_size(self) -> int:
+        """See `StandardisedLatents.patch_size`."""
+        return self.config.decoder_patch_size
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (C, h, w) of a latent."""
+        """See `StandardisedLatents.latent_shape`."""
         return (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
 
     @property
@@ -382,45 +402,46 @@ class RepresentationAutoencoder(
         """Channels of a latent, all of which come from the encoder."""
         return self.config.latent_channels
 
-    def decoded_size(self, height: int, width: int) -> tuple[int, int]:
-        """See `StandardisedLatents.decoded_size`: the decoder's position table is of one grid."""
-        if (height, width) != self.latent_shape[1:]:
-            raise UserError(
-                f"latents of {height} x {width} tokens, but this autoencoder decodes no other grid than "
-                f"{self.config.latent_size} x {self.config.latent_size}"
-            )
-        return self.image_size, self.image_size
-
     def encoding_facts(self) -> tuple[list[Any], list[torch.Tensor]]:
         """See `StandardisedLatents.encoding_facts`."""
         return [], []
 
     @apply_forward_hook
     def encode(
-        self, images: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+        self,
+        images: torch.Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> EncoderOutput | tuple[torch.Tensor]:
         """Encode images.
 
         Args:
-            images: (B, 3, H, H) float in [0, 1], resized to the encoder's input side.
+            images: (B, 3, H, W) float in [0, 1], resized to what gives the encoder the grid in its own patches.
             return_dict: return an `EncoderOutput` rather than a tuple.
             generator: of the training noise; in eval mode there is none.
+            grid: rows and columns (h, w) of the latents, of the proportions of the images. By default `latent_size` of
+                both for squares of any side, and one token a patch for others: `latent_grid(H, W)`.
 
         Returns:
             `.latent` (B, C, h, w), standardised.
+
+        Raises:
+            UserError: for other images, or of a size that the encoder does not take.
         """
         if self.training and self.config.noise_tau > 0:
-            latents = self.training_latents(images, generator=generator)
+            latents = self.training_latents(images, generator=generator, grid=grid)
         else:
-            latents = self._standardise(self.raw_latents(images))
+            latents = self._standardise(self.raw_latents(images, grid))
         return EncoderOutput(latent=latents) if return_dict else (latents,)
 
-    def raw_latents(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images (B, 3, H, H) to latents (B, C, h, w) float32 before noise and standardisation."""
+    def raw_latents(self, images: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Encode images (B, 3, H, W) to latents (B, C, h, w) float32 before noise and standardisation."""
+        grid = self._grid_of(images, grid)
         encoder = self._placed_encoder(images.device)
         batches = images.split(1) if self.use_slicing and len(images) > 1 else [images]
-        tokens = torch.cat([encoder(batch).tokens for batch in batches])
-        return tokens.float().transpose(1, 2).unflatten(2, self.latent_shape[1:])
+        tokens = torch.cat([encoder(batch, grid=grid).tokens for batch in batches])
+        return tokens.float().transpose(1, 2).unflatten(2, grid)
 
     def training_latents(
         self,
@@ -428,21 +449,23 @@ class RepresentationAutoencoder(
         noise: torch.Tensor | None = None,
         noise_level: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Encode images for training a decoder: z + sigma * noise, sigma = noise_tau * u per sample (RAE section 3).
 
         The noise is added before standardisation.
 
         Args:
-            images: (B, 3, H, H) float in [0, 1].
+            images: (B, 3, H, W) float in [0, 1].
             noise: (B, C, h, w) standard normal; drawn from `generator` if None.
             noise_level: u (B,) in [0, 1]; drawn from `generator` if None.
             generator: of the draws that are not given.
+            grid: see `encode`.
 
         Returns:
             (B, C, h, w) standardised latents.
         """
-        raw = self.raw_latents(images)
+        raw = self.raw_latents(images, grid)
         device = generator.device if generator is not None else raw.device
         if noise_level is None:
             noise_level = torch.rand(len(raw), generator=generator, device=device)
@@ -456,20 +479,16 @@ class RepresentationAutoencoder(
         """Decode latents; never touches the encoder.
 
         Args:
-            latents: (B, C, h, w), standardised.
+            latents: (B, C, h, w), standardised, of any grid.
             return_dict: return a `DecoderOutput` rather than a tuple.
 
         Returns:
-            `.sample` (B, 3, H, H), about [0, 1], not clamped.
+            `.sample` (B, 3, h * patch_size, w * patch_size), about [0, 1], not clamped.
 
         Raises:
-            UserError: for latents of another shape than `latent_shape`.
+            UserError: for latents of another number of channels.
         """
-        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
-            raise UserError(
-                f"latents must have shape (B, {', '.join(map(str, self.latent_shape))}), got {tuple(latents.shape)}; "
-                "this autoencoder decodes no other grid"
-            )
+        check_latents(latents, self.latent_shape[0])
         batches = latents.split(1) if self.use_slicing and len(latents) > 1 else [latents]
         images = torch.cat([self._decode(batch) for batch in batches])
         return DecoderOutput(sample=images) if return_dict else (images,)
@@ -482,7 +501,7 @@ class RepresentationAutoencoder(
         noise: torch.Tensor | None = None,
         noise_level: torch.Tensor | None = None,
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        """Reconstruct images (B, 3, H, H) in [0, 1]; in training mode through the noise of `training_latents`.
+        """Reconstruct images (B, 3, H, W) in [0, 1]; in training mode through the noise of `training_latents`.
 
         Args:
             sample: the images.
@@ -502,8 +521,8 @@ class RepresentationAutoencoder(
         raw = self.latent_statistics(latents, undo=True)
         checkpointed = torch.is_grad_enabled() and self.gradient_checkpointing
         run = self._gradient_checkpointing_func if checkpointed else None
-        patches = self.decoder(raw.flatten(2).transpose(1, 2).to(self.dtype), run)
-        grid = self.latent_shape[1:]
+        grid = (latents.shape[2], latents.shape[3])
+        patches = self.decoder(raw.flatten(2).transpose(1, 2).to(self.dtype), run, grid)
         image = unpatchify(patches, grid, self.config.decoder_patch_size).float()
         std = image.new_tensor(self.config.image_std).view(1, 3, 1, 1)
         mean = image.new_tensor(self.config.image_mean).view(1, 3, 1, 1)

@@ -16,10 +16,15 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, Decoder
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from repagen.encoders.images import IMAGENET_MEAN, IMAGENET_STD, check_images
+from repagen.encoders.images import IMAGENET_MEAN, IMAGENET_STD
 from repagen.encoders.spec import EncoderSpec
 from repagen.errors import UserError
-from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, LatentStandardisation, check_positive
+from repagen.models.autoencoder_base import (
+    FrozenEncoderAutoencoder,
+    LatentStandardisation,
+    check_latents,
+    check_positive,
+)
 
 if TYPE_CHECKING:
     from repagen.encoders import VisionEncoder
@@ -55,7 +60,7 @@ class ResidualEncoder(nn.Module):
         super().__init__()
         from torchvision.models import VisionTransformer  # costs a second to import
 
-        self.image_size = image_size
+        self.patch_size, self.grid_size = patch_size, image_size // patch_size
         self.network: Any = VisionTransformer(
             image_size=image_size,
             patch_size=patch_size,
@@ -69,21 +74,39 @@ class ResidualEncoder(nn.Module):
         )
         self.network.heads = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, channels))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images (B, 3, H, H) in [0, 1], resized (bicubic) where H is not `image_size`: (B, channels, N).
+    def forward(self, images: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Encode images (B, 3, H, W) in [0, 1], resized (bicubic) where they are not of the grid's patches.
 
         float64 images are normalised in float64.
+
+        Args:
+            images: of the proportions of the grid.
+            grid: rows and columns of patches; its own by default. The learned positions are interpolated (bicubic).
+
+        Returns:
+            (B, channels, N), row-major.
         """
+        grid = grid or (self.grid_size, self.grid_size)
         pixels = images if images.dtype == torch.float64 else images.float()
-        if images.shape[-1] != self.image_size:
-            side = (self.image_size, self.image_size)
-            pixels = F.interpolate(pixels, size=side, mode="bicubic", align_corners=False)
+        size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
+        if images.shape[-2:] != size:
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False)
         mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         pixels = (pixels - mean) / std
         patches = self.network.conv_proj(pixels.to(self.network.class_token.dtype)).flatten(2).transpose(1, 2)
         class_token = self.network.class_token.expand(len(patches), -1, -1).to(patches.dtype)
-        states = self.network.encoder(torch.cat([class_token, patches], dim=1))
-        return self.network.heads(states[:, 1:]).transpose(1, 2)
+        encoder = self.network.encoder
+        states = encoder.dropout(torch.cat([class_token, patches], dim=1) + self._positions(grid))
+        return self.network.heads(encoder.ln(encoder.layers(states))[:, 1:]).transpose(1, 2)
+
+    def _positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The learned table (1, 1 + N, dim) of a grid, that of the class token first."""
+        table, own = self.network.encoder.pos_embedding, (self.grid_size, self.grid_size)
+        if grid == own:
+            return table
+        image = table[:, 1:].float().transpose(1, 2).unflatten(2, own)
+        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False).to(table.dtype)
+        return torch.cat([table[:, :1], image.flatten(2).transpose(1, 2)], dim=1)
 
 
 class DistributionMatching(nn.Module):
@@ -162,8 +185,8 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
         encoder: fields of `repagen.encoders.EncoderSpec`; None for an autoencoder that only decodes. SVG reads DINOv3
             with the affine part of its final norm.
         encoder_channels: the encoder's width D; the first D channels of a latent.
-        latent_size: rows and columns of the latent of an image, the encoder's token grid. The image side is this
-            times 2 per level of the decoder but the last (256 px for 16).
+        latent_size: rows and columns of the latent of a square that it is made for, the encoder's token grid. The
+            square's side is this times 2 per level of the decoder but the last (256 px for 16).
         use_residual: False leaves the residual out: C = D, pure encoder tokens.
         residual_channels: channels r of the residual; a latent has C = D + r.
         residual_hidden_size, residual_num_layers, residual_num_heads, residual_intermediate_size, residual_dropout:
@@ -308,17 +331,12 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
 
     @property
     def patch_size(self) -> int:
-        """Side in pixels of the patch that one token becomes."""
+        """See `StandardisedLatents.patch_size`."""
         return 2 ** (len(self.config.decoder_block_out_channels) - 1)
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that are encoded."""
-        return self.config.latent_size * self.patch_size
-
-    @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latent of an image."""
+        """See `StandardisedLatents.latent_shape`."""
         residual = self.config.residual_channels if self.config.use_residual else 0
         return (self.config.encoder_channels + residual, self.config.latent_size, self.config.latent_size)
 
@@ -331,10 +349,6 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
     def encoder_width(self) -> int:
         """Channels of a latent that come from the encoder."""
         return self.config.encoder_channels
-
-    def decoded_size(self, height: int, width: int) -> tuple[int, int]:
-        """See `StandardisedLatents.decoded_size`: any grid."""
-        return height * self.patch_size, width * self.patch_size
 
     def encoding_facts(self) -> tuple[list[Any], list[torch.Tensor]]:
         """See `StandardisedLatents.encoding_facts`."""
@@ -350,15 +364,18 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
         return_dict: bool = True,
         generator: torch.Generator | None = None,
         matching: Matching | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> EncoderOutput | tuple[torch.Tensor]:
         """Encode images.
 
         Args:
-            images: (B, 3, H, H) float in [0, 1]; resized (bicubic) where H is not `image_size`.
+            images: (B, 3, H, W) float in [0, 1], resized (bicubic) where they are not of the grid's patches.
             return_dict: return an `EncoderOutput` rather than a tuple.
             generator: of the training masks; in eval mode there are none.
             matching: in place of the config's; "batch" makes latents depend on the other images of the batch. In
                 training mode it is the batch's in any case.
+            grid: rows and columns (h, w) of the latents, of the proportions of the images. By default `latent_size` of
+                both for squares of any side, and one token a patch for others: `latent_grid(H, W)`.
 
         Returns:
             `.latent` (B, C, h, w), standardised.
@@ -367,34 +384,37 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
             UserError: for other images, or `matching` "running" without running scalars.
         """
         if self.training:
-            latents = self.training_latents(images, generator=generator).to(self.dtype)
+            latents = self.training_latents(images, generator=generator, grid=grid).to(self.dtype)
         else:
-            latents = self.latent_statistics(self.raw_latents(images, matching)).to(self.dtype)
+            latents = self.latent_statistics(self.raw_latents(images, matching, grid)).to(self.dtype)
         return EncoderOutput(latent=latents) if return_dict else (latents,)
 
     @torch.no_grad()
-    def raw_latents(self, images: torch.Tensor, matching: Matching | None = None) -> torch.Tensor:
-        """Encode images (B, 3, H, H) to latents (B, C, h, w) float32 before standardisation; see `encode`.
+    def raw_latents(
+        self, images: torch.Tensor, matching: Matching | None = None, grid: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """Encode images (B, 3, H, W) to latents (B, C, h, w) float32 before standardisation; see `encode`.
 
         It has no gradient; `training_latents` has.
         """
         chosen = self.config.matching if matching is None else matching
         _check_matching(chosen)
-        check_images(images)
+        grid = self._grid_of(images, grid)
         batches = images.split(1) if self.use_slicing and len(images) > 1 else [images]
-        features = torch.cat([self.encoder_features(batch) for batch in batches])
+        features = torch.cat([self.encoder_features(batch, grid) for batch in batches])
         if not self.config.use_residual:
-            return self._on_grid(features)
-        residual = torch.cat([self.residual_encoder(batch) for batch in batches])
+            return features.unflatten(2, grid)
+        residual = torch.cat([self.residual_encoder(batch, grid) for batch in batches])
         if chosen == "none":
-            return self._on_grid(torch.cat([features, residual.float()], dim=1))
+            return torch.cat([features, residual.float()], dim=1).unflatten(2, grid)
         match = self.distribution_matching
         scalars = match.of_batch(features, residual) if chosen == "batch" else match.running()
-        return self._on_grid(torch.cat([features, match(residual, scalars)], dim=1))
+        return torch.cat([features, match(residual, scalars)], dim=1).unflatten(2, grid)
 
-    def encoder_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the frozen encoder's tokens (B, D, N) float32 of images (B, 3, H, H); no gradient."""
-        return self._placed_encoder(images.device)(images).tokens.float().transpose(1, 2)
+    def encoder_features(self, images: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Return the frozen encoder's tokens (B, D, N) float32 of images (B, 3, H, W), see `encode`; no gradient."""
+        grid = self._grid_of(images, grid)
+        return self._placed_encoder(images.device)(images, grid=grid).tokens.float().transpose(1, 2)
 
     def training_latents(
         self,
@@ -403,17 +423,19 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
         features: torch.Tensor | None = None,
         scalars: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Encode images for training: residuals masked, then matched by their batch, with gradient to their encoder.
 
         In training mode the scalars also move the running ones.
 
         Args:
-            images: (B, 3, H, H) float in [0, 1].
+            images: (B, 3, H, W) float in [0, 1].
             mask: (B,) bool, the images whose residual is replaced by `mask_token`; drawn from `generator` if None.
             features: (B, D, N) `encoder_features` of the images, where they are known already.
             scalars: (4,) of `DistributionMatching.of_batch`, where the batch is a part of a larger one.
             generator: of the masks that are not given.
+            grid: see `encode`.
 
         Returns:
             (B, C, h, w) float32, standardised: what `decode` takes. A new autoencoder has no statistics yet, and these
@@ -422,11 +444,11 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
         Raises:
             UserError: for other images, or a mask of another length.
         """
-        check_images(images)
-        features = self.encoder_features(images) if features is None else features
+        grid = self._grid_of(images, grid)
+        features = self.encoder_features(images, grid) if features is None else features
         if not self.config.use_residual:
-            return self.latent_statistics(self._on_grid(features))
-        residual = self.residual_encoder(images)
+            return self.latent_statistics(features.unflatten(2, grid))
+        residual = self.residual_encoder(images, grid)
         if mask is None:
             device = generator.device if generator is not None else residual.device
             mask = torch.rand(len(residual), generator=generator, device=device) < self.config.mask_probability
@@ -438,14 +460,14 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
             if self.training:
                 self.distribution_matching.update(scalars)
             residual = self.distribution_matching(residual, scalars)
-        return self.latent_statistics(self._on_grid(torch.cat([features, residual.float()], dim=1)))
+        return self.latent_statistics(torch.cat([features, residual.float()], dim=1).unflatten(2, grid))
 
     @torch.no_grad()
     def calibrate_matching(self, batches: Iterable[torch.Tensor]) -> None:
         """Set the running scalars to those of given images, as if they were one batch; the config follows.
 
         Args:
-            batches: images (B, 3, H, H) float in [0, 1].
+            batches: images (B, 3, H, W) float in [0, 1].
 
         Raises:
             UserError: without a residual or without images.
@@ -456,7 +478,9 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
         training = self.training
         self.eval()
         for images in batches:
-            tokens = torch.cat([self.encoder_features(images), self.residual_encoder(images).float()], dim=1)
+            grid = self._grid_of(images, None)
+            residual = self.residual_encoder(images, grid).float()
+            tokens = torch.cat([self.encoder_features(images, grid), residual], dim=1)
             own = channel_sums(tokens)
             sums = own if sums is None else sums + own
         self.train(training)
@@ -480,9 +504,7 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
         Raises:
             UserError: for latents of another number of channels.
         """
-        channels = self.latent_shape[0]
-        if latents.ndim != 4 or latents.shape[1] != channels:
-            raise UserError(f"latents must have shape (B, {channels}, h, w), got {tuple(latents.shape)}")
+        check_latents(latents, self.latent_shape[0])
         batches = latents.split(1) if self.use_slicing and len(latents) > 1 else [latents]
         images = torch.cat([self._decode(batch) for batch in batches])
         return DecoderOutput(sample=images) if return_dict else (images,)
@@ -494,7 +516,7 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
         generator: torch.Generator | None = None,
         mask: torch.Tensor | None = None,
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        """Reconstruct images (B, 3, H, H) in [0, 1]; in training mode with the masks of `training_latents`.
+        """Reconstruct images (B, 3, H, W) in [0, 1]; in training mode with the masks of `training_latents`.
 
         Args:
             sample: the images.
@@ -506,9 +528,6 @@ class SVGAutoencoder(FrozenEncoderAutoencoder, ModelMixin, AttentionMixin, Autoe
         else:
             latents = self.encode(sample, return_dict=False, generator=generator)[0]
         return self.decode(latents, return_dict=return_dict)
-
-    def _on_grid(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.unflatten(2, self.latent_shape[1:])
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         raw = self.latent_statistics(latents, undo=True)

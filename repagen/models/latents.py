@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, AutoencoderRAE
 
-from repagen.encoders.images import check_images
+from repagen.encoders.images import check_images, image_grid
 from repagen.errors import UserError, naming
-from repagen.models.autoencoder_base import StandardisedLatents
+from repagen.models.autoencoder_base import FrozenEncoderAutoencoder, StandardisedLatents
 
 
 @torch.no_grad()
@@ -26,28 +26,29 @@ def images_to_latents(
     Args:
         autoencoder: a `RepresentationAutoencoder`, `SVGAutoencoder` or `PixelAutoencoder`, or diffusers'
             `AutoencoderKL` (SD-VAE, VA-VAE) or `AutoencoderRAE`.
-        images: (B, 3, H, H) float in [0, 1], on the device on which the autoencoder runs; of `AutoencoderKL` (B, 3, H,
-            W), multiples of its factor.
+        images: (B, 3, H, W) float in [0, 1], on the device on which the autoencoder runs; sides multiples of the
+            patch that a token takes, and of `AutoencoderRAE` equal.
         generator: of the draw from `AutoencoderKL`'s posterior: one for the batch, or one per image so that a latent
             does not depend on its neighbours. The others encode without chance in eval mode.
         sample_posterior: draw from that posterior, as generators are trained; False: take its mode, without chance.
 
     Returns:
-        (B, C, h, w) in the autoencoder's dtype. `AutoencoderKL`: (z - shift_factor) * scaling_factor, or with latent
-        statistics in its config (z - mean) / std * scaling_factor.
+        (B, C, h, w) in the autoencoder's dtype, of the size's `latent_shape`. `AutoencoderKL`: (z - shift_factor) *
+        scaling_factor, or with latent statistics in its config (z - mean) / std * scaling_factor.
 
     Raises:
         UserError: for images that are no float batches, or of a size that is not encoded, or an autoencoder of another
             kind.
     """
     kind = _kind(autoencoder)
-    check_images(images, square=kind != "kl")
-    if kind == "kl":
-        require_sizes(autoencoder, [(images.shape[-2], images.shape[-1])], "images")
-    if kind != "own":
-        images = images.to(autoencoder.dtype)
-    if kind != "kl":
-        return autoencoder.encode(images, return_dict=False)[0]
+    check_images(images, square=kind == "rae")
+    if kind == "rae":
+        return autoencoder.encode(images.to(autoencoder.dtype), return_dict=False)[0]
+    grid = _latent_grid(autoencoder, (images.shape[-2], images.shape[-1]), "images")
+    if kind == "own":  # without the grid, those with an encoder bring squares of any side to their own
+        sized = {"grid": grid} if isinstance(autoencoder, FrozenEncoderAutoencoder) else {}
+        return autoencoder.encode(images, return_dict=False, **sized)[0]
+    images = images.to(autoencoder.dtype)
     streams = list(generator) if isinstance(generator, Sequence) else generator
     posterior = autoencoder.encode(images * 2 - 1, return_dict=False)[0]
     mean, std = kl_statistics(autoencoder, posterior.mean)
@@ -64,7 +65,7 @@ def latents_to_images(autoencoder: Any, latents: torch.Tensor, *, clamp: bool = 
         clamp: to [0, 1]; an infinity is then no longer told from white.
 
     Returns:
-        (B, 3, H, H) float32, in [0, 1] or about it.
+        (B, 3, H, W) float32, in [0, 1] or about it; see `decoded_size`.
 
     Raises:
         UserError: for latents that do not fit, or an autoencoder of another kind.
@@ -82,29 +83,30 @@ def latents_to_images(autoencoder: Any, latents: torch.Tensor, *, clamp: bool = 
     return images.float().clamp(0, 1) if clamp else images.float()
 
 
-def latent_shape(autoencoder: Any, image_size: int) -> tuple[int, int, int]:
-    """Return the shape (C, h, w) of the latents of square images of a side in pixels.
+def latent_shape(autoencoder: Any, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
+    """Return the shape (C, h, w) of the latents of images of a size in pixels.
+
+    Args:
+        autoencoder: as in `images_to_latents`.
+        image_size: the side of squares, which must be the one that statistics and decoder were made for, if there is
+            one; or height and width of one of several sizes.
 
     Raises:
-        UserError: if the autoencoder does not encode images of that side.
+        UserError: if the autoencoder does not encode images of that size.
     """
+    channels = _latent_channels(autoencoder)
+    if isinstance(image_size, tuple):
+        return channels, *_latent_grid(autoencoder, image_size, "image_size")
     kind = _kind(autoencoder)
     if kind == "kl":
         factor = _kl_factor(autoencoder)
         if image_size <= 0 or image_size % factor:
             raise UserError(f"image_size: {image_size} px is no positive multiple of the autoencoder's {factor} px")
-        return (autoencoder.config.latent_channels, image_size // factor, image_size // factor)
-    if kind == "own":
-        if image_size != autoencoder.image_size:
-            raise UserError(
-                f"image_size: {image_size} px, but the autoencoder is for images of {autoencoder.image_size} px"
-            )
-        return autoencoder.latent_shape
-    if image_size != autoencoder.decoder_image_size:
-        raise UserError(
-            f"image_size: {image_size} px, but the autoencoder is for images of {autoencoder.decoder_image_size} px"
-        )
-    return _rae_shape(autoencoder)
+    else:
+        own = autoencoder.image_size if kind == "own" else autoencoder.decoder_image_size
+        if image_size != own:
+            raise UserError(f"image_size: {image_size} px, but the autoencoder is for images of {own} px")
+    return channels, *_latent_grid(autoencoder, (image_size, image_size), "image_size")
 
 
 def require_sizes(autoencoder: Any, sizes: Sequence[tuple[int, int]], option: str) -> None:
@@ -118,19 +120,8 @@ def require_sizes(autoencoder: Any, sizes: Sequence[tuple[int, int]], option: st
     Raises:
         UserError: naming the first that is not encoded.
     """
-    for height, width in sizes:
-        if _kind(autoencoder) == "kl":
-            factor = _kl_factor(autoencoder)
-            if height % factor or width % factor:
-                raise UserError(f"{option}: {height}x{width} px; allowed: multiples of the autoencoder's {factor} px")
-        elif height != width:
-            raise UserError(
-                f"{option}: {height}x{width} px, but {type(autoencoder).__name__} encodes squares alone; leave it "
-                "out, or train in the latents of an AutoencoderKL"
-            )
-        else:
-            with naming({"image_size": option}):
-                latent_shape(autoencoder, height)
+    for size in sizes:
+        _latent_grid(autoencoder, size, option)
 
 
 def decoded_size(autoencoder: Any, shape: Sequence[int]) -> tuple[int, int]:
@@ -148,12 +139,34 @@ def decoded_size(autoencoder: Any, shape: Sequence[int]) -> tuple[int, int]:
     if kind == "rae":
         _refuse_other_shape(shape, _rae_shape(autoencoder))
         return autoencoder.decoder_image_size, autoencoder.decoder_image_size
-    own = autoencoder.config.latent_channels if kind == "kl" else autoencoder.latent_shape[0]
+    own = _latent_channels(autoencoder)
     if channels != own:
         raise UserError(f"latents of {channels} channels, but the autoencoder decodes {own}")
     if kind == "own":
         return autoencoder.decoded_size(height, width)
     return height * _kl_factor(autoencoder), width * _kl_factor(autoencoder)
+
+
+def require_latents(autoencoder: Any, shape: Sequence[int]) -> None:
+    """Refuse an autoencoder that decodes no latents of a generator, or was made for others than it is.
+
+    Statistics of every element, and the decoder trained with them, are made for one grid. Latents of other grids are
+    for images of other sizes beside it; a generator made for another grid was trained in other latents.
+
+    Args:
+        autoencoder: as in `images_to_latents`.
+        shape: (C, h, w) of the latents that the generator is made for.
+
+    Raises:
+        UserError: says what differs.
+    """
+    decoded_size(autoencoder, shape)
+    per_element = isinstance(autoencoder, StandardisedLatents) and autoencoder.latents_mean.shape[1:] != (1, 1)
+    if per_element and tuple(shape) != autoencoder.latent_shape:
+        own = " x ".join(map(str, autoencoder.latent_shape[1:]))
+        raise UserError(
+            f"latents of {shape[1]} x {shape[2]} tokens, but its statistics are of no other grid than {own}"
+        )
 
 
 def require_autoencoder(model: Any, option: str) -> None:
@@ -202,6 +215,33 @@ def kl_statistics(autoencoder: Any, like: torch.Tensor) -> tuple[torch.Tensor, t
 
 def _kl_factor(autoencoder: Any) -> int:
     return 2 ** (len(autoencoder.config.block_out_channels) - 1)
+
+
+def _latent_channels(autoencoder: Any) -> int:
+    kind = _kind(autoencoder)
+    if kind == "own":
+        return autoencoder.latent_shape[0]
+    return autoencoder.config.latent_channels if kind == "kl" else _rae_shape(autoencoder)[0]
+
+
+def _latent_grid(autoencoder: Any, size: tuple[int, int], name: str) -> tuple[int, int]:
+    """Rows and columns of the latents of images of a height and width in pixels.
+
+    Raises:
+        UserError: such images are not encoded; `name` is what the user gave the size as.
+    """
+    kind = _kind(autoencoder)
+    if kind == "own":
+        return autoencoder.latent_grid(*size, name)
+    if kind == "kl":
+        return image_grid(size, _kl_factor(autoencoder), 1, name, "the autoencoder's")
+    side = autoencoder.decoder_image_size
+    if size != (side, side):
+        raise UserError(
+            f"{name}: {size[0]}x{size[1]} px, but AutoencoderRAE encodes {side}x{side} px alone; read it with "
+            "RepresentationAutoencoder.from_diffusers, which takes other sizes"
+        )
+    return _rae_shape(autoencoder)[1], _rae_shape(autoencoder)[2]
 
 
 def _rae_shape(autoencoder: Any) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ from repagen.errors import UserError
 from repagen.flow.guidance import GuidanceInterval, GuidanceMethod
 from repagen.hub.published import PublishedMixin
 from repagen.layers.lora import check_attention_kwargs
-from repagen.models.latents import decoded_size, latents_to_images
+from repagen.models.latents import latents_to_images, require_latents
 from repagen.pipelines.guided_prediction import (
     Condition,
     GuidedPrediction,
@@ -282,7 +282,7 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
                 "(learn_sigma=False); use variance_type='fixed_small', or the preset 'dit-ddim'"
             )
         try:
-            decoded_size(self.vae, self.transformer.latent_shape)
+            require_latents(self.vae, self.transformer.latent_shape)
         except UserError as error:
             raise UserError(
                 f"the vae does not decode what the transformer samples, {self.transformer.latent_shape}: {error}"

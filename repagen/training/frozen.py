@@ -70,6 +70,7 @@ class FrozenParts:
         """
         self._run = run
         self._config = config.alignment
+        self._image_size = config.data.image_size
         self._encoders: dict[_Place, VisionEncoder] = {}
         self.autoencoder = autoencoder.requires_grad_(False).to(run.device)
         with naming({"image_size": "data.image_size"}):
@@ -109,14 +110,18 @@ class FrozenParts:
                 if section is not None:
                     raise UserError(f"alignment.{name}: needs images, and data.kind=latents has none; train from them")
             return
-        self.target_dims = [
-            self._load(target, grid, f"targets.{number}").hidden_size for number, target in enumerate(config.targets)
-        ]
+        sections: dict[str, EncoderSection] = {f"targets.{k}": target for k, target in enumerate(config.targets)}
+        self.target_dims = [self._load(target, grid, name).hidden_size for name, target in sections.items()]
         self.fingerprints["alignment encoders"] = [self._describe(target) for target in config.targets]
         for name, section in further.items():
             if section is not None:
                 self._load(section, grid, name)
                 self.fingerprints[f"{name} encoder"] = self._describe(section)
+                sections[name] = section
+        for option, seeing in sections.items():
+            for size in dataset.bucket_sizes:
+                name = f"data.buckets (alignment.{option}.encoder)"
+                self._encoders[_place(seeing)].grid_of(size, self._image_size, name)
         if config.attention is not None:
             count = self._encoders[_place(config.attention)].backbone.num_layers
             with naming({"encoder.": "alignment.attention."}):
@@ -171,7 +176,9 @@ class FrozenParts:
             place = _place(section)
             if place not in seen:
                 wanted = layers if config.attention is not None and place == _place(config.attention) else []
-                seen[place] = self._encoders[place](batch["image"], attention_layers=wanted)
+                encoder, images = self._encoders[place], batch["image"]
+                grid = encoder.grid_of(images.shape[-2:], self._image_size)
+                seen[place] = encoder(images, attention_layers=wanted, grid=grid)
             return seen[place]
 
         with self._run.autocast():

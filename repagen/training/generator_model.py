@@ -58,7 +58,7 @@ def refuse_sizes(
     model: Any,
     latent_shape: tuple[int, int, int],
 ) -> None:
-    """Refuse images or latents of several sizes that autoencoder, network or alignment do not take.
+    """Refuse images or latents of several sizes that autoencoder or network do not take; see also `FrozenParts`.
 
     Args:
         config: of the training.
@@ -77,11 +77,6 @@ def refuse_sizes(
         raise UserError(
             f"data.buckets: {type(model).__name__} takes latents of {latent_shape[1]}x{latent_shape[2]} alone; leave "
             "it out, or take a network that takes text"
-        )
-    for name in config.alignment.schedules:
-        raise UserError(
-            f"data.buckets: alignment ({name}) compares tokens of one square grid; leave one of them out (the base "
-            "head of transformer.architecture=raev2 aligns without an encoder)"
         )
     pixels = 1 if config.data.kind == "latents" else config.data.image_size // latent_shape[1]
     if pixels > 1:

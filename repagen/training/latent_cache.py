@@ -84,8 +84,9 @@ def cache_latents(
     """
     require_independent_latents(autoencoder, "autoencoder")
     require_sizes(autoencoder, dataset.bucket_sizes, "data.buckets")
-    if encoders and dataset.bucket_sizes:
-        raise UserError("data.buckets: alignment targets are kept for images of one size alone; drop one of the two")
+    for encoder in encoders:
+        for size in dataset.bucket_sizes:
+            encoder.grid_of(size, dataset.config.image_size, "data.buckets (--encoder)")
     config = config or CacheConfig()
     folder = Path(output).expanduser()
     autoencoder.eval()
@@ -204,7 +205,8 @@ class _ShardWriter:
             if std is not None:
                 rows["latent_std" + suffix] = std
             for order, encoder in enumerate(self.encoders):
-                rows[f"target.{order}{suffix}"] = encoder(view).tokens
+                grid = encoder.grid_of(view.shape[-2:], self.dataset.config.image_size)
+                rows[f"target.{order}{suffix}"] = encoder(view, grid=grid).tokens
         dtype = getattr(torch, self.config.dtype)
         stored = {name: value.to("cpu", dtype).contiguous() for name, value in rows.items()}
         return {**stored, **self._encode_captions(batch["index"]), "label": batch["label"], "index": batch["index"]}

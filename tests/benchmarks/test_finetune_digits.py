@@ -18,7 +18,7 @@ from repagen.data.digits import load_digits
 from repagen.flow.conditions import ConditionDropout, Conditions
 from repagen.flow.time import TimeDistribution, TimeShift
 from repagen.models.latents import images_to_latents
-from repagen.quickstart import train_digits
+from repagen.quickstart.digits import train_digits
 from repagen.quickstart.judge import agreement, train_digit_classifier
 from repagen.randomness import generator_for
 from repagen.training.noising import FlowMatching

@@ -38,9 +38,9 @@ def test_statistics_are_saved_with_it(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     model = PixelAutoencoder(image_size=8)
-    with pytest.raises(UserError, match="images must be square"):
-        model.encode(torch.rand(1, 3, 8, 4))
-    with pytest.raises(UserError, match=r"\(B, 3, H, W\), got \(1, 4, 8, 8\)"):
+    with pytest.raises(UserError, match="images must be float"):
+        model.encode(torch.rand(1, 4, 8, 8))
+    with pytest.raises(UserError, match=r"\(B, 3, h, w\), got \(1, 4, 8, 8\)"):
         model.decode(torch.rand(1, 4, 8, 8))
     with pytest.raises(UserError, match="16 px, but the autoencoder is for images of 8 px"):
         latent_shape(model, 16)

@@ -110,15 +110,10 @@ def test_any_square_grid(side: int, patch: int, input_side: int) -> None:
     assert model(images(1, side)).sample.shape == (1, 3, side, side)
 
 
-@pytest.mark.parametrize("shape", [(1, 32, 6, 6), (1, 32, 4, 8), (1, 16, 4, 4), (32, 4, 4)])
+@pytest.mark.parametrize("shape", [(1, 16, 4, 4), (32, 4, 4)])
 def test_other_latents_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=r"\(B, 32, 4, 4\)"):
+    with pytest.raises(UserError, match=r"\(B, 32, h, w\)"):
         tiny_autoencoder().decode(torch.zeros(shape))
-
-
-def test_non_square_images_are_refused() -> None:
-    with pytest.raises(UserError, match="square, got 16 x 24"):
-        tiny_autoencoder().encode(torch.rand(1, 3, 16, 24))
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_images_of_another_side_are_resized_and_others_refused(images: torch.Ten
     model = tiny_svg()
     larger = torch.nn.functional.interpolate(images, size=(32, 32), mode="nearest")
     assert model.encode(larger).latent.shape == (3, 36, 4, 4)
-    for wrong in (images[..., :8], images[:, :1], (images * 255).byte()):
+    for wrong in (images[0], images[:, :1], (images * 255).byte()):
         with pytest.raises(UserError, match="images must be"):
             model.encode(wrong)
         with pytest.raises(UserError, match="images must be"):

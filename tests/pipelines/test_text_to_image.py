@@ -305,6 +305,12 @@ class TestSizes:
         assert found.size == (width, height)
         assert latents(pipe, height=height, width=width).shape == (1, CHANNELS, height // 2, width // 2)
 
+    @pytest.mark.parametrize(("height", "width"), [(16, 24), (24, 16), (36, 64), (32, 32)])
+    def test_any_multiples_in_representation_latents(self, height, width):
+        pipe = tiny_text_pipeline()
+        found = pipe(**text_inputs(output_type="pil"), height=height, width=width).images[0]
+        assert found.size == (width, height)
+
     def test_default_is_that_of_the_training(self, pipe):
         side = SIDE * PATCH
         assert torch.equal(images(pipe, height=side, width=side), images(pipe))
@@ -392,7 +398,7 @@ def embeddings(*shape: int) -> torch.Tensor:
         ({"generator": [seeded(0), seeded(1)]}, "list of 2 for 1 images"),
         ({"output_type": "jpg"}, "'jpg'; allowed: pil, np, pt, latent"),
         ({"callback_on_step_end_tensor_inputs": ["x"]}, "x; allowed: latents, prompt_embeds, negative_prompt_embeds"),
-        ({"height": 24}, "height and width are 24 x 16: latents of 6 x 4"),
+        ({"height": 22}, "height is 22; give a positive multiple of 4 px"),
         ({"strength": 0.5}, "strength is given without an image"),
         ({"mask_image": torch.zeros(4, 4)}, "mask_image is given without an image"),
         ({"interpolation": 0.5}, "interpolation is given without a second prompt"),

@@ -7,16 +7,17 @@ import pytest
 from PIL import Image
 
 import repagen
-from repagen import quickstart
+from repagen.quickstart.clock import Clock
+from repagen.quickstart.digits import judge_digits, train_digits
 
 
 @pytest.mark.slow
 def test_a_short_quickstart_leaves_a_pipeline_pictures_and_figures(tmp_path: Path) -> None:
-    clock = quickstart._Clock()
+    clock = Clock()
     overrides = {name: ["max_steps=20", "sample.every_steps=0"] for name in ("digits_decoder", "digits_generator")}
-    folder = quickstart.train_digits(tmp_path, overrides=overrides, clock=clock)
+    folder = train_digits(tmp_path, overrides=overrides, clock=clock)
     assert [path.parent for path in tmp_path.rglob("model_index.json")] == [folder]
-    report, result = quickstart.judge_digits(tmp_path, folder, seed=0, clock=clock)
+    report, result = judge_digits(tmp_path, folder, seed=0, clock=clock)
     assert report.classifier_accuracy > 0.97
     assert report.class_agreement < 0.9, "twenty steps teach nothing; the judge must not pretend they do"
     assert result.num_samples == report.num_samples == 500

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -394,15 +395,34 @@ def test_a_cache_keeps_captions_and_several_sizes(tmp_path: Path) -> None:
     assert copy.captions(3) == shards.captions(3)
 
 
-def test_what_cannot_be_cached_in_several_sizes_is_refused(
+def test_several_sizes_of_representation_latents_and_of_targets(
+    autoencoder: Any, encoder: VisionEncoder, tmp_path: Path
+) -> None:
+    """Latents and targets are those of the images, one size a shard."""
+    sizes = [(16, 16), (16, 24), (24, 16)]
+    (tmp_path / "photos").mkdir()
+    for number in range(7):
+        noise = np.random.default_rng(number).integers(0, 256, (*sizes[number % 3], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "photos" / f"{number}.png")
+    words = {"buckets": [list(size) for size in sizes], "bucket_step": 8, "index_folder": str(tmp_path / "index")}
+    dataset = opened(tmp_path / "photos", **words)
+    shards = cache_latents(autoencoder, dataset, tmp_path / "cache", encoders=[encoder], config=CONFIG)
+    assert shards.bucket_sizes == [(2, 2), (2, 3), (3, 2)]
+    for row in range(len(shards)):
+        source = int(shards.describe(row).split("image ")[1].split()[0])
+        image, grid = dataset[source]["image"][None], shards.bucket_sizes[source % 3]
+        sample = shards[row]
+        assert sample["latent"].shape == (16, *grid)
+        torch.testing.assert_close(sample["latent"], images_to_latents(autoencoder, image)[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(sample["targets"][0], encoder(image, grid=grid).tokens[0], atol=1e-5, rtol=0)
+
+
+def test_sizes_that_are_no_whole_tokens_are_refused(
     autoencoder: object, encoder: VisionEncoder, photos: Path, tmp_path: Path
 ) -> None:
-    dataset = opened(photos, buckets=[[16, 16], [16, 24]], bucket_step=8, index_folder=str(tmp_path / "index"))
-    with pytest.raises(UserError, match=r"data\.buckets: 16x24 px, but RepresentationAutoencoder"):
+    dataset = opened(photos, buckets=[[16, 18]], bucket_step=2, index_folder=str(tmp_path / "index"))
+    with pytest.raises(UserError, match=r"data\.buckets: 16x18 px; allowed: multiples of the"):
         cache_latents(autoencoder, dataset, tmp_path / "cache", config=CONFIG)
-    square = opened(photos, buckets=["1:1"], bucket_step=8, index_folder=str(tmp_path / "index"))
-    with pytest.raises(UserError, match=r"data\.buckets: alignment targets"):
-        cache_latents(autoencoder, square, tmp_path / "cache", encoders=[encoder], config=CONFIG)
 
 
 def test_a_cache_without_captions_refuses_to_give_them(autoencoder: object, photos: Path, tmp_path: Path) -> None:

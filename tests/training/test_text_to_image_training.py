@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -352,12 +353,62 @@ def test_sizes_train_in_turns_and_are_sampled(parts: Path, wide_and_tall: Path, 
     assert pipeline("picture 3", num_inference_steps=2, height=24, width=40).images[0].size == (40, 24)
 
 
+def aligned_words(parts: Path, pictures: Path, index: Path) -> list[str]:
+    """Three sizes of representation latents, aligned in every way that fits a text model."""
+    target = f"{{encoder: {parts / 'encoder'}, block: 1, projector: conv, projector_dim: 16}}"
+    attention = f"{{encoder: {parts / 'encoder'}, layers: [0], blocks: [1]}}"
+    own = "dispersive: {block: 1}, self_alignment: {block: 1, teacher_block: 2}"
+    words = dict(word.split("=", 1) for word in bucket_words(parts, pictures, index))
+    words |= {"data.buckets": "[[32, 32], [24, 40], [40, 24]]", "data.bucket_step": "8"}
+    words |= {"autoencoder.path": str(parts / "rae")}
+    words |= {"alignment": f"{{targets: [{target}], attention: {attention}, {own}}}"}
+    return [f"{key}={value}" for key, value in words.items()]
+
+
+def test_sizes_of_representation_latents_train_aligned_and_are_sampled(
+    parts: Path, wide_and_tall: Path, tmp_path: Path
+) -> None:
+    words = aligned_words(parts, wide_and_tall, tmp_path / "index")
+    whole = run(parts, tmp_path / "whole", *words)
+    split = run(parts, tmp_path / "split", *words, "micro_batch_size=2", "alignment.dispersive=null")
+    assert {"loss_alignment", "loss_attention", "loss_dispersive", "loss_self_alignment"} <= {*metric_rows(whole)[0]}
+    for name in ("loss_flow", "loss_alignment", "loss_attention"):
+        first, second = (metric_rows(folder)[0][name] for folder in (whole, split))
+        assert first == pytest.approx(second, abs=1e-5)
+    pipeline = loaded(whole)
+    for height, width in ((32, 32), (24, 40), (40, 24), (64, 32)):
+        image = pipeline("picture 3", num_inference_steps=2, height=height, width=width).images[0]
+        assert image.size == (width, height)
+        edited = pipeline("picture 4", num_inference_steps=2, height=height, width=width, image=image, strength=0.5)
+        assert edited.images[0].size == (width, height)
+
+
+def test_cached_sizes_train_with_cached_targets(
+    parts: Path, wide_and_tall: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from repagen.cli import main
+
+    words = dict(word.split("=", 1) for word in aligned_words(parts, wide_and_tall, tmp_path / "index"))
+    data = [f"{key}={value}" for key, value in words.items() if key.startswith("data.")]
+    cache, rae, encoder = (str(path) for path in (tmp_path / "cache", parts / "rae", parts / "encoder"))
+    told = [*data, "data.image_size=32", "data.captions={}", "--autoencoder", rae, "--encoder", encoder]
+    monkeypatch.setattr(sys, "argv", ["repagen", "cache", *told, "--output", cache])
+    main()
+    target = f"alignment={{targets: [{{encoder: {encoder}, block: 1, projector_dim: 16}}]}}"
+    given = [target, f"autoencoder.path={rae}", "global_batch_size=4", "max_steps=3"]
+    trained = run(parts, tmp_path, "data.kind=latents", f"data.path={cache}", *given)
+    assert all(row["loss_alignment"] > 0 for row in metric_rows(trained))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"autoencoder.path": "{parts}/rae"}, "data.buckets: .* encodes squares alone"),
+        ({"autoencoder.path": "{parts}/rae"}, "data.buckets: 28x40 px; allowed: multiples of the autoencoder's 8 px"),
         ({"transformer.patch_size": "2"}, "data.buckets: .* no multiple of the 8 that a token"),
-        ({"alignment": "{{dispersive: {{block: 1}}}}"}, "data.buckets: alignment"),
+        (
+            {"alignment": "{{targets: [{{encoder: {parts}/encoder, image_size: 40, block: 1}}]}}"},
+            r"data.buckets \(alignment.targets.0.encoder\): 28x40 px; allowed: multiples of the encoder's 32 px",
+        ),
     ],
 )
 def test_sizes_that_something_does_not_take_are_refused(
