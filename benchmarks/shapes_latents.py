@@ -5,10 +5,10 @@
 - RAE: the bundled encoder's frozen tokens with the decoder of the preset `shapes_decoder`, 96 x 4 x 4;
 - VAE: an AutoencoderKL trained by the preset `shapes_kl`, 4 x 8 x 8.
 
-In both the generator of the preset `shapes_text_to_image`, with REPA, sees the same scenes and captions in the same
-batches with the same seeds, in as many steps, with 16 tokens of the same width (patches of 1 and of 2): networks and
-compute differ in the first and last layers alone. Times are shifted by RAE's rule, sqrt(C h w / base), with the VAE's
-4 x 8 x 8 as base, as in the preset: 2.449 for the RAE and 1 for the VAE. A latent has one autoencoder for all seeds.
+In both, the generator of the preset `shapes_text_to_image` sees the same scenes and captions in the same batches with
+the same seeds, in as many steps, with 16 tokens of the same width (patches of 1 and of 2): networks and compute differ
+in the first and last layers alone. Times are shifted by RAE's rule, sqrt(C h w / base), with the VAE's 4 x 8 x 8 as
+base, as in the preset: 2.449 for the RAE and 1 for the VAE. A latent has one autoencoder for all seeds.
 
 After every so many images the averaged weights draw fresh prompts of one and of two objects, and the checker reads the
 pictures: shape and colour right of one object, and shapes, colours, positions and count right of two. What the checker
@@ -45,7 +45,6 @@ from repagen.quickstart.figures import save_score_plot
 from repagen.training import decoder, text_to_image
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.frozen import load_target_encoder
-from repagen.training.generator_config import AlignmentTargetConfig
 from repagen.training.latent_cache import CacheConfig, cache_latents
 from repagen.training.latent_identity import open_autoencoder
 from repagen.training.shapes_curve import score_curve
@@ -91,7 +90,7 @@ class Plan:
     """
 
     output: Path
-    steps: int = 4800
+    steps: int = 2400
     batch_size: int = 64
     num_images: int = 20000
     points: int = 8
@@ -129,40 +128,39 @@ def reconstruction_facts(folder: Path, num_images: int) -> dict[str, Any]:
     }
 
 
-def cache(plan: Plan, name: str, autoencoder: Path) -> Path:
-    """Keep latents, captions and REPA's targets of the training scenes, once for all seeds; their folder."""
-    folder = plan.output / f"latents-{name}"
-    if not (folder / "manifest.json").is_file():
-        scenes = open_image_dataset(
-            DataConfig(kind="shapes", subset="train", image_size=IMAGE_SIZE, num_images=plan.num_images)
-        )
-        target = AlignmentTargetConfig(encoder="shapes")
-        encoder = load_target_encoder(target, (TOKENS, TOKENS), "alignment.targets.0.encoder")
-        cache_latents(open_autoencoder(str(autoencoder)), scenes, folder, encoders=[encoder], config=CacheConfig(64))
-    return folder
-
-
-def generator_config(plan: Plan, name: str, seed: int, autoencoder: Path, latents: Path) -> TextToImageConfig:
+def generator_config(plan: Plan, name: str, seed: int, autoencoder: Path) -> TextToImageConfig:
     """The preset's generator in one of the latents."""
     shape = latent_shape(open_autoencoder(str(autoencoder)), IMAGE_SIZE)
-    every = plan.steps // plan.points
     words = [
         f"output_dir={plan.output / f'generator-{name}-{seed}-{plan.steps}'}",
-        f"seed={seed}", f"max_steps={plan.steps}",
-        f"global_batch_size={plan.batch_size}", f"autoencoder.path={autoencoder}",
-        "data.kind=latents", f"data.path={latents}", f"transformer.patch_size={LATENTS[name].patch_size}",
+        f"seed={seed}", f"max_steps={plan.steps}", f"global_batch_size={plan.batch_size}",
+        f"autoencoder.path={autoencoder}", "data.kind=latents", f"data.path={plan.output / f'latents-{name}'}",
+        f"transformer.patch_size={LATENTS[name].patch_size}",
         f"flow.shift={TimeShift.for_latent_shape(shape, BASE_DIMENSION).alpha}",
-        f"checkpoint.every_steps={every}", f"checkpoint.keep={plan.points + 1}",
+        f"checkpoint.every_steps={plan.steps // plan.points}", f"checkpoint.keep={plan.points + 1}",
         "sample.every_steps=0", "progress_bar=false", *plan.words,
     ]  # fmt: skip
     return load_config(TextToImageConfig, "shapes_text_to_image", words)
 
 
-def run_arm(plan: Plan, name: str, seed: int, autoencoder: Path, latents: Path) -> dict[str, Any]:
+def cache(plan: Plan, config: TextToImageConfig) -> None:
+    """Keep latents and captions of the training scenes, and what they are aligned to, once for all seeds."""
+    if (Path(str(config.data.path)) / "manifest.json").is_file():
+        return
+    scenes = open_image_dataset(
+        DataConfig(kind="shapes", subset="train", image_size=IMAGE_SIZE, num_images=plan.num_images)
+    )
+    encoders = [load_target_encoder(it, (TOKENS, TOKENS), "alignment.targets") for it in config.alignment.targets]
+    autoencoder = open_autoencoder(config.autoencoder.path)
+    cache_latents(autoencoder, scenes, str(config.data.path), encoders=encoders, config=CacheConfig(batch_size=64))
+
+
+def run_arm(plan: Plan, name: str, seed: int, autoencoder: Path) -> dict[str, Any]:
     """Train and score one generator, or read what was found."""
     path = plan.output / "found" / f"{name}-{seed}-{plan.steps}.json"
     if not path.is_file():
-        config = generator_config(plan, name, seed, autoencoder, latents)
+        config = generator_config(plan, name, seed, autoencoder)
+        cache(plan, config)
         started = time.perf_counter()
         pipeline = text_to_image.train(config)
         seconds = time.perf_counter() - started
@@ -191,11 +189,10 @@ def over_seeds(curves: Sequence[Curve], metric: str) -> dict[int, tuple[float, f
 
 def compare(plan: Plan, seeds: Sequence[int], autoencoders: dict[str, Path]) -> dict[str, Any]:
     """Run all seeds in both latents; => what came out, also as OUTPUT/curves.png."""
-    latents = {name: cache(plan, name, folder) for name, folder in autoencoders.items()}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in autoencoders}
     for seed in seeds:  # seed by seed, so that a stopped run has both latents of the seeds it finished
         for name, folder in autoencoders.items():
-            runs[name].append(run_arm(plan, name, seed, folder, latents[name]))
+            runs[name].append(run_arm(plan, name, seed, folder))
     means = {
         f"{name}, {label}": over_seeds([run["curve"] for run in found], metric)
         for name, found in runs.items()
