@@ -413,7 +413,7 @@ busy machine. The weights are Apache-2.0; no weights or data of others were used
 
 - Data: {scenes:,} drawn scenes of `repagen.data.shapes` (training split, seed 0) with all their prompts.
 - Objectives, vision: pixels from noisy tokens, attributes of quadrants and of the scene. Text: sigmoid contrastive
-  loss, own word of each token, the scene from the mean token. See the script.
+  loss, own word of each token, what goes with each name of a shape, the scene from the mean token. See the script.
 - The tokenizer knows whole words, {vocabulary} of them; it passes over {stop_words}. Unknown words are `<unk>`. Words
   that were never trained, free for what is taught later: {spare_words}.
 - It is supervised by what the scenes hold: a stand-in for good frozen encoders, for tests and the quickstart.
