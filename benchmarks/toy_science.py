@@ -157,12 +157,17 @@ def run_arm(output: Path, name: str, seed: int, steps: int) -> dict[str, float]:
     return json.loads(path.read_text())
 
 
+def mean_and_half_width(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds, and half the width of its 95 % interval; 0 of a single seed."""
+    if len(values) < 2:
+        return values[0], 0.0
+    return statistics.mean(values), T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def mean_and_interval(values: list[float]) -> str:
     """Mean and 95 % interval of the mean over seeds."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.3f} ± {half:.3f}"
+    mean, half = mean_and_half_width(values)
+    return f"{mean:.3f} ± {half:.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:

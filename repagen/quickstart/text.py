@@ -25,7 +25,7 @@ from repagen.pipelines.text_to_image import TextToImagePipeline
 from repagen.quickstart.clock import Clock, readable_seconds
 from repagen.quickstart.figures import save_score_plot, save_sheet
 from repagen.training import text_to_image
-from repagen.training.checkpoint import CheckpointFolder, read_checkpoint
+from repagen.training.shapes_curve import score_curve
 from repagen.training.text_to_image_config import TextToImageConfig
 
 SEEN_GROUPS = [group for group in GROUPS if group.combinations == "seen" and group.num_objects < 3]
@@ -56,7 +56,8 @@ def run(output: Path, seed: int) -> str:
     config = scratch_config(output / "generator", seed)
     folder = text_to_image.train(config)
     clock.begin("curve", "its score after more and more images")
-    curve = score_curve(config, folder, ShapesPrompts(PROMPTS_OF_A_POINT, seed, SEEN_GROUPS))
+    prompts_of_a_point = ShapesPrompts(PROMPTS_OF_A_POINT, seed, SEEN_GROUPS)
+    curve = score_curve(config, folder, prompts_of_a_point, batch_size=BATCH_SIZE)
     save_score_plot(
         {
             f"{group.num_objects} object{'s' * (group.num_objects > 1)}: {name}": {
@@ -115,27 +116,6 @@ def scratch_config(output: Path, seed: int, overrides: Sequence[str] = ()) -> Te
         "sample.every_steps=0",
     ]
     return load_config(TextToImageConfig, "shapes_text_to_image", [*words, *overrides])
-
-
-def score_curve(config: TextToImageConfig, pipeline_folder: Path, prompts: ShapesPrompts) -> dict[int, ShapesScore]:
-    """Score the averaged weights of every checkpoint of a run.
-
-    Args:
-        config: of the run.
-        pipeline_folder: what it released.
-        prompts: what each is asked for.
-
-    Returns:
-        Training images seen => score, rising.
-    """
-    pipeline = load_quietly(pipeline_folder)
-    scores = {}
-    for path in reversed(CheckpointFolder(Path(config.output_dir) / "checkpoints").paths()):
-        checkpoint = read_checkpoint(path)
-        pipeline.transformer.load_state_dict(checkpoint.part("ema")["shadow"])
-        seen = checkpoint.step * config.global_batch_size
-        scores[seen] = evaluate_shapes(pipeline, prompts, batch_size=BATCH_SIZE).score
-    return scores
 
 
 def _percent(score: ShapesScore, attribute: str, num_objects: int, combinations: Combinations = "seen") -> str:
