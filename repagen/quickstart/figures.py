@@ -66,7 +66,7 @@ def save_sheet(images: Sequence[Image.Image], words: Sequence[str], right: Seque
     pyplot = _pyplot()
     columns = min(6, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(1.9 * columns, 2.5 * rows), squeeze=False)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(1.9 * columns, 2.9 * rows), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, image, text, holds in zip(axes.flat, images, words, right, strict=False):
