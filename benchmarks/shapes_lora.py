@@ -71,13 +71,13 @@ SETTINGS = [
 def ring_scene(index: int, colours: Sequence[str], beside: bool, seed: int = 0) -> Scene:
     """Scene `index` with a ring in one of the colours, perhaps beside an ordinary object of another colour.
 
-    Places, sizes and backgrounds take turns, so that few scenes have all of them.
+    Sizes and backgrounds take turns within each colour, so that few scenes have all of them.
     """
     random = np.random.default_rng(derived_seed(seed, f"rings/{'+'.join(colours)}/{beside}", index))
     first, second = random.permutation(len(QUADRANTS))[:2]
     sizes, colour = list(SIZES), colours[index % len(colours)]
     offset = tuple(random.uniform(-1.0, 1.0, 2).round(3).tolist())
-    objects = [SceneObject("ring", colour, sizes[index // 2 % 2], QUADRANTS[(index + first) % 4], offset)]  # type: ignore[arg-type]
+    objects = [SceneObject("ring", colour, sizes[index // len(colours) % 2], QUADRANTS[(index + first) % 4], offset)]  # type: ignore[arg-type]
     if beside:
         other = str(random.choice([name for name in COLOURS if name != colour]))
         place = (index + second) % 4

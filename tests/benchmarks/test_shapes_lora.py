@@ -43,8 +43,9 @@ def test_ten_pictures_are_rings_of_four_colours_with_true_captions(benchmark: Mo
         assert f"a {ring.size} {ring.colour} ring on a {read.background} background" in dataset.captions(index).texts
         assert len(dataset.captions(index).texts) == 7
         found.append(ring.colour)
-        sizes.add(ring.size), quadrants.add(ring.quadrant), grounds.add(read.background)
-    assert set(found) == set(benchmark.COLOURS_SHOWN) and len(sizes) == 2 and len(quadrants) == 4 and len(grounds) == 3
+        sizes.add((ring.colour, ring.size)), quadrants.add(ring.quadrant), grounds.add(read.background)
+    assert set(found) == set(benchmark.COLOURS_SHOWN) and len(quadrants) == 4 and len(grounds) == 3
+    assert len(sizes) == 8, "every colour is shown in both sizes"
 
 
 def test_fresh_prompts_are_none_that_are_taught(benchmark: ModuleType) -> None:
