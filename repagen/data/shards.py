@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from repagen.data.captions import Captions
 from repagen.data.dataset import SampleDataset
 from repagen.errors import UserError
+from repagen.hub.places import without_names
 
 MANIFEST_NAME = "manifest.json"
 SHARD_FORMAT = "repagen-latents-1"
@@ -178,13 +179,6 @@ class LatentShards(SampleDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # open files do not travel to loader workers
-
-
-def without_names(value: Any) -> Any:
-    """Return a description without the names in it: a folder may lie elsewhere on another machine."""
-    if isinstance(value, Mapping):
-        return {key: without_names(item) for key, item in value.items() if key != "name"}
-    return [without_names(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

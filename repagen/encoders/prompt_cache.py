@@ -27,6 +27,7 @@ from repagen.encoders.text import TextEmbeddings, TextEncoder
 from repagen.encoders.text_tower import prompt_list
 from repagen.errors import UserError, refusing
 from repagen.files import put_file
+from repagen.hub.places import without_names
 
 logger = logging.getLogger(__name__)
 
@@ -185,8 +186,7 @@ class CachedTextEncoder:
 
 def _identity(description: list[dict[str, Any]]) -> str:
     """What embeddings depend on, as text: the same encoder may lie at several places."""
-    facts = [{key: value for key, value in one.items() if key != "name"} for one in description]
-    return json.dumps(facts, sort_keys=True)
+    return json.dumps(without_names(description), sort_keys=True)
 
 
 def _refuse_other(path: Path, cached: list[dict[str, Any]], given: list[dict[str, Any]]) -> None:

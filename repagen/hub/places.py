@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 BUNDLE_FILE = "bundle.json"
 """Lies in a folder that `repagen download` filled: what is in it, with hashes."""
@@ -51,3 +53,10 @@ def _torch_home() -> Path:
 
 def _bundle_around(folder: Path) -> Path | None:
     return folder.parent if (folder.parent / BUNDLE_FILE).is_file() else None
+
+
+def without_names(value: Any) -> Any:
+    """Return a description without the names in it: a folder may lie elsewhere on another machine."""
+    if isinstance(value, Mapping):
+        return {key: without_names(item) for key, item in value.items() if key != "name"}
+    return [without_names(item) for item in value] if isinstance(value, list) else value

@@ -17,6 +17,7 @@ import torch
 
 from repagen.data import CombinedDataset, SampleDataset, open_dataset
 from repagen.errors import UserError, run_as_program
+from repagen.hub.places import without_names
 from repagen.models.autoencoder_representation import RepresentationAutoencoder
 from repagen.models.fingerprint import hash_tensors
 from repagen.models.identity import describe_autoencoder, describe_transformer
@@ -44,7 +45,7 @@ from repagen.training.finetune_model import (
 )
 from repagen.training.finetune_prior import prior_dataset, repeated
 from repagen.training.finetune_text import prepare_text, refuse_text_settings
-from repagen.training.frozen import FrozenParts, without_name
+from repagen.training.frozen import FrozenParts
 from repagen.training.generator_alignment import refuse_single_samples
 from repagen.training.generator_loop import GeneratorTraining, noise_process
 from repagen.training.generator_model import refuse_idle_settings
@@ -193,7 +194,7 @@ def _train_decoder(config: FinetuneDecoderConfig, run: Run, pipeline: Any, datas
         )
     refuse_other_size(autoencoder, config.data.image_size)
     facts = {
-        "autoencoder": without_name(describe_autoencoder(autoencoder)),
+        "autoencoder": without_names(describe_autoencoder(autoencoder)),
         "pretrained": hash_tensors(autoencoder.decoder.state_dict().values()),
     }
     decoder_config = config.of_decoder(autoencoder.config["noise_tau"])

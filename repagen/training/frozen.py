@@ -15,6 +15,7 @@ from repagen.data import LatentShards, SampleDataset, digits_encoder_path, shape
 from repagen.encoders import VisionEncoder, VisionEncoderOutput
 from repagen.encoders.vision import layer_indices
 from repagen.errors import UserError, naming
+from repagen.hub.places import without_names
 from repagen.models.identity import describe_autoencoder, describe_encoder
 from repagen.models.latents import images_to_latents, latent_shape, require_independent_latents
 from repagen.randomness import normal_per_sample
@@ -75,7 +76,7 @@ class FrozenParts:
         self.autoencoder = autoencoder.requires_grad_(False).to(run.device)
         with naming({"image_size": "data.image_size"}):
             self.latent_shape = latent_shape(self.autoencoder, config.data.image_size)
-        self.fingerprints: dict[str, Any] = {"autoencoder": without_name(describe_autoencoder(self.autoencoder))}
+        self.fingerprints: dict[str, Any] = {"autoencoder": without_names(describe_autoencoder(self.autoencoder))}
         self.target_dims: list[int] = []
         self.class_token_dim = 0
         self._load_encoders(dataset, grid_of(self.latent_shape))
@@ -138,7 +139,7 @@ class FrozenParts:
         return self._encoders[place]
 
     def _describe(self, section: EncoderSection) -> dict[str, Any]:
-        return without_name(describe_encoder(self._encoders[_place(section)]))
+        return without_names(describe_encoder(self._encoders[_place(section)]))
 
     @torch.no_grad()
     def latents(self, batch: Batch) -> torch.Tensor:
@@ -220,11 +221,6 @@ def load_target_encoder(target: EncoderSection, grid: tuple[int, int], option: s
 def _place(section: EncoderSection) -> _Place:
     """Sections of equal places share one encoder."""
     return section.encoder, section.revision, section.image_size
-
-
-def without_name(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a model wherever it lies."""
-    return {key: value for key, value in description.items() if key != "name"}
 
 
 def _same_encoder(cached: Mapping[str, Any], name: str) -> bool:

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from repagen.data import ImageDataset, load_in_order
-from repagen.data.shards import FLIPPED, MANIFEST_NAME, SHARD_FORMAT, LatentShards, without_names
+from repagen.data.shards import FLIPPED, MANIFEST_NAME, SHARD_FORMAT, LatentShards
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
 from repagen.files import file_digest, replace_file
+from repagen.hub.places import without_names
 from repagen.models.identity import describe_autoencoder, describe_encoder
 from repagen.models.latents import images_to_latents, kl_statistics, require_independent_latents, require_sizes
 from repagen.training.checkpoint import folder_lock

@@ -12,6 +12,7 @@ from repagen.encoders.prompt_cache import CachedTextEncoder
 from repagen.encoders.text import TextEncoder
 from repagen.errors import UserError, naming
 from repagen.flow.conditions import ConditionDropout, Conditions
+from repagen.hub.places import without_names
 from repagen.models.opening import open_component, pipeline_parts
 from repagen.pipelines.text_to_image import TextToImagePipeline
 from repagen.training.frozen import encoder_source
@@ -60,7 +61,7 @@ class TextConditioning:
     @property
     def fingerprints(self) -> Mapping[str, Any]:
         """See `Conditioning`."""
-        return {"text encoder": self.text_encoder.describe()}
+        return {"text encoder": without_names(self.text_encoder.describe())}
 
     def conditions(self, batch: Batch) -> Conditions:
         """See `Conditioning`."""
@@ -106,7 +107,7 @@ def open_text_encoder(config: TextToImageConfig) -> TextEncoder:
             template=text.template,
             revision=text.revision,
         )
-    if own is not None and own.describe() != encoder.describe():
+    if own is not None and without_names(own.describe()) != without_names(encoder.describe()):
         raise UserError(
             f"text.encoder: {text.encoder} is not the text encoder of {name}, or is read in another way; leave text."
             f"encoder out to take that one, or set transformer.pretrained={name}/transformer to train with another"

@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from repagen.data import ImageDataset, load_in_order
-from repagen.data.shards import without_names
 from repagen.encoders import VisionEncoder
 from repagen.errors import UserError
 from repagen.evaluation.extraction import pixel_digest, pixels_sha256
@@ -20,6 +19,7 @@ from repagen.evaluation.extractor import full_float32
 from repagen.evaluation.representation.cache import FeatureCache
 from repagen.evaluation.representation.sources import EncoderSource, FeatureSlice, FeatureSource, GeneratorSource
 from repagen.evaluation.samples import to_uint8
+from repagen.hub.places import without_names
 
 FeatureType = Literal["float32", "float16"]
 """In which features are stored; read-outs are computed in float32 at least."""
