@@ -245,6 +245,14 @@ def test_a_pretrained_pipeline_of_another_text_encoder_is_refused(parts: Path, f
         train_settings(settings(parts, tmp_path / "c"), tmp_path / "c", words[0], "alignment={}")
 
 
+def test_the_same_text_encoder_may_lie_elsewhere(parts: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "text", tmp_path / "elsewhere")
+    pretrained = f"transformer.pretrained={finished / 'pipeline'}"
+    own = ["transformer.architecture=null", "transformer.size=null", "transformer.overrides={}"]
+    second = run(parts, tmp_path, pretrained, *own, f"text.encoder={tmp_path / 'elsewhere'}", "max_steps=1")
+    assert len(metric_rows(second)) == 1
+
+
 def test_text_widths_that_differ_are_refused(parts: Path, finished: Path, tmp_path: Path) -> None:
     from text_parts import save_wider
 
