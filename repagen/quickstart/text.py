@@ -8,7 +8,7 @@ latents and with the frozen encoders of the shipped pipeline, but for minutes in
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from repagen.config import load_config
 from repagen.data import shapes_pipeline_path
 from repagen.data.shapes import check_picture
 from repagen.data.shapes.prompts import ScenePrompt
-from repagen.data.shapes.scenes import Combinations
 from repagen.evaluation.reporting import aligned
 from repagen.evaluation.text_to_image.prompted import PipelinePromptImages
 from repagen.evaluation.text_to_image.shapes import GROUPS, ShapesPrompts, ShapesScore, evaluate_shapes
@@ -47,7 +46,7 @@ def run(output: Path, seed: int) -> str:
     clock = Clock()
     output.mkdir(parents=True, exist_ok=True)
     clock.begin("shipped pipeline", "shipped pipeline: load it, draw fresh prompts, read the pictures")
-    pipeline = load_quietly(shapes_pipeline_path())
+    pipeline = TextToImagePipeline.from_pretrained(shapes_pipeline_path())
     prompts = ShapesPrompts(PROMPTS_OF_A_GROUP, seed)
     shipped = evaluate_shapes(pipeline, prompts, batch_size=BATCH_SIZE)
     write_sheet(pipeline, replace(prompts, num_prompts=SHEET_PROMPTS // len(GROUPS)), output / "prompts.png")
@@ -60,7 +59,7 @@ def run(output: Path, seed: int) -> str:
     curve = score_curve(config, folder, prompts_of_a_point, batch_size=BATCH_SIZE)
     save_score_plot(
         {
-            f"{group.num_objects} object{'s' * (group.num_objects > 1)}: {name}": {
+            f"{group}: {name}": {
                 seen: (share.value, *share.interval)
                 for seen, score in curve.items()
                 for share in [score.shares[group][name]]
@@ -69,7 +68,11 @@ def run(output: Path, seed: int) -> str:
         },
         output / "score.png",
     )
-    write_sheet(load_quietly(folder), ShapesPrompts(SHEET_PROMPTS // 2, seed, SEEN_GROUPS), output / "scratch.png")
+    write_sheet(
+        TextToImagePipeline.from_pretrained(folder),
+        ShapesPrompts(SHEET_PROMPTS // 2, seed, SEEN_GROUPS),
+        output / "scratch.png",
+    )
     clock.begin("")
     record = {
         "shipped": shipped.as_dict(),
@@ -78,13 +81,6 @@ def run(output: Path, seed: int) -> str:
     }
     (output / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return _summary(output, folder, shipped.score, curve, clock)
-
-
-def load_quietly(folder: Path) -> TextToImagePipeline:
-    """Load a saved pipeline whose calls show no progress bar."""
-    pipeline = TextToImagePipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def write_sheet(pipeline: TextToImagePipeline, prompts: ShapesPrompts, path: Path) -> None:
@@ -97,29 +93,32 @@ def write_sheet(pipeline: TextToImagePipeline, prompts: ShapesPrompts, path: Pat
     save_sheet(pictures, [prompt.text for prompt in asked], right, path)
 
 
-def scratch_config(output: Path, seed: int, overrides: Sequence[str] = ()) -> TextToImageConfig:
+def scratch_config(output: Path, seed: int, overrides: Mapping[str, Any] | None = None) -> TextToImageConfig:
     """Say how a generator is trained in the latents of the shipped pipeline.
 
     Args:
         output: folder of the run.
         seed: of the run.
-        overrides: further `key=value` words, for example fewer steps.
+        overrides: key => value of other settings, for example fewer steps.
     """
-    words = [
-        f"output_dir={output}",
-        f"seed={seed}",
-        f"autoencoder.path={shapes_pipeline_path()}",
-        "autoencoder.subfolder=vae",
-        f"max_steps={SCRATCH_STEPS}",
-        f"checkpoint.every_steps={SCRATCH_STEPS // POINTS}",
-        f"checkpoint.keep={POINTS}",
-        "sample.every_steps=0",
-    ]
-    return load_config(TextToImageConfig, "shapes_text_to_image", [*words, *overrides])
+    settings = {
+        "output_dir": output,
+        "seed": seed,
+        "autoencoder.path": shapes_pipeline_path(),
+        "autoencoder.subfolder": "vae",
+        "max_steps": SCRATCH_STEPS,
+        "checkpoint.every_steps": SCRATCH_STEPS // POINTS,
+        "checkpoint.keep": POINTS,
+        "sample.every_steps": 0,
+        **(overrides or {}),
+    }
+    return load_config(
+        TextToImageConfig, "shapes_text_to_image", [f"{key}={value}" for key, value in settings.items()]
+    )
 
 
-def _percent(score: ShapesScore, attribute: str, num_objects: int, combinations: Combinations = "seen") -> str:
-    return f"{score.share(attribute, num_objects, combinations).value:.1%}"
+def _percent(score: ShapesScore, attribute: str, num_objects: int) -> str:
+    return f"{score.share(attribute, num_objects).value:.1%}"
 
 
 def _summary(output: Path, folder: Path, shipped: ShapesScore, curve: dict[int, ShapesScore], clock: Clock) -> str:

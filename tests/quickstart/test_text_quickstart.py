@@ -7,22 +7,23 @@ import pytest
 import torch
 from PIL import Image
 
+from repagen import TextToImagePipeline
 from repagen.data import shapes_pipeline_path
 from repagen.evaluation.text_to_image.shapes import GROUPS, ShapesPrompts, evaluate_shapes
 from repagen.quickstart.figures import save_score_plot, save_sheet
-from repagen.quickstart.text import SEEN_GROUPS, load_quietly, score_curve, scratch_config, write_sheet
+from repagen.quickstart.text import SEEN_GROUPS, score_curve, scratch_config, write_sheet
 from repagen.training import text_to_image
 
 
 def test_the_shipped_pipeline_draws_what_is_asked_for() -> None:
-    pipeline = load_quietly(shapes_pipeline_path())
+    pipeline = TextToImagePipeline.from_pretrained(shapes_pipeline_path())
     score = evaluate_shapes(pipeline, ShapesPrompts(24, 5, SEEN_GROUPS)).score
     assert score.share("kind", 1).hits >= 21 and score.share("all four", 2).hits >= 14
     assert sum(path.stat().st_size for path in shapes_pipeline_path().rglob("*")) < 10 * 2**20
 
 
 def test_prompt_and_seed_decide_the_picture() -> None:
-    pipeline = load_quietly(shapes_pipeline_path())
+    pipeline = TextToImagePipeline.from_pretrained(shapes_pipeline_path())
 
     def draw(prompt: str, seed: int) -> np.ndarray:
         return pipeline(
@@ -47,11 +48,11 @@ def test_pictures_of_scores_and_prompts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_short_training_from_scratch_is_scored_as_it_goes(tmp_path: Path) -> None:
-    words = ["max_steps=20", "checkpoint.every_steps=10", "data.num_images=200"]
-    config = scratch_config(tmp_path / "generator", 0, words)
+    overrides = {"max_steps": 20, "checkpoint.every_steps": 10, "data.num_images": 200}
+    config = scratch_config(tmp_path / "generator", 0, overrides)
     folder = text_to_image.train(config)
     curve = score_curve(config, folder, ShapesPrompts(4, 0, SEEN_GROUPS))
     assert list(curve) == [640, 1280]
     assert all(score.share("kind", 1).value < 0.6 for score in curve.values()), "twenty steps teach nothing"
-    write_sheet(load_quietly(folder), ShapesPrompts(1, 0, GROUPS), tmp_path / "sheet.png")
+    write_sheet(TextToImagePipeline.from_pretrained(folder), ShapesPrompts(1, 0, GROUPS), tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").is_file()
