@@ -78,9 +78,10 @@ class TextConditioning:
 
     def _null_condition(self) -> Conditions:
         """The conditions, of one row, of a dropped prompt."""
-        embeddings, mask = self._reader.encode([""], device=self._device)
         if self._null == "learned":
-            embeddings, mask = torch.zeros_like(embeddings), torch.zeros_like(mask)
+            nothing = torch.zeros(1, self._reader.max_length, self._reader.embed_dim, device=self._device)
+            return Conditions(text=nothing, text_mask=nothing.new_zeros(nothing.shape[:2], dtype=torch.bool))
+        embeddings, mask = self._reader.encode([""], device=self._device)
         return Conditions(text=embeddings, text_mask=mask)
 
 
