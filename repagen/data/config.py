@@ -14,7 +14,7 @@ from repagen.errors import UserError
 DatasetKind = Literal["folder", "datasets", "webdataset", "digits", "shapes", "latents"]
 CropKind = Literal["center", "random"]
 DigitsSubset = Literal["all", "train", "validation"]
-Subset = Literal["all", "train", "validation", "unseen"]
+Subset = Literal["all", "train", "validation", "unseen", "with_new_shapes"]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class DataConfig:
         horizontal_flip: mirror half of the training samples.
         max_bad_images: how many unreadable images a run may meet before it stops. A bad image is replaced by another
             one that depends on its index alone, and is named once in the log.
-        subset: part of the digits or shapes; `unseen` is of shapes.
+        subset: part of the digits or shapes; `unseen` and `with_new_shapes` are of shapes.
         num_images: how many shapes are drawn.
         verify_shards: check the sha256 of latent shards when they are opened (their sizes are always checked).
         captions: give samples a caption; none when not given.
@@ -102,8 +102,10 @@ class DataConfig:
             )
         if self.num_images < 1:
             raise UserError(f"data.num_images: {self.num_images} given; allowed: 1 or more")
-        if self.subset == "unseen" and self.kind != "shapes":
-            raise UserError("data.subset: unseen given; only data.kind=shapes has it; allowed: all, train, validation")
+        if self.subset in ("unseen", "with_new_shapes") and self.kind != "shapes":
+            raise UserError(
+                f"data.subset: {self.subset} given; only data.kind=shapes has it; allowed: all, train, validation"
+            )
         if self.kind not in ("digits", "shapes") and not self.path:
             raise UserError(f"data.path: nothing given; data.kind={self.kind} needs a folder, file or Hub id there")
         if self.bucket_step < 1:

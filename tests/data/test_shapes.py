@@ -144,7 +144,7 @@ def test_blank_noise_and_half_drawn_pictures_are_wrong() -> None:
     assert [item.colour for item in read_picture(brown).objects] == [None]
 
 
-def test_new_shapes_are_drawn_and_read_but_never_sampled() -> None:
+def test_new_shapes_are_drawn_and_read_but_sampled_only_when_asked_for() -> None:
     for shape, size in itertools.product(NEW_SHAPES, SIZES):
         scene = Scene((SceneObject(shape, "red", size, "top left"), SceneObject("circle", "red", size, "top right")))
         assert check_scene(draw_scene(scene), scene).right
@@ -152,6 +152,9 @@ def test_new_shapes_are_drawn_and_read_but_never_sampled() -> None:
         circle = replace(alone, objects=(replace(alone.objects[0], shape="circle"),))
         assert not check_picture(draw_scene(alone), prompt_of(circle, "a red circle")).object
     assert not any(item.shape in NEW_SHAPES for scene in SCENES for item in scene.objects)
+    asked = [sample_scene(0, index, shapes=(*SHAPES, *NEW_SHAPES)) for index in range(60)]
+    assert {item.shape for scene in asked for item in scene.objects} == {*SHAPES, *NEW_SHAPES}
+    assert not any(scene.is_unseen for scene in asked)
 
 
 def test_counted_prompts_ask_for_as_many() -> None:
@@ -191,9 +194,9 @@ def test_the_dataset_gives_scenes_with_captions() -> None:
 
 
 def test_the_subsets_differ_and_are_fingerprinted() -> None:
-    names: tuple[Subset, ...] = ("train", "validation", "unseen", "all")
+    names: tuple[Subset, ...] = ("train", "validation", "unseen", "all", "with_new_shapes")
     datasets = [open_dataset(DataConfig(kind="shapes", image_size=32, subset=name, num_images=4)) for name in names]
-    assert len({dataset.fingerprint() for dataset in datasets}) == 4
+    assert len({dataset.fingerprint() for dataset in datasets}) == len(names)
     larger = open_dataset(DataConfig(kind="shapes", image_size=32, subset="train", num_images=5))
     assert larger.fingerprint() != datasets[0].fingerprint()
 
@@ -205,6 +208,7 @@ def test_the_subsets_differ_and_are_fingerprinted() -> None:
         ({"image_size": 16}, "16x16"),
         ({"num_images": 0}, "data.num_images: 0"),
         ({"kind": "digits", "subset": "unseen"}, "data.subset: unseen"),
+        ({"kind": "digits", "subset": "with_new_shapes"}, "data.subset: with_new_shapes"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, object], message: str) -> None:

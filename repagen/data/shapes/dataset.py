@@ -13,12 +13,18 @@ from repagen.data.captions import Captions
 from repagen.data.config import DataConfig
 from repagen.data.dataset import ImageDataset
 from repagen.data.shapes.drawing import draw_scene, picture_sides
-from repagen.data.shapes.scenes import Combinations, Scene, sample_scene
+from repagen.data.shapes.scenes import NEW_SHAPES, SHAPES, Combinations, Scene, sample_scene
 from repagen.errors import UserError
 
 TRAINING_SEED, VALIDATION_SEED = 0, 1
-"""Of the scenes of `subset=train`, and of all others."""
-_COMBINATIONS: dict[str, Combinations] = {"all": "all", "train": "seen", "validation": "seen", "unseen": "unseen"}
+"""Of the scenes that are trained on, and of all others."""
+_COMBINATIONS: dict[str, Combinations] = {
+    "all": "all",
+    "train": "seen",
+    "validation": "seen",
+    "unseen": "unseen",
+    "with_new_shapes": "seen",
+}
 
 
 def shapes_encoders_path() -> Path:
@@ -36,6 +42,7 @@ class ShapesDataset(ImageDataset):
 
     Of `data.subset`, `train` and `validation` hold other scenes of the same combinations, `unseen` scenes with a
     combination of shape and colour, or of two objects, that `train` leaves out, and `all` scenes of both sorts.
+    `with_new_shapes` is for decoders: it shows shapes that no generator is taught in the other subsets.
 
     Raises:
         UserError: crops or flips are asked for (captions would no longer be true), or pictures too small.
@@ -61,8 +68,9 @@ class ShapesDataset(ImageDataset):
     def scene(self, index: int) -> Scene:
         """Return the scene of a sample."""
         subset = self.config.subset
-        seed = TRAINING_SEED if subset == "train" else VALIDATION_SEED
-        return sample_scene(seed, index, combinations=_COMBINATIONS[subset])
+        seed = TRAINING_SEED if subset in ("train", "with_new_shapes") else VALIDATION_SEED
+        shapes = (*SHAPES, *NEW_SHAPES) if subset == "with_new_shapes" else SHAPES
+        return sample_scene(seed, index, combinations=_COMBINATIONS[subset], shapes=shapes)
 
     def describe(self, index: int) -> str:
         """Return the number of the scene within its subset."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -23,7 +24,7 @@ Kind = tuple[Shape, Colour]
 
 SHAPES: tuple[Shape, ...] = ("circle", "square", "triangle", "cross")
 NEW_SHAPES: tuple[Shape, ...] = ("ring",)
-"""Drawn and read when asked for, but in no sampled scene: something new to teach a trained generator."""
+"""Drawn and read, but in scenes only when asked for: something new to teach a trained generator."""
 COLOURS: dict[Colour, tuple[int, int, int]] = {
     "red": (230, 25, 25),
     "green": (20, 160, 40),
@@ -131,7 +132,12 @@ def _is_unseen_pair(first: Kind, second: Kind) -> bool:
 
 
 def sample_scene(
-    seed: int, index: int, *, num_objects: int | None = None, combinations: Combinations = "seen"
+    seed: int,
+    index: int,
+    *,
+    num_objects: int | None = None,
+    combinations: Combinations = "seen",
+    shapes: Sequence[Shape] = SHAPES,
 ) -> Scene:
     """Draw scene `index` of a seed by lot; the same arguments give the same scene.
 
@@ -141,6 +147,7 @@ def sample_scene(
         num_objects: 1 to 3; by lot when not given.
         combinations: `seen` leaves out the kinds and pairs of kinds that are held out of training, `unseen` has one
             in each scene, `all` does not look.
+        shapes: which an object may have.
 
     Raises:
         UserError: `num_objects` is out of range.
@@ -150,14 +157,14 @@ def sample_scene(
     random = np.random.default_rng(derived_seed(seed, "shapes/scene", index))
     count = num_objects or int(random.integers(1, MAX_OBJECTS + 1))
     while True:
-        scene = _random_scene(random, count)
+        scene = _random_scene(random, count, shapes)
         if combinations == "all" or scene.is_unseen == (combinations == "unseen"):
             return scene
 
 
-def _random_scene(random: np.random.Generator, count: int) -> Scene:
+def _random_scene(random: np.random.Generator, count: int, shapes: Sequence[Shape]) -> Scene:
     repeated = count > 1 and random.random() < _REPEATED_SHARE
-    all_kinds: list[Kind] = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    all_kinds: list[Kind] = [(shape, colour) for shape in shapes for colour in COLOURS]
     places = random.permutation(len(QUADRANTS))[:count]
     chosen = random.choice(len(all_kinds), count, replace=False)
     size_names = list(SIZES)
