@@ -2,16 +2,16 @@
 
     python benchmarks/shapes_lora.py --pipeline FOLDER [--output DIR] [--set KEY=VALUE ...]
 
-No training scene of the pipeline shows a ring, and no caption names one: its word is in the tokenizer, and nothing was
-learned of it. Ten pictures of one ring each, in four of the six colours, at several places and in both sizes, are
-written with captions beside them as users have them (`.txt`, one caption a line, in several forms). The pipeline is
-fine-tuned on them by the program that users run, mode `lora`, with its own images of ordinary prompts for what it
-shall not forget (prior preservation). The adapter is loaded as users load it.
+No training scene of the generator and of the encoders shows a ring, and no caption names one: its word is in the
+tokenizer, and nothing was learned of it (the decoder has seen rings). Ten pictures of one ring each, in all colours,
+at several places and in both sizes, are written with captions beside them as users have them (`.txt`, one caption a
+line, in several forms). The pipeline is fine-tuned on them by the program that users run, mode `lora`, with its own
+images of ordinary prompts for what it shall not forget (prior preservation). The adapter is loaded as users load it.
 
 The judge is the exact checker of the shapes. It says what share of the pictures of fresh ring prompts is right in
-shape and colour at once: in the four colours shown, in the two that no ring was shown in, and of a ring beside an
-ordinary object; and how the pipeline does ordinary prompts before and after, from the same noise. Pictures are drawn
-from the adapter unfused and fused.
+shape and colour at once, of a ring alone and of a ring beside an ordinary object, which no picture showed; and how the
+pipeline does ordinary prompts before and after, from the same noise. Pictures are drawn from the adapter unfused and
+fused.
 
 Writes OUTPUT/results.json, and OUTPUT/rings.png: the ten pictures, and ten samples of each sort in a row below.
 """
@@ -57,7 +57,6 @@ from repagen.training import finetune
 from repagen.training.finetune_config import load_finetune_config
 
 NUM_PICTURES, SHOWN_SAMPLES, PRIOR_PROMPTS = 10, 10, 300
-COLOURS_SHOWN, COLOURS_NEW = list(COLOURS)[:4], list(COLOURS)[4:]
 _TARGETS = (
     "[to_q, to_k, to_v, to_out.0, ff.linear_in, ff.linear_out, modulation, modulation_out, condition_proj, proj_out]"
 )
@@ -68,26 +67,28 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def ring_scene(index: int, colours: Sequence[str], beside: bool, seed: int = 0) -> Scene:
-    """Scene `index` with a ring in one of the colours, perhaps beside an ordinary object of another colour.
+def ring_scene(index: int, beside: bool, seed: int = 0) -> Scene:
+    """Scene `index` with a ring, perhaps beside an ordinary object of another colour.
 
-    Sizes and backgrounds take turns within each colour, so that few scenes have all of them.
+    Colours, sizes and backgrounds take turns, so that few scenes have all of them in many combinations.
     """
-    random = np.random.default_rng(derived_seed(seed, f"rings/{'+'.join(colours)}/{beside}", index))
+    random = np.random.default_rng(derived_seed(seed, f"rings/{beside}", index))
     first, second = random.permutation(len(QUADRANTS))[:2]
-    sizes, colour = list(SIZES), colours[index % len(colours)]
+    round_of_colours, turn = divmod(index, len(COLOURS))
+    colour, size = list(COLOURS)[turn], list(SIZES)[(index + round_of_colours) % len(SIZES)]
+    background = list(BACKGROUNDS)[(index + round_of_colours) % len(BACKGROUNDS)]
     offset = tuple(random.uniform(-1.0, 1.0, 2).round(3).tolist())
-    objects = [SceneObject("ring", colour, sizes[index // len(colours) % 2], QUADRANTS[(index + first) % 4], offset)]  # type: ignore[arg-type]
+    objects = [SceneObject("ring", colour, size, QUADRANTS[(index + first) % 4], offset)]  # type: ignore[arg-type]
     if beside:
         other = str(random.choice([name for name in COLOURS if name != colour]))
         place = (index + second) % 4
-        objects.append(SceneObject(SHAPES[index % len(SHAPES)], other, sizes[index % 2], QUADRANTS[place]))  # type: ignore[arg-type]
-    return Scene(tuple(objects), list(BACKGROUNDS)[index % len(BACKGROUNDS)])
+        objects.append(SceneObject(SHAPES[index % len(SHAPES)], other, size, QUADRANTS[place]))  # type: ignore[arg-type]
+    return Scene(tuple(objects), background)
 
 
 def shown_scenes() -> list[Scene]:
     """The ten scenes that are taught."""
-    return [ring_scene(index, COLOURS_SHOWN, beside=False) for index in range(NUM_PICTURES)]
+    return [ring_scene(index, beside=False) for index in range(NUM_PICTURES)]
 
 
 def write_pictures(folder: Path) -> Path:
@@ -103,14 +104,9 @@ def write_pictures(folder: Path) -> Path:
 def ring_prompts(count: int) -> dict[str, list[ScenePrompt]]:
     """Fresh prompts by sort, `count` of each: they say everything of a scene, and are no caption that is taught."""
     taught = {prompt.text for scene in shown_scenes() for prompt in scene.prompts()}
-    sorts = {
-        "colours shown": (COLOURS_SHOWN, False),
-        "new colours": (COLOURS_NEW, False),
-        "beside": (COLOURS_SHOWN, True),
-    }
     found = {}
-    for name, (colours, beside) in sorts.items():
-        all_prompts = (ring_scene(index, colours, beside, seed=1).prompts()[0] for index in range(4 * count))
+    for name, beside in {"alone": False, "beside an ordinary object": True}.items():
+        all_prompts = (ring_scene(index, beside, seed=1).prompts()[0] for index in range(4 * count))
         found[name] = [prompt for prompt in all_prompts if prompt.text not in taught][:count]
     return found
 
@@ -191,7 +187,7 @@ def run(pipeline: Path, output: Path, count: int, more: Sequence[str] = (), **op
     drawn = {name: draw(tuned, prompts, **options) for name, prompts in asked.items()}
     after = evaluate_shapes(tuned, ordinary, **options).score
     show(drawn, output / "rings.png")
-    few = asked["colours shown"][:SHOWN_SAMPLES]
+    few = asked["alone"][:SHOWN_SAMPLES]
     unfused = draw_floats(tuned, few, **options)
     tuned.fuse_lora()
     fused = draw_floats(tuned, few, **options)
