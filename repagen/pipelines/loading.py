@@ -19,6 +19,7 @@ from repagen.hub.folder_facts import PIPELINE_FILE
 from repagen.hub.inspection import inspect_folder
 from repagen.hub.places import repository_command
 from repagen.hub.saved_models import refuse_unknown_keywords, tidy_saved
+from repagen.models.opening import refuse_revision_of_folder
 from repagen.registration import is_loadable_library
 
 PIPELINES = {
@@ -151,8 +152,9 @@ def saved_pipeline_class(name: str, revision: str | None = None, kinds: Collecti
         kinds: names of the classes that are allowed, of `PIPELINES`.
 
     Raises:
-        UserError: there is none, or one of another kind.
+        UserError: there is none, one of another kind, or a revision of a folder.
     """
+    refuse_revision_of_folder(name, revision)
     folder = Path(name)
     if not folder.is_dir():
         files = [PIPELINE_FILE, "config.json"]
