@@ -124,10 +124,8 @@ class SavedModelMixin:
         Raises:
             UserError: a folder that cannot be fetched, or that names code or holds unsafe files; an unknown keyword.
         """
-        settings = inspect.signature(cls).parameters
-        refuse_unknown_keywords(
-            cls.__name__, kwargs, settings, ModelMixin.from_pretrained, ConfigMixin.load_config, ConfigMixin.from_config
-        )
+        loaders = (ModelMixin.from_pretrained, ConfigMixin.load_config, ConfigMixin.from_config)
+        refuse_unknown_keywords(cls.__name__, kwargs, inspect.signature(cls).parameters, *loaders)
         root = inspected_source(pretrained_model_name_or_path, cls.__name__, kwargs)
         result = super().from_pretrained(root, **kwargs)  # type: ignore[misc]
         model = result[0] if isinstance(result, tuple) else result

@@ -320,7 +320,9 @@ def test_a_keyword_that_would_have_no_effect_is_refused(saved: Path, part: str |
     kind, folder = kinds.get(part, ClassToImagePipeline), saved / (part or "")
     said = refusal(kind.from_pretrained, folder, torch_dytpe=torch.float16)
     assert said.endswith("from_pretrained has no keyword 'torch_dytpe'; did you mean 'torch_dtype'?")
-    assert refusal(kind.from_pretrained, folder, qqqq=1).endswith("from_pretrained has no keyword 'qqqq'; leave it out")
+    assert refusal(kind.from_pretrained, folder, qqqq=1).endswith(
+        "from_pretrained has no keyword 'qqqq'; leave it out"
+    )
     kind.from_pretrained(folder, low_cpu_mem_usage=True, proxies=None, offload_state_dict=False, disable_mmap=False)
 
 

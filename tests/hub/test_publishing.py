@@ -472,12 +472,25 @@ def test_a_check_makes_nothing(uploads: UploadHub, repo_id: str, role: str, mess
     uploads.open("org/open")
     uploads.role = role
     if message is None:
-        check_repository(repo_id, private=True)
+        check_repository(repo_id, pipeline=True, private=True)
     else:
         with pytest.raises(UserError, match=f"^{repo_id}: {message}"):
-            check_repository(repo_id, private=True)
+            check_repository(repo_id, pipeline=True, private=True)
     assert list(uploads.private) == ["org/open"]
     assert all(line.startswith("GET ") for line in uploads.requests)
+
+
+def test_a_check_finds_a_repository_of_another_kind(uploads: UploadHub, saved: Path) -> None:
+    publish_folder(saved, "org/pipeline")
+    uploads.open("org/branched")
+    uploads.write("org/branched", "v1", "config.json", b"{}")
+    for repo_id, revision in (("org/pipeline", None), ("org/pipeline", "v2"), ("org/branched", "v1")):
+        holds_pipeline = repo_id == "org/pipeline"
+        check_repository(repo_id, pipeline=holds_pipeline, revision=revision)
+        there, given = ("a pipeline", "a model or adapter") if holds_pipeline else ("a model or adapter", "a pipeline")
+        with pytest.raises(UserError, match=f"^{repo_id}: holds {there} already, but {given} shall be published"):
+            check_repository(repo_id, pipeline=not holds_pipeline, revision=revision)
+    check_repository("org/branched", pipeline=True)
 
 
 def test_a_folder_of_something_else_is_refused_before_anything_is_asked(uploads: UploadHub, tmp_path: Path) -> None:

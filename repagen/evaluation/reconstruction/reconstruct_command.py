@@ -143,7 +143,8 @@ class _Task:
         loaded = dict(zip(indices, self.source.load(indices), strict=True))
         self.broken += [image for image in loaded.values() if isinstance(image, Unreadable)]
         images = {index: image for index, image in loaded.items() if isinstance(image, torch.Tensor)}
-        if not all([self._is_kept(index, original) for index, original in images.items()]):
+        kept = [self._is_kept(index, original) for index, original in images.items()]  # each file is looked at
+        if not all(kept):
             self._make(images)
         for index in images:
             self._note(index)

@@ -201,5 +201,5 @@ def test_mistakes_are_one_line(rae_folder: Path, encoder_folder: Path, photos: P
         with pytest.raises(UserError) as caught:
             reconstruct(*words, "--output", out)
         assert message in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="holds beach.png, which is not of this command; name a new folder"):
+    with pytest.raises(UserError, match=r"holds beach\.png, which is not of this command; name a new folder"):
         reconstruct(*rae, *images, "--output", str(photos))
