@@ -317,7 +317,7 @@ def test_a_dtype_by_its_name(saved: Path, dtype: Any) -> None:
 @pytest.mark.parametrize("part", [None, "transformer", "vae"])
 def test_a_keyword_that_would_have_no_effect_is_refused(saved: Path, part: str | None) -> None:
     kinds: dict[str | None, Any] = {"transformer": SiTTransformer2DModel, "vae": AutoModel}
-    kind, folder = kinds.get(part, ClassToImagePipeline), saved / (part or "")
+    kind, folder = kinds.get(part, ClassToImagePipeline), str(saved / (part or ""))
     said = refusal(kind.from_pretrained, folder, torch_dytpe=torch.float16)
     assert said.endswith("from_pretrained has no keyword 'torch_dytpe'; did you mean 'torch_dtype'?")
     assert refusal(kind.from_pretrained, folder, qqqq=1).endswith(
