@@ -497,6 +497,8 @@ def test_a_check_finds_a_repository_of_another_kind(uploads: UploadHub, saved: P
 
 
 @pytest.mark.parametrize("kind", ["scheduler", "text_encoder"])
+# diffusers' own call, wherever it loads a scheduler from the Hub.
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
 def test_a_part_alone_has_a_card_and_its_line_loads_it(uploads: UploadHub, kind: str) -> None:
     part = FlowMatchHeunScheduler(shift=3.0) if kind == "scheduler" else tiny_text_encoder()
     part.push_to_hub("org/part")
