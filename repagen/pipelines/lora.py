@@ -494,7 +494,8 @@ def _restate_layers(transformer: Any, name: str, fresh: Any) -> None:
     for path, layer in transformer.named_modules():
         if not isinstance(layer, LoraLayer) or name not in layer.lora_A:
             continue
-        rank = layer.r[name] = ranks[f"^{path}"] = len(layer.lora_A[name].weight)
+        down: Any = layer.lora_A[name]
+        rank = layer.r[name] = ranks[f"^{path}"] = len(down.weight)
         if path in known:
             padding = rank / known[path].r[name]
             padding = padding**0.5 if layer.use_rslora.get(name) else padding

@@ -170,7 +170,7 @@ class _Task:
             if not path.is_file():
                 return False
             facts = read_png_facts(path)
-            figures = {metric: facts.get(metric, "not there") for metric in self.comparisons}
+            figures: dict[str, Any] = {metric: facts.get(metric, "not there") for metric in self.comparisons}
             refuse_other_facts(path, facts, {"kind": kind, **self._facts(index), **figures, **self.origin})
         with Image.open(self._paths(index)[_KINDS["pairs"]]) as pair:
             left = pair.crop((0, 0, self.side, self.side))
@@ -198,7 +198,7 @@ class _Task:
         """Take an image that is written into the figures, and into the grid if there is room."""
         alone, pair = self._paths(index).values()
         facts = read_png_facts(alone)
-        figures = {metric: facts[metric] for metric in self.comparisons}
+        figures: dict[str, Any] = {metric: facts[metric] for metric in self.comparisons}
         self.images.append({"file": alone.name, **self._facts(index), **figures})
         if len(self.shown) < 2 * _GRID_PAIRS:
             with Image.open(pair) as image:
