@@ -189,8 +189,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer({"id": repo_id, "sha": sha, "private": self.hub.private[repo_id], "siblings": siblings})
 
     def _tree(self, body: bytes, repo_id: str, revision: str) -> None:
+        if self.hub.commit_of(repo_id, revision) is None:
+            return self._answer({"error": "RevisionNotFound"}, 404, {"X-Error-Code": "RevisionNotFound"})
         files = self.hub.files(repo_id, self.hub.branch_of(repo_id, revision))
-        self._answer([_entry(name, content) for name, content in files.items()])
+        return self._answer([_entry(name, content) for name, content in files.items()])
 
     def _resolve(self, body: bytes, repo_id: str, revision: str, name: str) -> None:
         branch = self.hub.branch_of(repo_id, revision)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 
 from repagen.errors import UserError
 from repagen.pipelines.numbered_images import NumberedImages
-from repagen.pipelines.sample_command import choose_labels
+from repagen.pipelines.sample_command import choose_labels, sample_command_line
 
 MAX_IMAGES = 16
 MAX_STEPS = 1000
@@ -79,7 +79,7 @@ def numbered_images(pipe: Any, origin: Mapping[str, Any], request: DrawingReques
 
     Args:
         pipe: a `ClassToImagePipeline` or `TextToImagePipeline`.
-        origin: facts of all its images.
+        origin: facts of all its images, as of `open_pipeline`.
         request: what to draw.
 
     Raises:
@@ -93,12 +93,18 @@ def numbered_images(pipe: Any, origin: Mapping[str, Any], request: DrawingReques
     pipe.check_options(options)
     subjects: Sequence[int | str | None]
     arguments: dict[str, Any] = {}
+    given: dict[str, Any]
     if pipe.transformer.takes_text:
         subjects = [request.subject] * request.number
         arguments = {"negative_prompt": request.negative_prompt} if request.negative_prompt else {}
+        given = {"prompt": request.subject, **arguments}
     else:
-        conditional = pipe.transformer.config.num_classes > 0
-        subjects = choose_labels(pipe, [request.subject.strip()] if conditional else None, request.number)
+        words = [request.subject.strip()] if pipe.transformer.config.num_classes > 0 else None
+        subjects = choose_labels(pipe, words, request.number)
+        given = {"class_labels": words}
+    given |= {"number": request.number, "seed": request.seed, "batch_size": request.number, "device": str(pipe.device)}
+    command = sample_command_line(origin, {**given, **asdict(pipe.sampling_options(options))})
+    origin = {**origin, "command": command}
     return NumberedImages(pipe, subjects, request.seed, request.number, options, origin, arguments)
 
 

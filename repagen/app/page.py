@@ -42,11 +42,15 @@ class Side:
 
 @dataclass(frozen=True)
 class Update:
-    """What changes on the page: words, and by a side's number its images and the states on the way, as HTML."""
+    """What changes on the page: words, and by a side's number its images and the states on the way, as HTML.
+
+    At the end of a drawing also the files of all its images, for programs that draw through the page.
+    """
 
     words: str
     images: Mapping[int, str]
     trajectories: Mapping[int, str]
+    files: Sequence[Path] = ()
 
 
 class Page:
@@ -91,6 +95,7 @@ class Page:
         stop = self._stops[visitor] = threading.Event()
         sides, refused = self._accepting(request)
         note = "".join(f"\n{self.sides[number].title}: {error}, not drawn" for number, error in refused.items())
+        files: list[Path] = []
         if refused:
             yield Update(note.strip(), dict.fromkeys(refused, ""), dict.fromkeys(refused, ""))
         for number, numbered in sides.items():
@@ -99,8 +104,11 @@ class Page:
             facts = {**numbered.facts(0), "kind": "state"}
             for drawing in draw(numbered, request.trajectory_images, stop):
                 fresh = drawing.trajectory[len(shown) :]
-                shown += [self._write(picture, {**facts, "step": drawing.step}, "on the way") for picture in fresh]
-                images = self._write_images(numbered, drawing)
+                states = [self._write(picture, {**facts, "step": drawing.step}, "on the way") for picture in fresh]
+                shown += [_as_html(path, "on the way") for path in states]
+                paths = self._write_images(numbered, drawing)
+                images = [_as_html(path, numbered.describe(index)) for index, path in enumerate(paths)]
+                files += paths
                 finished = bool(images)
                 yield Update(
                     f"{self.sides[number].title}: step {drawing.step} of {drawing.num_steps}{note}",
@@ -110,7 +118,7 @@ class Page:
             if not finished:
                 yield Update(f"stopped{note}", {}, {})
                 return
-        yield Update(f"done{note}", {}, {})
+        yield Update(f"done{note}", {}, {}, files)
 
     def _accepting(self, request: DrawingRequest) -> tuple[dict[int, NumberedImages], dict[int, UserError]]:
         """The images of the sides that can draw a request, and why the others cannot; raises where none can."""
@@ -130,18 +138,22 @@ class Page:
         if visitor in self._stops:
             self._stops[visitor].set()
 
-    def _write_images(self, numbered: NumberedImages, drawing: Drawing) -> list[str]:
+    def _write_images(self, numbered: NumberedImages, drawing: Drawing) -> list[Path]:
         return [
             self._write(picture, numbered.facts(index), numbered.describe(index))
             for index, picture in enumerate(drawing.images or ())
         ]
 
-    def _write(self, picture: Any, facts: Mapping[str, Any], description: str) -> str:
-        """Write a picture and return it as HTML, a link to the file around it."""
+    def _write(self, picture: Any, facts: Mapping[str, Any], description: str) -> Path:
         path = self.folder / f"{next(self._numbers):08d}.png"  # a name of its own: browsers keep what they have seen
         save_png(picture, path, facts, description)
-        address = f"gradio_api/file={path}"
-        return f'<a href="{address}" target="_blank"><img src="{address}" title="{html.escape(description)}"></a>'
+        return path
+
+
+def _as_html(path: Path, description: str) -> str:
+    """A picture with a link to its file around it."""
+    address = f"gradio_api/file={path}"
+    return f'<a href="{address}" target="_blank"><img src="{address}" title="{html.escape(description)}"></a>'
 
 
 def build_page(page: Page) -> gr.Blocks:
@@ -155,6 +167,7 @@ def build_page(page: Page) -> gr.Blocks:
                     start = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
                     end = gr.Button("Stop", elem_id="stop", min_width=80)
                 status = gr.Textbox(label="state", interactive=False, elem_id="state", lines=2)
+            files = gr.File(file_count="multiple", visible=False)  # what programs get; the page shows HTML
             pictures: list[gr.HTML] = []
             for number, side in enumerate(page.sides):
                 with gr.Column(scale=3):
@@ -166,15 +179,24 @@ def build_page(page: Page) -> gr.Blocks:
         def on_draw(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
             try:
                 for update in page.draw(str(request.session_hash), _request_of(page.takes_prompts, *values)):
-                    yield [update.words, *_pictures_of(update, len(page.sides))]
+                    drawn = [str(path) for path in update.files] or gr.skip()
+                    yield [update.words, drawn, *_pictures_of(update, len(page.sides))]
             except UserError as error:
                 _warn(error)
-                yield [f"not drawn: {error}", *(gr.skip() for _ in pictures)]
+                yield [f"not drawn: {error}", None, *(gr.skip() for _ in pictures)]
 
         def on_stop(request: gr.Request) -> None:
             page.stop(str(request.session_hash))
 
-        start.click(on_draw, inputs, [status, *pictures], concurrency_limit=1, show_progress="hidden", api_name="draw")
+        start.click(
+            on_draw,
+            inputs,
+            [status, files, *pictures],
+            concurrency_limit=1,
+            show_progress="minimal",  # the place in the queue, and the time
+            show_progress_on=status,
+            api_name="draw",
+        )
         end.click(on_stop, None, None, queue=False, api_name="stop")
     return blocks
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from PIL import Image
@@ -23,6 +25,10 @@ logger = logging.getLogger(__name__)
 _SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
 
 
+def _raise(error: UserError) -> NoReturn:
+    raise error
+
+
 class FolderDataset(ImageDataset):
     """The images below a folder.
 
@@ -31,18 +37,22 @@ class FolderDataset(ImageDataset):
     image files of a format that is not read count as bad images. Captions, where asked for, stand in files beside the
     images (`CaptionFiles`).
 
+    Args:
+        config: names the folder.
+        refuse: takes a defect of its layout: raises it by default; where it returns, the rest of the folder is opened.
+
     Raises:
         UserError: the folder is missing, holds no images, mixes images and folders, or holds splits instead of
             classes; a class folder is without images; more image files are of unread formats than
             `max_bad_images` allows; captions are missing or cannot be read.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, refuse: Callable[[UserError], object] = _raise) -> None:
         root = Path(config.path or "").expanduser()
         if not root.is_dir():
             what = "is a file" if root.is_file() else "does not exist"
             raise UserError(f"data.path: {root} {what}; allowed: a folder of class folders, or of images")
-        class_names = _find_classes(root)
+        class_names = _find_classes(root, refuse)
         folders = [root / name for name in class_names] or [root]
         files, unread, labels = [], [], []
         for label, folder in enumerate(folders):
@@ -50,7 +60,7 @@ class FolderDataset(ImageDataset):
             files += readable
             unread += others
             labels += [label] * len(readable)
-        _report_empty(root, class_names, labels)
+        _report_empty(root, class_names, labels, refuse)
         _report_unread(unread, config.max_bad_images)
         names = [os.path.relpath(file, root) for file in files]
         if config.captions is not None:
@@ -90,20 +100,17 @@ class FolderDataset(ImageDataset):
         return hashlib.sha256(f"{self.fingerprint()}/{files}".encode()).hexdigest()
 
 
-def _find_classes(root: Path) -> list[str]:
+def _find_classes(root: Path, refuse: Callable[[UserError], object]) -> list[str]:
     """Return the sorted class folders of a folder, none when it is flat."""
     entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
     folders = sorted(entry.name for entry in entries if entry.is_dir())
     images = sorted(entry.name for entry in entries if not entry.is_dir() and _suffix(entry.name) in EXTENSIONS)
     if folders and images:
-        raise UserError(
-            f"data.path: {root} holds images ({images[0]} ...) beside folders ({folders[0]} ...); allowed: class "
-            "folders only, or images only"
-        )
+        beside = f"holds images ({images[0]} ...) beside folders ({folders[0]} ...)"
+        refuse(UserError(f"data.path: {root} {beside}; allowed: class folders only, or images only"))
     if folders and all(name.lower() in _SPLIT_NAMES for name in folders):
-        raise UserError(
-            f"data.path: {root} holds the splits {', '.join(folders)}, not classes; try data.path={root / folders[0]}"
-        )
+        splits = f"holds the splits {', '.join(folders)}, not classes"
+        refuse(UserError(f"data.path: {root} {splits}; try data.path={root / folders[0]}"))
     return folders
 
 
@@ -132,16 +139,16 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _report_empty(root: Path, class_names: list[str], labels: list[int]) -> None:
+def _report_empty(
+    root: Path, class_names: list[str], labels: list[int], refuse: Callable[[UserError], object]
+) -> None:
     allowed = ", ".join(sorted(EXTENSIONS))
     if not labels:
         raise UserError(f"data.path: {root} holds no images; allowed: {allowed} files, or folders of them")
     empty = [name for label, name in enumerate(class_names) if label not in set(labels)]
     if empty:
-        raise UserError(
-            f"data.path: {root} has class folders without images: {', '.join(empty[:10])}; allowed: {allowed} files "
-            "in each; fill or remove them"
-        )
+        without = f"has class folders without images: {', '.join(empty[:10])}"
+        refuse(UserError(f"data.path: {root} {without}; allowed: {allowed} files in each; fill or remove them"))
 
 
 def _report_unread(unread: list[str], allowed: int) -> None:

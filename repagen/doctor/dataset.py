@@ -16,7 +16,7 @@ from tqdm import tqdm
 from repagen.data import DataConfig, ImageDataset, SampleDataset, open_dataset
 from repagen.data.buckets import describe_buckets
 from repagen.data.captions import NO_CAPTION, MissingRule
-from repagen.data.folders import list_images
+from repagen.data.folders import FolderDataset, list_images
 from repagen.data.images import BadImageError
 from repagen.doctor.report import Finding, Level, Section
 from repagen.errors import UserError
@@ -39,17 +39,27 @@ class _Image:
 
 
 def check_dataset(config: DataConfig) -> Section:
-    """Open a dataset and go through all of it. What keeps it from being opened is a finding, too."""
+    """Open a dataset and go through all of it. What keeps it from being opened is a finding, too.
+
+    Behind a wrong layout of a folder, everything in its class folders is still looked at.
+    """
+    refused: list[UserError] = []
+    dataset: SampleDataset | None = None
     try:
         captions = replace(config.captions, missing="empty") if config.captions else None
-        dataset = open_dataset(replace(config, max_bad_images=_ANY_NUMBER, captions=captions))
+        lenient = replace(config, max_bad_images=_ANY_NUMBER, captions=captions)
+        lenient.validate()
+        dataset = FolderDataset(lenient, refused.append) if config.kind == "folder" else open_dataset(lenient)
     except UserError as error:
-        return Section("Dataset", [Finding("dataset", str(error), "problem")])
+        refused.append(error)
+    layout = [Finding("dataset", str(error), "problem") for error in refused]
+    if dataset is None:
+        return Section("Dataset", layout)
     if not isinstance(dataset, ImageDataset):
         return Section("Dataset", [Finding("samples", f"{len(dataset)}, {dataset.num_classes} classes; no images")])
     images = list(_inspect_all(dataset))
     sound = [image for image in images if not image.defect]
-    findings = [*_classes(dataset), *_unread_formats(config), _broken(dataset, images, config.max_bad_images)]
+    findings = [*layout, *_classes(dataset), *_unread_formats(config), _broken(dataset, images, config.max_bad_images)]
     if dataset.buckets is not None:
         counts = describe_buckets(dataset.buckets, dataset.bucket_sizes)
         findings.append(Finding("buckets", f"images per height x width: {counts}"))

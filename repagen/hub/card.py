@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-CardKind = Literal["class_to_image", "text_to_image", "autoencoder", "transformer", "adapter"]
+CardKind = Literal["class_to_image", "text_to_image", "autoencoder", "transformer", "adapter", "part"]
 
 PLACEHOLDER = "ORG/NAME"
 """Stands for the repository in a card that is not published yet."""

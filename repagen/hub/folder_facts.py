@@ -12,7 +12,13 @@ from repagen.hub.card import CardFacts, CardKind, LicenceFact, class_to_ask_for,
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PIPELINE_FILE = "model_index.json"
+SCHEDULER_FILE = "scheduler_config.json"
 _PIPELINES = ("ClassToImagePipeline", "TextToImagePipeline")
+_SCHEDULERS = (
+    "FlowMatchEulerMaruyamaScheduler",
+    "FlowMatchEulerTruncatedScheduler",
+    "FlowMatchHeunScheduler",
+)
 _PROMPT = "a picture of a cat"
 _ONE_SIDED = "What it draws is as one-sided as the images it was trained on; nothing filters it."
 
@@ -33,9 +39,11 @@ def facts_of_folder(folder: Path, licences: Sequence[LicenceFact] = ()) -> CardF
         return _model_facts(folder, licences)
     if (folder / ADAPTER_FILE).is_file():
         return _adapter_facts(folder)
+    if (folder / SCHEDULER_FILE).is_file():
+        return _scheduler_facts(folder)
     raise UserError(
-        f"{folder}: holds neither {PIPELINE_FILE} nor config.json nor {ADAPTER_FILE}; give the folder of a saved "
-        "pipeline, autoencoder, transformer or adapter"
+        f"{folder}: holds neither {PIPELINE_FILE} nor config.json nor {ADAPTER_FILE} nor {SCHEDULER_FILE}; give the "
+        "folder of a saved pipeline, autoencoder, transformer, adapter or scheduler"
     )
 
 
@@ -99,6 +107,16 @@ def _pipeline_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
 def _model_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
     config = _config(folder)
     name = str(config.get("_class_name"))
+    if name == "TextEncoder":
+        return CardFacts(
+            kind="part",
+            class_name=name,
+            summary="Reads prompts for text-to-image generators of repagen.",
+            parts={"text encoder": _part(folder)},
+            num_classes=None,
+            tags=("text-encoder",),
+            licences=licences or _unstated_encoders(config),
+        )
     kind: CardKind = "autoencoder" if "Autoencoder" in name else "transformer"
     if not name.endswith(("Autoencoder", "Transformer2DModel", "AutoencoderKL")):
         raise _unknown_class(config, folder / "config.json")
@@ -118,6 +136,22 @@ def _model_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         licences=licences or _unstated_encoders(config),
         encoder_outside=outside,
         limits=_class_limits(config["num_classes"]) if "num_classes" in config else (),
+    )
+
+
+def _scheduler_facts(folder: Path) -> CardFacts:
+    config = _read(folder / SCHEDULER_FILE)
+    name = str(config.get("_class_name"))
+    if name not in _SCHEDULERS:
+        raise _unknown_class(config, folder / SCHEDULER_FILE)
+    settings = {key: str(value) for key, value in config.items() if not key.startswith("_")}
+    return CardFacts(
+        kind="part",
+        class_name=name,
+        summary="A sampler for generators of repagen and other flow-matching models: settings, without weights.",
+        parts=settings,
+        num_classes=None,
+        tags=("scheduler",),
     )
 
 
@@ -189,7 +223,7 @@ def _size(folder: Path) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    name = next((name for name in ("config.json", "scheduler_config.json") if (folder / name).is_file()), None)
+    name = next((name for name in ("config.json", SCHEDULER_FILE) if (folder / name).is_file()), None)
     return _read(folder / name) if name else {}
 
 
@@ -206,5 +240,5 @@ def _read(path: Path) -> dict[str, Any]:
 def _unknown_class(config: Mapping[str, Any], path: Path) -> UserError:
     return UserError(
         f"{path}: holds a {config.get('_class_name')}; published are ClassToImagePipeline, TextToImagePipeline, "
-        "autoencoders and transformers of repagen, AutoencoderKL, and LoRA adapters"
+        "autoencoders, transformers, text encoders and schedulers of repagen, AutoencoderKL, and LoRA adapters"
     )

@@ -1,4 +1,4 @@
-"""`push_to_hub` of models and pipelines, with a model card of ours."""
+"""`push_to_hub` of models, schedulers and pipelines, with a model card of ours."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def require_safetensors(safe: bool) -> None:
 
 
 class PublishedMixin:
-    """Stands before diffusers' `ModelMixin` or `DiffusionPipeline` and takes over what they do about the Hub.
+    """Stands before diffusers' `ModelMixin`, `SchedulerMixin` or `DiffusionPipeline`, for what they do about the Hub.
 
     Theirs would write a card of the library diffusers, whose lines do not load our classes.
     """

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from repagen.errors import UserError
 from repagen.files import TEMPORARY_PREFIX
 from repagen.hub.card import (
-    CardFacts,
     CardKind,
     LicenceFact,
     addressed,
@@ -94,7 +93,7 @@ def publish_folder(
         if subfolder is not None:
             files = {f"{subfolder.strip('/')}/{name}": content for name, content in files.items()}
         else:
-            _refuse_other_kind(facts, present, repo_id)
+            _refuse_other_kind(facts.kind.endswith("_to_image"), present, repo_id)
             files = files if own_code else {**_carried_files(facts.kind), **files}
             if CARD_FILE not in files and CARD_FILE not in present:
                 files[CARD_FILE] = render_card(facts).encode()
@@ -136,7 +135,9 @@ def open_repository(
     return full_id
 
 
-def check_repository(repo_id: str, *, private: bool | None = None) -> None:
+def check_repository(
+    repo_id: str, *, pipeline: bool, private: bool | None = None, revision: str | None = None
+) -> None:
     """Find out what would keep a folder from being published, without making anything on the Hub.
 
     Called before a long training. Of a repository that is not there yet, its owner is compared with the account and
@@ -144,12 +145,14 @@ def check_repository(repo_id: str, *, private: bool | None = None) -> None:
 
     Args:
         repo_id: as "org/name", there or not.
-        private: see `publish_folder`.
+        pipeline: whether the folder will hold a pipeline, not a model or adapter.
+        private, revision: see `publish_folder`.
 
     Raises:
-        UserError: as `open_repository`.
+        UserError: as `open_repository`; the repository holds a pipeline and the folder will not, or the other way
+            round.
     """
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     api = _api(repo_id, None)
@@ -160,6 +163,12 @@ def check_repository(repo_id: str, *, private: bool | None = None) -> None:
             _require_write(api, repo_id, private)
         except RepositoryNotFoundError:
             _require_owner(account, repo_id)
+            return
+        try:
+            present = api.list_repo_files(repo_id, revision=revision)
+        except RevisionNotFoundError:  # made from the main branch then
+            present = api.list_repo_files(repo_id)
+    _refuse_other_kind(pipeline, set(present), repo_id)
 
 
 def _api(repo_id: str, token: str | None) -> HfApi:
@@ -240,10 +249,10 @@ def _server_message(error: BaseException, otherwise: str) -> str:
     return (getattr(error, "server_message", None) or otherwise).splitlines()[0][:300]
 
 
-def _refuse_other_kind(facts: CardFacts, present: set[str], repo_id: str) -> None:
+def _refuse_other_kind(pipeline: bool, present: set[str], repo_id: str) -> None:
     """A pipeline and a model in one place would be read as a mixture of both, or the wrong one of them."""
     there = "a pipeline" if PIPELINE_FILE in present else "a model or adapter"
-    given = "a pipeline" if facts.kind.endswith("_to_image") else "a model or adapter"
+    given = "a pipeline" if pipeline else "a model or adapter"
     if there != given and present & {PIPELINE_FILE, "config.json", ADAPTER_FILE}:
         raise UserError(
             f"{repo_id}: holds {there} already, but {given} shall be published there; choose another name, or a "

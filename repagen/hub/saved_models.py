@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers import ConfigMixin, ModelMixin
 from huggingface_hub import is_offline_mode
 
+from repagen.config import nearest
 from repagen.errors import UserError
 from repagen.files import follow_umask, put_file
 from repagen.hub.fetching import fetch_snapshot
@@ -71,6 +74,27 @@ def _refuse_half(folder: Path, repo_id: str, revision: str | None, what: str, ne
         )
 
 
+def refuse_unknown_keywords(what: str, given: Iterable[str], own: Iterable[str], *loaders: Any) -> None:
+    """Refuse keywords of `from_pretrained` that would have no effect: diffusers goes on with a warning.
+
+    Args:
+        what: is loaded, for the message.
+        given: names of the keywords.
+        own: those of the class itself.
+        loaders: functions of diffusers, which take the others out of their `**kwargs` by name; the names are read from
+            their code, so that those of every version of diffusers are known.
+
+    Raises:
+        UserError: one is of neither, naming a near one.
+    """
+    constants = [value for loader in loaders for value in inspect.unwrap(loader).__code__.co_consts]
+    known = sorted({*own, *(value for value in constants if isinstance(value, str) and value.isidentifier())})
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(
+            f"{what}: from_pretrained has no keyword {unknown[0]!r}{nearest(unknown[0], known) or '; leave it out'}"
+        )
+
+
 def tidy_saved(folder: Path) -> None:
     """Give a saved model's or pipeline's weights the mode of the umask, and keep from configs where parts came from.
 
@@ -98,8 +122,10 @@ class SavedModelMixin:
         """Load what `save_pretrained` wrote; see `ModelMixin.from_pretrained`.
 
         Raises:
-            UserError: a folder that cannot be fetched, or that names code or holds unsafe files.
+            UserError: a folder that cannot be fetched, or that names code or holds unsafe files; an unknown keyword.
         """
+        loaders = (ModelMixin.from_pretrained, ConfigMixin.load_config, ConfigMixin.from_config)
+        refuse_unknown_keywords(cls.__name__, kwargs, inspect.signature(cls).parameters, *loaders)
         root = inspected_source(pretrained_model_name_or_path, cls.__name__, kwargs)
         result = super().from_pretrained(root, **kwargs)  # type: ignore[misc]
         model = result[0] if isinstance(result, tuple) else result

@@ -119,5 +119,18 @@ def refuse_missing_folder(name: str, option: str, allowed: str) -> None:
         raise UserError(f"{option}: no such folder: {name}; allowed: {allowed} (an id has the form org/name)")
 
 
+def refuse_revision_of_folder(name: str, revision: str | None) -> None:
+    """Refuse a revision that would be passed over in silence.
+
+    Raises:
+        UserError: there is one, and the name is a folder's.
+    """
+    if revision is not None and Path(name).is_dir():
+        raise UserError(
+            f"revision {revision!r} was given, but {name} is a folder here, which has no revisions; leave it out, or "
+            "name a Hub id"
+        )
+
+
 def _allowed(part: str) -> str:
     return f"a folder or Hub id of a pipeline, or of its {part} alone"

@@ -18,7 +18,8 @@ from repagen.hub.fetching import fetch_snapshot, naming_hub_errors, resolve_comm
 from repagen.hub.folder_facts import PIPELINE_FILE
 from repagen.hub.inspection import inspect_folder
 from repagen.hub.places import repository_command
-from repagen.hub.saved_models import tidy_saved
+from repagen.hub.saved_models import refuse_unknown_keywords, tidy_saved
+from repagen.models.opening import refuse_revision_of_folder
 from repagen.registration import is_loadable_library
 
 PIPELINES = {
@@ -59,11 +60,13 @@ class CommitLoading(DiffusionPipeline):
 
         Raises:
             UserError: one line for what cannot be reached, is no pipeline, one of another kind or with parts missing,
-                for a dtype or a component of `dtype` that is none, and for remote code, which is never run.
+                for a dtype or a component of `dtype` that is none, an unknown keyword, and for remote code, which is
+                never run.
         """
         name = os.fspath(pretrained_model_name_or_path)
         _refuse_code(name, kwargs)
-        components = cls._get_signature_keys(cls)[0]
+        components, settings = cls._get_signature_keys(cls)
+        refuse_unknown_keywords(cls.__name__, kwargs, {*components, *settings}, DiffusionPipeline.from_pretrained)
         given = {
             key: _dtypes(kwargs[key], components) for key in ("dtype", "torch_dtype") if kwargs.get(key) is not None
         }
@@ -149,8 +152,9 @@ def saved_pipeline_class(name: str, revision: str | None = None, kinds: Collecti
         kinds: names of the classes that are allowed, of `PIPELINES`.
 
     Raises:
-        UserError: there is none, or one of another kind.
+        UserError: there is none, one of another kind, or a revision of a folder.
     """
+    refuse_revision_of_folder(name, revision)
     folder = Path(name)
     if not folder.is_dir():
         files = [PIPELINE_FILE, "config.json"]

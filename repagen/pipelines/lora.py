@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -144,8 +145,12 @@ class AdapterMixin(LoraBaseMixin):
         if adapter.layers:
             self._require_unfused(f"adapter {name!r}")
         self._check_rows(adapter, name, hotswap)
-        self._check_layers(adapter, name, hotswap)
-        if adapter.layers:
+        fresh = self._check_layers(adapter, name, hotswap)
+        if fresh is not None:
+            transformer = unwrap_module(self.transformer)
+            padded = hotswap or transformer._prepare_lora_hotswap_kwargs is not None
+            if hotswap:
+                transformer.peft_config[name].alpha_pattern = dict(fresh.peft_config[name].alpha_pattern)
             self.load_lora_into_transformer(
                 adapter.layers,
                 self.transformer,
@@ -155,6 +160,8 @@ class AdapterMixin(LoraBaseMixin):
                 hotswap=hotswap,
                 metadata=adapter.metadata,
             )
+            if padded:
+                _restate_layers(transformer, name, fresh)
         self._merged_adapters = self._merged_adapters - {name}  # one of that name may have been fused and unloaded
         self._replace_classes(name, adapter.rows, adapter.class_names)
 
@@ -371,10 +378,14 @@ class AdapterMixin(LoraBaseMixin):
                 f"{weaker.config.num_classes}; they must agree, so set guidance_transformer=None or a fitting one"
             )
 
-    def _check_layers(self, adapter: Adapter, name: str, hotswap: bool) -> None:
-        """Load LoRA layers into a copy of the transformer without weights, and refuse what does not fit it exactly."""
+    def _check_layers(self, adapter: Adapter, name: str, hotswap: bool) -> Any:
+        """Load LoRA layers into a copy of the transformer without weights, and refuse what does not fit it exactly.
+
+        Returns:
+            The copy, whose layers know rank and scaling of the adapter; None for one without layers.
+        """
         if not adapter.layers:
-            return
+            return None
         from peft import get_peft_model_state_dict
 
         transformer = unwrap_module(self.transformer)
@@ -391,15 +402,17 @@ class AdapterMixin(LoraBaseMixin):
             load(copy, name, low_cpu_mem_usage=True)
             expected = get_peft_model_state_dict(copy, adapter_name=name)
             if hotswap:
-                copy = _without_weights(transformer)
-                # Of the first adapter's rank; earlier swaps may have left another, but any takes any other's place.
-                copy.add_adapter(deepcopy(transformer.peft_config[name]), name)
-                load(copy, name, hotswap=True)
+                swapped = _without_weights(transformer)
+                config = deepcopy(transformer.peft_config[name])
+                config.alpha_pattern = dict(copy.peft_config[name].alpha_pattern)  # any takes any other's place
+                swapped.add_adapter(config, name)
+                load(swapped, name, hotswap=True)
         keys = {key.removeprefix(f"{COMPONENT}.") for key in adapter.layers}
         wrong = sorted(keys ^ set(expected))
         if wrong:
             state = "is of no layer" if wrong[0] in keys else "is missing"
             raise UserError(f"{unfit}: {wrong[0]} {state} ({len(wrong)} such of {len(keys)} tensors)")
+        return copy
 
     def _replace_classes(self, name: str, rows: torch.Tensor | None, class_names: list[str] | None) -> None:
         """Let an adapter have these classes in place of those it had, in their place where they are as many."""
@@ -459,6 +472,45 @@ def _without_weights(transformer: Any) -> Any:
     """Return a model of the same layers that takes no memory."""
     with torch.device("meta"):
         return type(transformer).from_config(transformer.config)
+
+
+def _restate_layers(transformer: Any, name: str, fresh: Any) -> None:
+    """Let layers that were swapped or padded know the rank and alpha of the adapter that is in them now.
+
+    peft leaves those of the adapter before, from which `set_adapters` scales and what is saved is described; the
+    patterns of the new one it does not heed. A smaller rank is padded with zeros, so alpha grows with it.
+
+    Args:
+        transformer: with the layers, not wrapped.
+        name: of the adapter.
+        fresh: a copy of the transformer that has this adapter alone; layers that it lacks are zero.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.hotswap import _update_scaling
+
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    known = {path: layer for path, layer in fresh.named_modules() if isinstance(layer, LoraLayer)}
+    for path, layer in transformer.named_modules():
+        if not isinstance(layer, LoraLayer) or name not in layer.lora_A:
+            continue
+        down: Any = layer.lora_A[name]
+        rank = layer.r[name] = ranks[f"^{path}"] = len(down.weight)
+        if path in known:
+            padding = rank / known[path].r[name]
+            padding = padding**0.5 if layer.use_rslora.get(name) else padding
+            alpha = known[path].lora_alpha[name]
+            layer.lora_alpha[name] = alphas[f"^{path}"] = alpha if padding == 1 else alpha * padding
+            _update_scaling(layer, name, known[path].scaling[name])
+    config = transformer.peft_config[name]
+    config.r, config.rank_pattern = _most_and_others(ranks)
+    config.lora_alpha, config.alpha_pattern = _most_and_others(alphas)
+
+
+def _most_and_others(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The value that most names have, and the names that have another."""
+    most = Counter(values.values()).most_common(1)[0][0]
+    return most, {name: value for name, value in values.items() if value != most}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from repagen.errors import UserError
-from repagen.files import put_file
+from repagen.files import TEMPORARY_PREFIX, put_file
 
 
 def save_png(image: Image.Image, path: Path, facts: Mapping[str, Any], description: str) -> None:
@@ -52,3 +52,41 @@ def read_png_facts(path: Path) -> dict[str, Any]:
             return json.loads(image.info["repagen"])
     except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no PNG with metadata of repagen ({type(error).__name__})") from error
+
+
+def refuse_other_facts(path: Path, facts: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse a picture in --output that another command has written.
+
+    Args:
+        path: the file.
+        facts: that it carries.
+        ours: that it would carry from this command.
+
+    Raises:
+        UserError: they differ, naming what does.
+    """
+    differing = sorted(name for name in {*facts, *ours} if facts.get(name) != ours.get(name))
+    if differing:
+        raise UserError(
+            f"--output: {path} was made with other values of {', '.join(differing)}; name a new folder, or "
+            "repeat the interrupted command"
+        )
+
+
+def refuse_foreign_files(folder: Path, own: Collection[str]) -> None:
+    """Take a folder of --output that is new, or in which this command was interrupted, whose half files are removed.
+
+    Args:
+        folder: there or not.
+        own: names of what the command writes into it.
+
+    Raises:
+        UserError: it is a file, or holds something else.
+    """
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = sorted(name for name in found.difference(own) if not name.startswith(TEMPORARY_PREFIX))
+    if foreign or (folder.exists() and not folder.is_dir()):
+        held = f" holds {foreign[0]}, which is not of this command" if foreign else " is a file"
+        raise UserError(f"--output: {folder}{held}; name a new folder")
+    for name in found.difference(own):  # of a killed process
+        (folder / name).unlink()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterator, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from repagen.errors import UserError, naming, refusing, require_at_least
-from repagen.files import TEMPORARY_PREFIX
 from repagen.flow.guidance import GUIDANCE_METHODS
 from repagen.pipelines.adapters import load_adapters
 from repagen.pipelines.grid import image_grid
 from repagen.pipelines.labels import resolve_class_labels
 from repagen.pipelines.numbered_images import NumberedImages, command_line
-from repagen.pipelines.png import read_png_facts, save_png
+from repagen.pipelines.png import read_png_facts, refuse_foreign_files, refuse_other_facts, save_png
 from repagen.pipelines.provenance import pipeline_sha256, training_record
 from repagen.pipelines.sampling_options import SamplingOptions
 
@@ -42,7 +42,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32")
     parser.add_argument(
-        "--attention-backend", metavar="NAME", help="such as xformers, or auto; default: diffusers' own choice"
+        "--attention-backend",
+        metavar="NAME",
+        default=os.environ.get("DIFFUSERS_ATTN_BACKEND"),
+        help="such as xformers, or auto; default: DIFFUSERS_ATTN_BACKEND, else diffusers' own choice",
     )
 
 
@@ -116,13 +119,12 @@ def run(args: argparse.Namespace) -> str:
     Raises:
         UserError: a folder that holds something else, a model that cannot be loaded, or arguments that do not fit it.
     """
-    _refuse_foreign_folder(args.output)
+    refuse_foreign_files(args.output, ("images", "grid.png"))
     folder = args.output / "images"
-    for leftover in (*args.output.glob(f"{TEMPORARY_PREFIX}*"), *folder.glob(f"{TEMPORARY_PREFIX}*")):
-        leftover.unlink()  # of a killed process
     numbered = open_numbered_images(args)
     paths = [folder / f"{index:06d}.png" for index in range(len(numbered))]
-    missing = _missing_images(numbered, folder, paths)
+    refuse_foreign_files(folder, [path.name for path in paths])
+    missing = _missing_images(numbered, paths)
     for index, image in numbered.draw(missing):
         save_png(image, paths[index], numbered.facts(index), numbered.describe(index))
     grid = image_grid([Image.open(path).convert("RGB") for path in paths[:_GRID_IMAGES]])
@@ -157,7 +159,10 @@ def open_numbered_images(args: argparse.Namespace) -> NumberedImages:
     subjects, arguments = _choose_subjects(pipe, args)
     options = sampler_options(args)
     pipe.check_options(options)
-    command = _command(args, origin, asdict(pipe.sampling_options(options)))
+    names = ("class_labels", *_PROMPT_ARGUMENTS, "number", "seed", "batch_size")
+    given = {name: getattr(args, name) for name in names}
+    resolved = {"device": usable_device(args.device), **asdict(pipe.sampling_options(options))}
+    command = sample_command_line(origin, {**given, **resolved})
     return NumberedImages(
         pipe, subjects, args.seed, args.batch_size, options, {**origin, "command": command}, arguments
     )
@@ -200,39 +205,32 @@ def _environment(device: str) -> dict[str, str]:
     return {"device": torch.cuda.get_device_name(device) if is_gpu else device, "torch": torch.__version__}
 
 
-def _command(args: argparse.Namespace, origin: dict[str, Any], options: dict[str, Any]) -> str:
-    """The command that draws the same images, all of its options given."""
-    names = (
-        "model", "class_labels", "prompt", "prompts_file", "negative_prompt", "height", "width", "number", "seed",
-        "batch_size", "lora", "dtype", "attention_backend",
-    )  # fmt: skip
-    given = {name: getattr(args, name) for name in names}
-    resolved = {"device": usable_device(args.device), "revision": origin["model"]["commit"] or args.revision}
-    return command_line(["repagen", "sample"], {**given, **resolved, **options})
+def sample_command_line(origin: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Return the command that draws the same images, all of its options given.
+
+    Args:
+        origin: of `open_pipeline`.
+        options: the others of the command, with underscores.
+    """
+    model = {
+        "model": origin["model"]["path"],
+        "revision": origin["model"]["commit"],
+        "lora": [f"{adapter['path']}={adapter['weight']}" for adapter in origin["adapters"]],
+        "dtype": origin["dtype"],
+        "attention_backend": origin["attention_backend"],
+    }
+    return command_line(["repagen", "sample"], {**model, **options})
 
 
-def _refuse_foreign_folder(output: Path) -> None:
-    """Take a new or empty folder, or one in which this command was interrupted."""
-    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    foreign = {name for name in names if not name.startswith(TEMPORARY_PREFIX)} - {"images", "grid.png"}
-    if (output.exists() and not output.is_dir()) or foreign:
-        raise UserError(f"--output {output} exists and is no empty folder; name a new one")
-
-
-def _missing_images(numbered: NumberedImages, folder: Path, paths: Sequence[Path]) -> list[int]:
-    """Return the numbers of the images that are not there yet; refuse a folder with images of another command."""
-    present = set(folder.glob("*"))
-    for path in sorted(present):
-        if path not in paths:
-            raise UserError(f"--output: {path} is no image of this command; name a new folder")
-        facts, ours = read_png_facts(path), numbered.facts(paths.index(path))
-        differing = sorted(name for name in {*facts, *ours} if facts.get(name) != ours.get(name))
-        if differing:
-            raise UserError(
-                f"--output: {path} was drawn with other values of {', '.join(differing)}; name a new folder, or "
-                "repeat the interrupted command"
-            )
-    return [index for index, path in enumerate(paths) if path not in present]
+def _missing_images(numbered: NumberedImages, paths: Sequence[Path]) -> list[int]:
+    """Return the numbers of the images that are not there yet; refuse images of another command."""
+    missing = []
+    for index, path in enumerate(paths):
+        if path.exists():
+            refuse_other_facts(path, read_png_facts(path), numbered.facts(index))
+        else:
+            missing.append(index)
+    return missing
 
 
 def usable_device(device: str | None) -> str:

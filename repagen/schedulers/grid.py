@@ -9,9 +9,10 @@ from diffusers import ConfigMixin, SchedulerMixin
 
 from repagen.errors import UserError
 from repagen.flow.time import TimeShift
+from repagen.hub.published import PublishedMixin
 
 
-class ExplicitGridScheduler(SchedulerMixin, ConfigMixin):
+class ExplicitGridScheduler(PublishedMixin, SchedulerMixin, ConfigMixin):
     """Base of the samplers that walk a grid of times from noise (sigma = t = 1) towards data (0).
 
     A subclass registers at least `num_train_timesteps` and `shift`, says which unshifted sigmas belong to a number of

@@ -206,6 +206,11 @@ class DecoderConfig(RunConfig):
     sample: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     statistics: bool = True
 
+    @property
+    def releases_pipeline(self) -> bool:
+        """See `RunConfig`: an autoencoder."""
+        return False
+
     def validate(self) -> None:
         """Check the ranges."""
         super().validate()

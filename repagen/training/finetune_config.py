@@ -139,6 +139,11 @@ class FinetuneConfig(GeneratorRunConfig):
     lora: LoraTrainingConfig = field(default_factory=LoraTrainingConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
 
+    @property
+    def releases_pipeline(self) -> bool:
+        """See `RunConfig`: other modes make an adapter."""
+        return self.mode == "full"
+
     def validate(self) -> None:
         """Check that every key has an effect in the mode."""
         super().validate()

@@ -20,7 +20,7 @@ from repagen.schedulers.presets import SAMPLER_PRESETS, sampler_preset
 from repagen.training.conditioning import Conditioning
 from repagen.training.generator_config import GeneratorRunConfig, NewGeneratorConfig, SamplerConfig
 from repagen.training.run import Run
-from repagen.training.run_release import release_and_publish
+from repagen.training.run_release import own_and_prior, release_and_publish
 
 
 def build_pipeline(
@@ -121,10 +121,12 @@ def write_sample_grid(config: GeneratorRunConfig, pipeline: Any, shown: Sequence
 
 def training_facts(run: Run, step: int, dataset: SampleDataset) -> dict[str, Any]:
     """What a model saw in `step` optimiser steps: goes beside its figures and its weights."""
+    given, drawn = own_and_prior(dataset)
     return {
         "step": step,
         "images": step * run.plan.global_size,
-        "dataset_images": len(dataset),
+        "dataset_images": len(given),
+        **({"prior_images": drawn} if drawn else {}),
         "global_batch_size": run.plan.global_size,
         "program": run.program,
         "recipe": run.config.recipe.title,

@@ -197,7 +197,12 @@ class Run:
         config = self.config
         if config.push_to_hub is not None:
             with naming({"": "push_to_hub: "}):
-                check_repository(config.push_to_hub, private=config.hub_private)
+                check_repository(
+                    config.push_to_hub,
+                    private=config.hub_private,
+                    revision=config.hub_revision,
+                    pipeline=config.releases_pipeline,
+                )
 
     def close(self) -> None:
         """Close the log and the progress bar."""

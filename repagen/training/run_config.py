@@ -83,6 +83,11 @@ class RunConfig:
     hub_private: bool = False
     hub_revision: str | None = None
 
+    @property
+    def releases_pipeline(self) -> bool:
+        """Whether the run hands out a pipeline, not a model or an adapter alone."""
+        return True
+
     def validate(self) -> None:
         """Check the ranges."""
         require(bool(self.output_dir.strip()), "output_dir", self.output_dir, "the path of a folder")

@@ -125,10 +125,16 @@ def _with_classes(facts: CardFacts, dataset: CombinedDataset) -> CardFacts:
     return replace(facts, num_classes=dataset.num_classes, example=class_to_ask_for(dataset.class_names, max(labels)))
 
 
+def own_and_prior(dataset: SampleDataset) -> tuple[SampleDataset, int]:
+    """Return the user's data, and how many images were drawn from the pipeline before the training to go beside it."""
+    if not isinstance(dataset, CombinedDataset):
+        return dataset, 0
+    given = dataset.parts[0][0]
+    return given, sum(len(part) for part, _ in dataset.parts if part is not given)
+
+
 def _data_facts(data: DataConfig, dataset: SampleDataset) -> dict[str, str]:
-    given = dataset.parts[0][0] if isinstance(dataset, CombinedDataset) else dataset
-    parts = dataset.parts if isinstance(dataset, CombinedDataset) else []
-    drawn = sum(len(part) for part, _ in parts if part is not given)
+    given, drawn = own_and_prior(dataset)
     facts = {
         "kind": data.kind,
         "path": data.path,

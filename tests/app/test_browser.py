@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from repagen.pipelines.png import read_png_facts
+
 pytestmark = pytest.mark.slow
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -150,6 +152,25 @@ def test_the_page_draws_and_survives_its_visitors(browser: Any, address: str, tm
     wait_for_state(page, "^done$")
     page.screenshot(path=tmp_path / "page.png")
     assert all(url.startswith(address) or url.startswith("data:") or url.startswith("blob:") for url in requests)
+
+
+def test_a_visitor_sees_the_place_in_the_queue(browser: Any, address: str) -> None:
+    first, second = (open_page(browser, address, []) for _ in range(2))
+    draw(first, "1000")
+    wait_for_state(first, "step [1-9]")
+    draw(second, "5")
+    wait_for(lambda: re.search(r"queue: 1/1", second.inner_text("#state")), 20)
+    first.click("#stop")
+    wait_for_state(second, "^done$")
+
+
+def test_a_program_gets_the_files(address: str, tmp_path: Path) -> None:
+    from gradio_client import Client
+
+    client = Client(address, download_files=tmp_path / "files", verbose=False)
+    words, files, *_ = client.predict("tabby", 2, 5, 1.5, 0, 1, 3, 0, api_name="/draw")
+    facts = [read_png_facts(Path(file)) for file in files]
+    assert words == "done" and [(fact["index"], fact["seed"]) for fact in facts] == [(0, 3), (1, 3)] * 2
 
 
 def pixels(page: Any, name: str) -> list[str]:

@@ -11,7 +11,14 @@ from repagen.app.drawing import Drawing, DrawingRequest, draw, numbered_images
 from repagen.errors import UserError
 from repagen.randomness import generator_for
 
-ORIGIN = {"recipe": None, "training_step": None}
+ORIGIN = {
+    "model": {"path": "somewhere", "commit": None},
+    "adapters": [],
+    "recipe": None,
+    "training_step": None,
+    "dtype": "float32",
+    "attention_backend": None,
+}
 REQUEST = DrawingRequest("tabby", 2, 5, 1.5, (0.0, 1.0), 3, 3)
 
 

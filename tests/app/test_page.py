@@ -3,6 +3,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,16 @@ from repagen.app.page import Page, Side, _request_of, _settings, _warn
 from repagen.cli import _parse, _run
 from repagen.errors import UserError
 from repagen.pipelines.png import read_png_facts
+from repagen.pipelines.sample_command import PIPELINE_KINDS, open_pipeline
 
-ORIGIN = {"recipe": None, "training_step": None, "dtype": "float32"}
+ORIGIN = {
+    "model": {"path": "somewhere", "commit": None},
+    "adapters": [],
+    "recipe": None,
+    "training_step": None,
+    "dtype": "float32",
+    "attention_backend": None,
+}
 REQUEST = DrawingRequest("tabby", 2, 5, 1.5, (0.0, 1.0), 3, 3)
 
 
@@ -54,6 +63,18 @@ def test_pictures_carry_their_facts(page: Page) -> None:
         ("sample", 0, 3, "tabby"),
         ("sample", 1, 3, "tabby"),
     ]
+
+
+def test_the_command_of_a_picture_draws_its_file(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "model")
+    words = ["app", "--model", str(tmp_path / "model"), "--device", "cpu"]
+    side = Side("one", *open_pipeline(_parse(words), PIPELINE_KINDS))
+    *_, done = Page([side], tmp_path).draw("visitor", REQUEST)
+    program, *words = shlex.split(read_png_facts(done.files[1])["command"])
+    assert program == "repagen"
+    _run([*words, "--output", str(tmp_path / "out")])
+    again = sorted((tmp_path / "out" / "images").iterdir())
+    assert [path.read_bytes() for path in done.files] == [path.read_bytes() for path in again]
 
 
 def test_stop_concerns_one_visitor(page: Page) -> None:

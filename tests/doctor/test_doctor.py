@@ -272,10 +272,25 @@ def test_captions_are_counted_measured_and_missing_ones_listed(birds: Path, tmp_
 
 
 def test_what_cannot_be_opened_is_a_problem(tmp_path: Path, birds: Path) -> None:
+    (tmp_path / "empty" / "heron").mkdir(parents=True)
+    for name, message in (("none", "does not exist"), ("empty", "holds no images")):
+        [problem] = check(tmp_path / name).findings
+        assert problem.level == "problem" and message in problem.text
+
+
+def test_behind_a_wrong_layout_everything_else_is_found(birds: Path) -> None:
     (birds / "heron").mkdir()
-    for folder, message in ((tmp_path / "none", "does not exist"), (birds, "class folders without images: heron")):
-        [problem] = Report([check(folder)]).problems
-        assert message in problem.text
+    write_picture(birds / "beside.png", 7)
+    (birds / "owl" / "half.png").write_bytes((birds / "owl" / "0.png").read_bytes()[:60])
+    (birds / "owl" / "scan.tiff").write_bytes(b"")
+    section = check(birds)
+    layout = [found.text for found in section.findings if found.name == "dataset"]
+    assert ["holds images (beside.png ...) beside folders" in layout[0], "without images: heron" in layout[1]] == [
+        True,
+        True,
+    ]
+    problems = [found.name for found in Report([section]).problems]
+    assert problems == ["dataset", "dataset", "balance", "formats", "broken images"]
 
 
 def test_other_kinds_of_data(tmp_path: Path) -> None:

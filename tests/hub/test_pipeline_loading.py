@@ -19,7 +19,7 @@ from hub_stand_in import COMMIT, StandInHub
 from huggingface_hub import constants
 from pipelines.tiny_pipelines import tiny_pipeline, tiny_transformer
 
-from repagen import ClassToImagePipeline, RepresentationAutoencoder
+from repagen import ClassToImagePipeline, RepresentationAutoencoder, SiTTransformer2DModel
 from repagen.errors import UserError
 from repagen.models.opening import component_place, open_component
 from repagen.training.generator_config import TransformerConfig
@@ -312,6 +312,18 @@ def test_a_dtype_that_is_none_is_refused(saved: Path, dtype: Any, reason: str) -
 @pytest.mark.parametrize("dtype", ["bfloat16", {"default": "bfloat16"}])
 def test_a_dtype_by_its_name(saved: Path, dtype: Any) -> None:
     assert load(saved, dtype=dtype).transformer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("part", [None, "transformer", "vae"])
+def test_a_keyword_that_would_have_no_effect_is_refused(saved: Path, part: str | None) -> None:
+    kinds: dict[str | None, Any] = {"transformer": SiTTransformer2DModel, "vae": AutoModel}
+    kind, folder = kinds.get(part, ClassToImagePipeline), str(saved / (part or ""))
+    said = refusal(kind.from_pretrained, folder, torch_dytpe=torch.float16)
+    assert said.endswith("from_pretrained has no keyword 'torch_dytpe'; did you mean 'torch_dtype'?")
+    assert refusal(kind.from_pretrained, folder, qqqq=1).endswith(
+        "from_pretrained has no keyword 'qqqq'; leave it out"
+    )
+    kind.from_pretrained(folder, low_cpu_mem_usage=True, proxies=None, offload_state_dict=False, disable_mmap=False)
 
 
 @pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "local_files_only"])

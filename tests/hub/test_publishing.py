@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from pipelines.tiny_pipelines import (
     inputs,
     text_inputs,
     tiny_pipeline,
+    tiny_text_encoder,
     tiny_text_pipeline,
     tiny_transformer,
 )
@@ -30,6 +32,7 @@ from safetensors.torch import save_file
 
 from repagen import (
     ClassToImagePipeline,
+    FlowMatchHeunScheduler,
     RepresentationAutoencoder,
     SiTTransformer2DModel,
     TextToImagePipeline,
@@ -472,12 +475,42 @@ def test_a_check_makes_nothing(uploads: UploadHub, repo_id: str, role: str, mess
     uploads.open("org/open")
     uploads.role = role
     if message is None:
-        check_repository(repo_id, private=True)
+        check_repository(repo_id, pipeline=True, private=True)
     else:
         with pytest.raises(UserError, match=f"^{repo_id}: {message}"):
-            check_repository(repo_id, private=True)
+            check_repository(repo_id, pipeline=True, private=True)
     assert list(uploads.private) == ["org/open"]
     assert all(line.startswith("GET ") for line in uploads.requests)
+
+
+def test_a_check_finds_a_repository_of_another_kind(uploads: UploadHub, saved: Path) -> None:
+    publish_folder(saved, "org/pipeline")
+    uploads.open("org/branched")
+    uploads.write("org/branched", "v1", "config.json", b"{}")
+    for repo_id, revision in (("org/pipeline", None), ("org/pipeline", "v2"), ("org/branched", "v1")):
+        holds_pipeline = repo_id == "org/pipeline"
+        check_repository(repo_id, pipeline=holds_pipeline, revision=revision)
+        there, given = ("a pipeline", "a model or adapter") if holds_pipeline else ("a model or adapter", "a pipeline")
+        with pytest.raises(UserError, match=f"^{repo_id}: holds {there} already, but {given} shall be published"):
+            check_repository(repo_id, pipeline=not holds_pipeline, revision=revision)
+    check_repository("org/branched", pipeline=True)
+
+
+@pytest.mark.parametrize("kind", ["scheduler", "text_encoder"])
+# diffusers' own call, wherever it loads a scheduler from the Hub.
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
+def test_a_part_alone_has_a_card_and_its_line_loads_it(uploads: UploadHub, kind: str) -> None:
+    part = FlowMatchHeunScheduler(shift=3.0) if kind == "scheduler" else tiny_text_encoder()
+    part.push_to_hub("org/part")
+    made = card(uploads, "org/part")
+    assert made.data.library_name == "repagen" and ("| shift | 3.0 |" in made.text) == (kind == "scheduler")
+    [code] = re.findall(r"```python\n(.*?)```", made.text, re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    settings = [
+        {key: value for key, value in one.config.items() if key[0] != "_"} for one in (namespace["part"], part)
+    ]
+    assert type(namespace["part"]) is type(part) and settings[0] == settings[1]
 
 
 def test_a_folder_of_something_else_is_refused_before_anything_is_asked(uploads: UploadHub, tmp_path: Path) -> None:

@@ -524,6 +524,42 @@ class TestHotSwap:
             pipe.load_lora_weights(tmp_path / str(rank), adapter_name="x", hotswap=True)
             assert close(latents(pipe), expected[rank])
 
+    @pytest.mark.parametrize("target_rank", [None, 6])
+    @pytest.mark.parametrize(
+        "second",
+        [
+            {"r": 2, "lora_alpha": 5},
+            {"r": 6, "lora_alpha": 3},
+            {"r": 2, "use_rslora": True},
+            {"r": 2, "rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_k": 9}},
+        ],
+    )
+    def test_scales_and_saves_what_was_swapped_in(self, tmp_path, second, target_rank):
+        make_adapter(SIT, tmp_path / "0", r=4, lora_alpha=4, use_rslora=second.get("use_rslora", False))
+        make_adapter(SIT, tmp_path / "1", **second, seed=2)
+        expected, pipe = SIT(), SIT()
+        expected.load_lora_weights(tmp_path / "1")
+        if target_rank is not None:
+            pipe.enable_lora_hotswap(target_rank=target_rank)
+        pipe.load_lora_weights(tmp_path / "0", adapter_name="x")
+        for name in ("1", "0", "1"):
+            pipe.load_lora_weights(tmp_path / name, adapter_name="x", hotswap=True)
+            alone, saved = SIT(), SIT()
+            alone.load_lora_weights(tmp_path / name)
+            saved.load_lora_weights(save_adapter(pipe, tmp_path / f"saved {name}", "x"))
+            assert close(latents(pipe), latents(alone)) and close(latents(saved), latents(alone))
+        for each in (pipe, expected):
+            each.set_adapters(each.get_active_adapters(), 0.5)
+        assert close(latents(pipe), latents(expected))
+
+    def test_an_adapter_that_was_padded_is_saved_as_it_is(self, tmp_path):
+        make_adapter(SIT, tmp_path / "0", r=2, lora_alpha=3)
+        pipe, saved = SIT(), SIT()
+        pipe.enable_lora_hotswap(target_rank=6)
+        pipe.load_lora_weights(tmp_path / "0", adapter_name="x")
+        saved.load_lora_weights(save_adapter(pipe, tmp_path / "1", "x"))
+        assert close(latents(saved), latents(pipe))
+
     def test_compiled_without_recompiling(self, tmp_path):
         for i, rank in enumerate((2, 6)):
             row = {f"class {i}": torch.full((16,), float(i))}

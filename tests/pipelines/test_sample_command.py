@@ -144,9 +144,10 @@ def test_a_name_made_of_digits_is_a_name(tmp_path, monkeypatch):
         (("--guidance-interval", "1", "0"), "0 <= low <= high <= 1"),
         (("--num-loops", "2"), "the transformer is not looped"),
         (("--guidance-method", "internal", "--guidance-scale", "2"), "has no base head"),
+        (("--revision", "v1"), "is a folder here, which has no revisions; leave it out, or name a Hub id"),
         (("--model", "no/such/folder"), "--model: pipeline 'no/such/folder': neither a folder"),
         (("--model", "org/absent"), "--model: pipeline 'org/absent': no such folder here, and not in the local cache"),
-        (("--output", "."), "is no empty folder"),
+        (("--output", "."), "which is not of this command; name a new folder"),
         (
             ("--attention-backend", "eager"),
             "--attention-backend eager does not run on cpu in float32 (attention backe",
@@ -186,6 +187,14 @@ def test_an_image_says_how_it_came_about(tmp_path, monkeypatch):
     assert {name: facts[name] for name in expected} == expected
     assert (facts["scheduler"]["class"], facts["scheduler"]["shift"]) == ("FlowMatchEulerDiscreteScheduler", 2.0)
     assert facts["model"]["path"] == str(model) and len(facts["model"]["sha256"]) == 64
+
+
+def test_the_backend_of_the_environment_is_a_fact(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "_native_math")
+    sample(monkeypatch, "--model", model, "--number", "1", "--output", str(tmp_path))
+    facts = read_png_facts(tmp_path / "images/000000.png")
+    assert facts["attention_backend"] == "_native_math"
+    assert "--attention-backend _native_math" in facts["command"]
 
 
 def test_the_command_in_the_metadata_draws_the_same_files(tmp_path, monkeypatch):
@@ -234,8 +243,8 @@ def test_an_interrupted_command_continues(model, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--seed", "1"], "000000.png was drawn with other values of command, seed; name a new folder"),
-        (["--number", "5"], "000000.png was drawn with other values of command; name a new folder"),
+        (["--seed", "1"], "000000.png was made with other values of command, seed; name a new folder"),
+        (["--number", "5"], "000000.png was made with other values of command; name a new folder"),
     ],
 )
 def test_images_of_another_command_are_not_mixed_in(model, tmp_path, monkeypatch, capsys, change, message):
@@ -251,7 +260,7 @@ def test_a_foreign_image_is_not_mixed_in(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "images/holiday.png").write_bytes(b"")
     with pytest.raises(SystemExit):
         sample(monkeypatch, "--model", model, "--output", str(tmp_path))
-    assert "holiday.png is no image of this command; name a new folder" in capsys.readouterr().err
+    assert "images holds holiday.png, which is not of this command; name a new folder" in capsys.readouterr().err
 
 
 def test_a_damaged_image_is_not_kept_in_silence(model, tmp_path, monkeypatch, capsys):

@@ -271,7 +271,7 @@ def test_prior_images_are_the_pipelines_own_of_the_classes_that_the_data_lacks(
     assert [len(list((folder / name).iterdir())) for name in ("000000", "000001")] == [2, 2]
     assert len(list(folder.iterdir())) == 3  # dog, fish (not cat, which is in the data), and what they are made of
     facts = json.loads((finished["lora"] / "adapter" / "training.json").read_text())
-    assert facts["dataset_images"] == 6 + 4
+    assert (facts["dataset_images"], facts["prior_images"]) == (6, 4)
 
 
 def test_interrupted_prior_images_go_on_and_are_the_same(

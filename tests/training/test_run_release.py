@@ -30,6 +30,7 @@ from repagen.hub.publishing import publish_folder
 from repagen.training import decoder, end_to_end
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.end_to_end_config import EndToEndConfig
+from repagen.training.finetune_config import load_finetune_config
 
 pytestmark = UPLOAD_WARNING
 
@@ -172,6 +173,24 @@ def test_what_keeps_a_result_from_the_hub_is_found_before_the_training(
 ) -> None:
     uploads.faults["auth-check/write"] = 403
     with pytest.raises(UserError, match=r"^push_to_hub: org/x: the Hub answered 403; the token may not write there"):
+        train_settings(generator_settings(parts, tmp_path, push_to_hub="org/x"), tmp_path / "work")
+    assert not list(tmp_path.glob("work/run/**/*.safetensors"))
+
+
+@pytest.mark.parametrize(("mode", "pipeline"), [("full", True), ("lora", False), ("labels", False), ("decoder", True)])
+def test_fine_tuning_knows_whether_it_releases_a_pipeline(mode: str, pipeline: bool) -> None:
+    words = ["pipeline=org/x", "data.path=photos", "output_dir=out"]
+    assert load_finetune_config(f"finetune_{mode}", words).releases_pipeline == pipeline
+
+
+def test_a_repository_of_another_kind_is_found_before_the_training(
+    uploads: UploadHub, parts: Path, tmp_path: Path
+) -> None:
+    uploads.open("org/x")
+    uploads.write("org/x", "main", "config.json", b"{}")
+    with pytest.raises(
+        UserError, match=r"^push_to_hub: org/x: holds a model or adapter already, but a pipeline shall"
+    ):
         train_settings(generator_settings(parts, tmp_path, push_to_hub="org/x"), tmp_path / "work")
     assert not list(tmp_path.glob("work/run/**/*.safetensors"))
 

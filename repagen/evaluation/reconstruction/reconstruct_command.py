@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,16 +32,17 @@ from repagen.evaluation.samples import ImageSource, Unreadable, dataset_images
 from repagen.files import printable
 from repagen.models.fingerprint import autoencoder_sha256
 from repagen.models.latents import latent_shape, require_autoencoder, require_independent_latents
-from repagen.models.opening import component_place, load_model
+from repagen.models.opening import component_place, load_model, refuse_revision_of_folder
 from repagen.pipelines.grid import image_grid
 from repagen.pipelines.numbered_images import command_line
-from repagen.pipelines.png import save_png
+from repagen.pipelines.png import read_png_facts, refuse_foreign_files, refuse_other_facts, save_png
 from repagen.pipelines.provenance import training_record
 from repagen.pipelines.sample_command import usable_device
 
 _METRICS: tuple[PairedMetric, ...] = ("psnr", "ssim", "lpips")
 _SIDE_OF_ANY = 256  # where an autoencoder takes many sides, the usual one of published figures
 _GRID_PAIRS, _GAP_PX = 32, 4
+_KINDS = {"reconstructions": "reconstruction", "pairs": "original and reconstruction"}  # folder => what is in it
 _LISTED = 20
 
 
@@ -69,18 +71,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="DIR",
-        help="new folder for pairs/*.png, reconstructions/*.png, grid.png and metrics.json",
+        help="folder for pairs/*.png, reconstructions/*.png, grid.png and metrics.json: a new one, or that of an "
+        "interrupted command",
     )
 
 
 def run(args: argparse.Namespace) -> str:
     """Reconstruct every image; write it alone, beside its original, and with its figures; return what was written.
 
-    Images become squares as in training: the short side is resized, the middle kept; nothing is squashed.
+    Images become squares as in training: the short side is resized, the middle kept; nothing is squashed. Batches that
+    an interrupted command with the same arguments has written are kept.
 
     Raises:
-        UserError: arguments that contradict each other, a folder that is not empty, an autoencoder that cannot be
-            loaded, or no image that can be read.
+        UserError: arguments that contradict each other, a folder that holds something else, an autoencoder that cannot
+            be loaded, or no image that can be read.
     """
     _require_arguments(args)
     device = torch.device(usable_device(args.device))
@@ -129,14 +133,50 @@ class _Task:
             },
             "command": command_line(["repagen", "reconstruct", *args.data], options),
         }
+        self.origin = json.loads(json.dumps(self.origin))  # as it comes back from a file
+        self.files = self._file_names()
+        for folder in _KINDS:
+            refuse_foreign_files(args.output / folder, self.files)
 
     def run(self, indices: range) -> None:
-        """Reconstruct the images at `indices` and write them."""
+        """Reconstruct the images at `indices` and write them, if not all are there already."""
         loaded = dict(zip(indices, self.source.load(indices), strict=True))
         self.broken += [image for image in loaded.values() if isinstance(image, Unreadable)]
         images = {index: image for index, image in loaded.items() if isinstance(image, torch.Tensor)}
-        if not images:
-            return
+        kept = [self._is_kept(index, original) for index, original in images.items()]  # each file is looked at
+        if not all(kept):
+            self._make(images)
+        for index in images:
+            self._note(index)
+
+    def _file_names(self) -> list[str]:
+        """Of all images, broken ones included."""
+        stems = [""] * len(self.source)
+        if isinstance(self.source, CroppedFiles):
+            stems = [f"-{printable(path.stem)[:60]}" for path in self.source.paths]
+        return [f"{index:06d}{stem}.png" for index, stem in enumerate(stems)]
+
+    def _facts(self, index: int) -> dict[str, Any]:
+        size = self.source.sizes[index] if isinstance(self.source, CroppedFiles) else None
+        return {"index": index, "source": self.source.describe(index), "source_size": size and list(size)}
+
+    def _paths(self, index: int) -> dict[str, Path]:
+        """Kind of a file, as its facts say it => the file."""
+        return {kind: self.args.output / folder / self.files[index] for folder, kind in _KINDS.items()}
+
+    def _is_kept(self, index: int, original: torch.Tensor) -> bool:
+        """Whether an interrupted command has written an image, of these pixels."""
+        for kind, path in self._paths(index).items():
+            if not path.is_file():
+                return False
+            facts = read_png_facts(path)
+            figures: dict[str, Any] = {metric: facts.get(metric, "not there") for metric in self.comparisons}
+            refuse_other_facts(path, facts, {"kind": kind, **self._facts(index), **figures, **self.origin})
+        with Image.open(self._paths(index)[_KINDS["pairs"]]) as pair:
+            left = pair.crop((0, 0, self.side, self.side))
+        return left.tobytes() == original.permute(1, 2, 0).contiguous().numpy().tobytes()
+
+    def _make(self, images: Mapping[int, torch.Tensor]) -> None:
         names = [self.source.describe(index) for index in images]
         originals = torch.stack(list(images.values()))
         reconstructions = reconstruct(self.autoencoder, originals, names)
@@ -147,28 +187,23 @@ class _Task:
     def _write(
         self, index: int, original: torch.Tensor, reconstruction: torch.Tensor, figures: Mapping[Any, float]
     ) -> None:
-        source, size, stem = self.source.describe(index), None, ""
-        if isinstance(self.source, CroppedFiles):
-            size, stem = self.source.sizes[index], f"-{printable(self.source.paths[index].stem)[:60]}"
-        facts: dict[str, Any] = {"index": index, "source": source, "source_size": size and list(size), **figures}
         pair = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in (original, reconstruction)]
-        name = f"{index:06d}{stem}.png"
-        description = f"{source}: " + ", ".join(f"{key.upper()} {value:.4g}" for key, value in figures.items())
-        save_png(
-            pair[1],
-            self.args.output / "reconstructions" / name,
-            {"kind": "reconstruction", **facts, **self.origin},
-            f"reconstruction of {description}",
-        )
-        save_png(
-            image_grid(pair, columns=2, gap_px=_GAP_PX),
-            self.args.output / "pairs" / name,
-            {"kind": "original and reconstruction", **facts, **self.origin},
-            f"original and reconstruction of {description}",
-        )
-        self.images.append({"file": name, **facts})
+        pictures = [pair[1], image_grid(pair, columns=2, gap_px=_GAP_PX)]
+        told = ", ".join(f"{key.upper()} {value:.4g}" for key, value in figures.items())
+        for picture, (kind, path) in zip(pictures, self._paths(index).items(), strict=True):
+            facts = {"kind": kind, **self._facts(index), **figures, **self.origin}
+            save_png(picture, path, facts, f"{kind} of {self.source.describe(index)}: {told}")
+
+    def _note(self, index: int) -> None:
+        """Take an image that is written into the figures, and into the grid if there is room."""
+        alone, pair = self._paths(index).values()
+        facts = read_png_facts(alone)
+        figures: dict[str, Any] = {metric: facts[metric] for metric in self.comparisons}
+        self.images.append({"file": alone.name, **self._facts(index), **figures})
         if len(self.shown) < 2 * _GRID_PAIRS:
-            self.shown += pair
+            with Image.open(pair) as image:
+                lefts = (0, self.side + _GAP_PX)
+                self.shown += [image.crop((left, 0, left + self.side, self.side)) for left in lefts]
 
     def finish(self, left_out: str) -> str:
         """Write the grid and the figures; return them in short."""
@@ -225,13 +260,14 @@ def _require_arguments(args: argparse.Namespace) -> None:
     if args.data and args.image_size:
         raise UserError(f"--image-size is for --images; say data.image_size={args.image_size} here")
     require_result_folder(args.output)
-    if args.output.exists() and any(args.output.iterdir()):
-        raise UserError(f"--output {args.output} is not empty; name a new folder")
+    refuse_foreign_files(args.output, (*_KINDS, "grid.png", "metrics.json"))
 
 
 def _open(args: argparse.Namespace) -> tuple[Any, str | None]:
     """Load the autoencoder => it, and the revision it is of."""
     name = args.autoencoder
+    with naming({"": "--autoencoder: "}):
+        refuse_revision_of_folder(name, args.revision)
     place = component_place(name, "vae", "--autoencoder", args.revision)
     place["subfolder"] = args.subfolder or place["subfolder"]
     where = f"{name}, subfolder {place['subfolder']}" if place["subfolder"] else name

@@ -15,6 +15,7 @@ from repagen.evaluation.representation.harvest import FeatureType
 from repagen.evaluation.representation.readouts import PAIRS, ReadOut, ReadOutSettings
 from repagen.evaluation.representation.request import DEFAULT_TIMESTEPS
 from repagen.evaluation.representation.sweep import evaluate_representation
+from repagen.pipelines.adapters import load_adapters
 from repagen.pipelines.sample_command import load_pipeline
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--model", metavar="PATH", help="folder or Hub id of a pipeline, whose generator is read")
     subject.add_argument("--encoder", metavar="PATH", help="folder or id of an encoder, whose layers are read")
+    parser.add_argument(
+        "--lora", nargs="+", metavar="PATH[=WEIGHT]", help="adapters to read the generator with; default weight 1"
+    )
     parser.add_argument("--data", nargs="+", required=True, metavar="data.KEY=VALUE", help="images, with their labels")
     parser.add_argument(
         "--test-data", nargs="+", metavar="data.KEY=VALUE", help="images to test on (default: a fifth of --data)"
@@ -114,6 +118,8 @@ def run(args: argparse.Namespace) -> str:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    if args.lora and args.encoder:
+        raise UserError("--lora does not go with --encoder; adapters are for the generator of --model")
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise UserError(f"--output {args.output}: is no folder; name a folder, or one to be made")
     blocks, settings = _blocks(args), _settings(args)
@@ -189,9 +195,15 @@ def _open_data(words: list[str], option: str) -> ImageDataset:
 
 
 def _open_subject(args: argparse.Namespace) -> Any:
-    if args.model:
-        return load_pipeline(args.model, str(PartialState().device), args.dtype)
-    return _open_encoder(args.encoder, "--encoder", args.dtype)
+    if args.encoder:
+        return _open_encoder(args.encoder, "--encoder", args.dtype)
+    pipeline = load_pipeline(args.model, str(PartialState().device), args.dtype)
+    if args.lora:
+        load_adapters(pipeline, args.lora)
+        pipeline.fuse_lora()  # the hash of the weights, by which features are kept, then covers adapters and factors
+        pipeline.unload_lora_weights()
+        pipeline.register_to_config(_name_or_path=" + ".join([args.model, *args.lora]))
+    return pipeline
 
 
 def _open_encoder(name: str, option: str, dtype: str) -> VisionEncoder:

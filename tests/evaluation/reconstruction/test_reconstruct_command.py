@@ -104,6 +104,31 @@ def test_an_image_says_how_it_came_about_and_the_command_makes_it_again(
     assert len(first) == 7 and first == second
 
 
+def test_an_interrupted_command_continues(
+    rae_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(40, 40, 3).save(photos / "zoo.png")
+    (photos / "broken.jpg").write_bytes(b"no image")
+    out = tmp_path / "out"
+    words = ["--autoencoder", str(rae_folder), "--images", str(photos), "--batch-size", "2", "--output", str(out)]
+    text = reconstruct(*words)
+    whole = {path: path.read_bytes() for path in out.rglob("*.*")}
+    (out / "grid.png").unlink()
+    (out / "metrics.json").unlink()
+    (out / "pairs/000004-zoo.png").unlink()
+    (out / "pairs/.tmp-1-x").write_bytes(b"half")
+    made: list[int] = []
+    real = reconstruct_command.reconstruct
+    monkeypatch.setattr(reconstruct_command, "reconstruct", lambda *given: made.append(len(given[1])) or real(*given))
+    assert reconstruct(*words) == text and made == [1]
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == whole
+    picture(40, 40, 4).save(photos / "zoo.png")
+    reconstruct(*words)
+    assert made == [1, 1] and (out / "pairs/000004-zoo.png").read_bytes() != whole[out / "pairs/000004-zoo.png"]
+    with pytest.raises(UserError, match=r"made with other values of command; name a new folder, or repeat"):
+        reconstruct(*words, "--batch-size", "3")
+
+
 def test_broken_images_are_named_and_the_others_made(rae_folder: Path, photos: Path, tmp_path: Path) -> None:
     (photos / "broken.jpg").write_bytes(b"no image")
     (photos / "film.gif").write_bytes(b"GIF89a")
@@ -168,6 +193,7 @@ def test_mistakes_are_one_line(rae_folder: Path, encoder_folder: Path, photos: P
         ([*rae, "data.kind=digits", "--image-size", "32"], "say data.image_size=32 here"),
         ([*rae, *images, "--metrics", "lpips"], "LPIPS trunk"),
         ([*rae, *images, "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        ([*rae, *images, "--revision", "v1"], "is a folder here, which has no revisions; leave it out"),
         (["--autoencoder", "missing", *images], "--autoencoder: no such folder: missing"),
         (["--autoencoder", str(tmp_path / "damaged"), *images], "damaged/config.json: it cannot be read as JSON"),
         (["--autoencoder", str(encoder_folder), *images], "holds no autoencoder: Dinov2Model is none of"),
@@ -175,5 +201,5 @@ def test_mistakes_are_one_line(rae_folder: Path, encoder_folder: Path, photos: P
         with pytest.raises(UserError) as caught:
             reconstruct(*words, "--output", out)
         assert message in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="is not empty; name a new folder"):
+    with pytest.raises(UserError, match=r"holds beach\.png, which is not of this command; name a new folder"):
         reconstruct(*rae, *images, "--output", str(photos))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 import repagen
@@ -78,6 +79,25 @@ def test_a_generator_against_an_encoder(
     assert again["readings"] == result["readings"]
 
 
+def test_a_generator_with_an_adapter_is_another_one(
+    evaluate: Callable[..., str], pipeline_folder: Path, tmp_path: Path
+) -> None:
+    pipeline = repagen.ClassToImagePipeline.from_pretrained(pipeline_folder)
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    pipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipeline.transformer))
+    words = ["--model", str(pipeline_folder), *DIGITS, "--num-images", "10", "--blocks", "1", "--timesteps", "0.5"]
+    words += ["--readouts", "rmsc", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]
+    values = {}
+    for weight in (0, 1, 2):
+        evaluate(*words, "--lora", f"{tmp_path / 'lora'}={weight}")
+        result = json.loads((tmp_path / "out/result.json").read_text())
+        assert result["subject"]["name"] == f"{pipeline_folder} + {tmp_path / 'lora'}={weight}"
+        values[weight] = result["readings"][0]["values"]
+    evaluate(*words)
+    assert json.loads((tmp_path / "out/result.json").read_text())["readings"][0]["values"] == values[0]
+    assert values[0] != values[1] != values[2]
+
+
 def test_an_encoder(evaluate: Callable[..., str], encoder_folder: Path, tmp_path: Path) -> None:
     words = ["--encoder", str(encoder_folder), *DIGITS, "--layers", "-1", "--readouts", "knn", "rmsc"]
     printed = evaluate(*words, "--output", str(tmp_path))
@@ -139,6 +159,7 @@ def test_the_library_speaks_of_no_options() -> None:
         ([*ENCODER, "--test-data", "photos"], "--test-data photos: give settings of a dataset, such as data.path="),
         ([*MODEL, "--blocks", "first"], "--blocks first: give numbers, or all"),
         ([*MODEL, "--layers", "1"], "--layers does not go with --model; give --blocks"),
+        ([*ENCODER, "--lora", "adapter"], "--lora does not go with --encoder"),
         ([*ENCODER, "--timesteps", "0.1"], "--timesteps: they are for generators"),
         ([*MODEL, "--num-images", "0"], "--num-images must be at least 1"),
         ([*ENCODER, "--readouts", "rmsc", "--knn-neighbours", "3"], "--knn-neighbours is for the read-outs knn, and"),
