@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 from repagen.encoders.text import TextEmbeddings, TextEncoder
+from repagen.encoders.text_storage import unlike
 from repagen.encoders.text_tower import prompt_list
 from repagen.errors import UserError, refusing
 from repagen.files import put_file
@@ -190,23 +191,11 @@ def _identity(description: list[dict[str, Any]]) -> str:
 
 
 def _refuse_other(path: Path, cached: list[dict[str, Any]], given: list[dict[str, Any]]) -> None:
-    if _identity(cached) == _identity(given):
-        return
-    unlike = [
-        f"{key} {_short(one.get(key))} there, {_short(other.get(key))} here"
-        for one, other in zip(cached, given, strict=False)
-        for key in other
-        if key != "name" and one.get(key) != other.get(key)
-    ]
-    reason = unlike[0] if unlike else f"{len(cached)} encoders there, {len(given)} here"
-    raise UserError(
-        f"{path}: a prompt cache of text encoder {_names(cached)}, not of {_names(given)} ({reason}); "
-        "give another folder, or that encoder"
-    )
-
-
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else repr(value)
+    if reason := unlike(cached, given):
+        raise UserError(
+            f"{path}: a prompt cache of text encoder {_names(cached)}, not of {_names(given)} ({reason}); "
+            "give another folder, or that encoder"
+        )
 
 
 def _names(description: list[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -156,6 +156,27 @@ class StoredTextEncoder(WholeModelMixin):
             )
             for spec, tower in zip(self._specs, self._loaded(), strict=True)
         ]
+
+
+def unlike(there: Sequence[Mapping[str, Any]], here: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say what first differs between two `StoredTextEncoder.describe()`, but for names; None: nothing does.
+
+    Args:
+        there, here: the words that tell which is which.
+    """
+    if len(there) != len(here):
+        return f"{len(there)} encoders there, {len(here)} here"
+    differences = (
+        f"{key} {_short(one.get(key))} there, {_short(value)} here"
+        for one, other in zip(there, here, strict=True)
+        for key, value in other.items()
+        if key != "name" and one.get(key) != value
+    )
+    return next(differences, None)
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else repr(value)
 
 
 _NOTHING_ODD: dict[str, Any] = {

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 _PLACE = "{prompt}"
+_SHOWN = 80  # characters of what a prompt lost
 _PROBE = "A red CUBE, 2 пса & 三只猫 🐈."  # what tokenizers of one vocabulary may read in different ways
 
 
@@ -65,7 +66,7 @@ class TextTower(nn.Module):
         """Return token ids (B, n), filled up on the right, and a mask (B, n), True at the prompts' own tokens.
 
         A prompt without any token (an empty one, where the tokenizer adds none) becomes one padding token, which
-        counts as its own. A prompt of more than `max_length` tokens loses its end, which is said once.
+        counts as its own. A prompt of more than `max_length` tokens loses its end, which is named once.
 
         Raises:
             UserError: for a text that is none of Unicode, and ids beyond the network's vocabulary.
@@ -124,17 +125,24 @@ class TextTower(nn.Module):
         length = self.spec.max_length
         with refusing(f"text encoder {label(self.spec)}: a prompt cannot be split into tokens"), quiet_transformers():
             rows = self.tokenizer(texts).input_ids
-            lost = max(len(row) for row in rows) - length
-            if lost > 0:
-                rows = self.tokenizer(texts, truncation=True, max_length=length).input_ids
-        if lost > 0 and not self._told:
+            if max(map(len, rows)) <= length:
+                return list(rows)
+            kept = self.tokenizer(texts, truncation=True, max_length=length).input_ids
+        if not self._told:
             self._told = True
-            logger.warning(
-                "text encoder %s reads %d tokens of a prompt (max_length), and one has %d: its last %d are lost; said "
-                "once, for the longest of these %d prompts",
-                label(self.spec), length, length + lost, lost, len(texts),
-            )  # fmt: skip
-        return rows
+            self._tell_loss(*max(zip(rows, kept, strict=True), key=lambda pair: len(pair[0])), len(texts))
+        return list(kept)
+
+    def _tell_loss(self, row: list[int], kept: list[int], count: int) -> None:
+        """Name what a prompt lost; its tokens before and after, and how many prompts there were."""
+        same = next((k for k, (one, other) in enumerate(zip(row, kept, strict=False)) if one != other), len(kept))
+        end = self.tokenizer.decode(row[same:], skip_special_tokens=True)
+        logger.warning(
+            "text encoder %s reads %d tokens of a prompt (max_length), and one has %d: its last %d are lost (%r%s); "
+            "said once, for the longest of these %d prompts",
+            label(self.spec), self.spec.max_length, len(row), len(row) - len(kept), end[:_SHOWN],
+            " ..." if len(end) > _SHOWN else "", count,
+        )  # fmt: skip
 
     def train(self, mode: bool = True) -> TextTower:
         """Stay in eval mode, whatever `mode` says."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -154,10 +155,19 @@ def refuse_not_finite(model: nn.Module, weights: Path, name: str) -> None:
             raise UserError(f"{weights}:{key}: not finite; the file of encoder {name!r} is damaged, fetch it again")
 
 
+def constituents(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor itself, or what a quantised one of torchao consists of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from constituents(getattr(tensor, name))
+
+
 def weights_sha256(model: nn.Module) -> str:
     """Hash a model's weights: the same for float32 and bfloat16 copies and for any tensor names."""
     digests = []
-    for value in model.state_dict().values():
+    for value in itertools.chain.from_iterable(map(constituents, model.state_dict().values())):
         rounded = value.detach().cpu().to(torch.bfloat16).contiguous()
         content = rounded.flatten().view(torch.uint8).numpy().tobytes()
         digests.append(hashlib.sha256(f"{tuple(value.shape)}".encode() + content).digest())

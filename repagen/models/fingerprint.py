@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from repagen.encoders.weights import constituents
 from repagen.models.autoencoder_base import FrozenEncoderAutoencoder
 
 
 def hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
     """Return a sha256 over shapes and float32 values, in the order given."""
     digest = hashlib.sha256()
-    for tensor in itertools.chain.from_iterable(map(_constituents, tensors)):
+    for tensor in itertools.chain.from_iterable(map(constituents, tensors)):
         value = tensor.detach().float().cpu().contiguous()
         digest.update(f"{tuple(value.shape)}".encode() + value.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _constituents(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor itself, or what a quantised one of torchao consists of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _constituents(getattr(tensor, name))
 
 
 def autoencoder_sha256(autoencoder: Any) -> str:

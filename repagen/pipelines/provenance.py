@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from repagen.errors import UserError, refusing
+from repagen.hub.places import without_names
 from repagen.models.fingerprint import hash_tensors
 
 TRAINING_FILE = "training.json"
@@ -25,13 +26,18 @@ def component_settings(component: Any) -> dict[str, Any]:
 def pipeline_sha256(pipeline: Any) -> str:
     """Return a hash of weights and settings of all parts of a pipeline, as they are now (so it depends on the dtype).
 
+    A text encoder counts by what it makes of prompts, so that one that is kept by reference need not be fetched for it
+    and may lie anywhere.
+
     Args:
         pipeline: a `ClassToImagePipeline` or `TextToImagePipeline`.
     """
-    further = [getattr(pipeline, name, None) for name in ("guidance_transformer", "text_encoder")]
-    present = [pipeline.transformer, pipeline.vae, *(part for part in further if part is not None)]
+    weaker, reader = (getattr(pipeline, name, None) for name in ("guidance_transformer", "text_encoder"))
+    present = [pipeline.transformer, pipeline.vae, *([] if weaker is None else [weaker])]
     weights = [hash_tensors(part.state_dict().values()) for part in present]
-    settings = [component_settings(part) for part in (*present, pipeline.scheduler)]
+    settings: list[Any] = [component_settings(part) for part in (*present, pipeline.scheduler)]
+    if reader is not None:
+        settings.append([without_names(reader.describe()), str(reader.dtype)])
     return hashlib.sha256(json.dumps([weights, settings], sort_keys=True, default=str).encode()).hexdigest()
 
 

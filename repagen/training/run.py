@@ -76,7 +76,7 @@ _MAY_CHANGE = (
 # Where data and frozen models lie; the facts that the program compares say whether they are the same.
 _PLACES = re.compile(
     r"data\.path|pipeline|revision|autoencoder\.(path|subfolder|revision)|transformer\.(pretrained|revision)"
-    r"|alignment\.(targets\.\d+|attention|class_token)\.(encoder|revision)"
+    r"|alignment\.(targets\.\d+|attention|class_token)\.(encoder|revision)|text\.(encoder(\.\d+)?|revision|cache)"
 )
 
 

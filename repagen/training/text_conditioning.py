@@ -10,6 +10,7 @@ import torch
 from repagen.data import SampleDataset
 from repagen.encoders.prompt_cache import CachedTextEncoder
 from repagen.encoders.text import TextEncoder
+from repagen.encoders.text_storage import unlike
 from repagen.errors import UserError, naming
 from repagen.flow.conditions import ConditionDropout, Conditions
 from repagen.hub.places import without_names
@@ -88,6 +89,8 @@ class TextConditioning:
 def open_text_encoder(config: TextToImageConfig) -> TextEncoder:
     """Load the text encoder that a configuration names, or that of the pipeline it goes on from.
 
+    The same encoder may lie elsewhere; tokens that are not asked for (`max_length`) are as many as the pipeline reads.
+
     Raises:
         UserError: nothing that can be loaded is there, or a pretrained pipeline has another one.
     """
@@ -99,19 +102,21 @@ def open_text_encoder(config: TextToImageConfig) -> TextEncoder:
         if own is None:
             raise UserError(f"text.encoder: nothing given, and {name} has no text encoder; name one")
         return own
-    names = [text.encoder] if isinstance(text.encoder, str) else text.encoder
+    sources = [encoder_source(one) for one in ([text.encoder] if isinstance(text.encoder, str) else text.encoder)]
+    read = [] if own is None else [one["max_length"] for one in own.describe()]
     with naming({"": "text.encoder: "}):
         encoder = TextEncoder.from_encoder(
-            [encoder_source(name) for name in names],
+            sources,
             hidden_layer=text.hidden_layer,
-            max_length=text.max_length,
+            max_length=read if text.max_length is None and len(read) == len(sources) else text.max_length,
             template=text.template,
             revision=text.revision,
         )
-    if own is not None and without_names(own.describe()) != without_names(encoder.describe()):
+    if own is not None and (reason := unlike(own.describe(), encoder.describe())):
         raise UserError(
-            f"text.encoder: {text.encoder} is not the text encoder of {name}, or is read in another way; leave text."
-            f"encoder out to take that one, or set transformer.pretrained={name}/transformer to train with another"
+            f"text.encoder: {text.encoder} is not the text encoder of {name}, or is read in another way ({reason}); "
+            "leave text.encoder and how it is read out to take that one, or set transformer.pretrained="
+            f"{name}/transformer to train with another"
         )
     return encoder
 

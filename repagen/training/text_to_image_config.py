@@ -22,7 +22,8 @@ class TextConfig:
             `shapes` for the bundled one; None: that of the pipeline `transformer.pretrained`.
         hidden_layer: -1: the last layer after the final norm; else the index of a block whose output is taken. A list
             has one for each encoder.
-        max_length: tokens of a prompt; None: those of the family. A list has one for each encoder.
+        max_length: tokens of a prompt; None: those of the family, or as many as the pipeline `transformer.pretrained`
+            reads. A list has one for each encoder.
         template: words around each prompt, with `{prompt}` in its place.
         revision: branch, tag or commit on the Hub.
         null_prompt: what takes the place of a dropped prompt, and guides in sampling: `learned`, a token that the

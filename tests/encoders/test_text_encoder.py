@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,21 @@ def test_a_long_prompt_loses_its_end_and_that_is_said_once(
     kept = tokenizer(prompt, truncation=True, max_length=20).input_ids
     assert kept[-1] == tokenizer.eos_token_id  # the end of text stays
     torch.testing.assert_close(embeddings[1], states_of(tiny_model("clip"), "clip", kept)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["clip", "t5", "qwen3"])  # with a token at the end, and without
+def test_what_a_prompt_loses_is_named(folders: dict[str, Path], caplog: pytest.LogCaptureFixture, family: str) -> None:
+    prompt = "a red cube on the left of a blue ball, under a small green tree and beside the house"
+    tokenizer = tiny_tokenizer(family)
+    length = min(len(tokenizer(prompt).input_ids) - 5, 20)
+    with caplog.at_level(logging.WARNING):
+        TextEncoder.from_encoder(folders[family], max_length=length).encode([PROMPTS[0], prompt])
+    (message,) = caplog.messages
+    end, more = re.search(r"are lost \(('.*')( \.\.\.)?\); said once", message).groups()  # type: ignore[union-attr]
+    kept = tokenizer(prompt, truncation=True, max_length=length).input_ids
+    words = tokenizer.decode(kept, skip_special_tokens=True) + ast.literal_eval(end)
+    assert prompt.replace(" ", "").startswith(words.replace(" ", ""))
+    assert (len(words) < len(prompt)) == bool(more)
 
 
 def test_siglip_reads_lower_case_and_others_as_it_is(folders: dict[str, Path]) -> None:

@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from repagen.data.shapes import read_picture
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -12,6 +16,26 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def run_example(name: str, *arguments: str) -> str:
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+@pytest.mark.slow
+def test_text_to_image(tmp_path: Path) -> None:
+    *rows, sheet = run_example("text_to_image", "--output", str(tmp_path)).splitlines()
+    assert [row.partition(":")[0] for row in rows] == [f"row {number}" for number in range(1, 6)]
+    picture = np.asarray(Image.open(sheet))
+    step, side = 4 * 32 + 4, 4 * 32
+
+    def seen(row: int, column: int) -> set[tuple[str | None, str | None]]:
+        tile = picture[row * step : row * step + side : 4, column * step : column * step + side : 4]
+        return {(found.colour, found.shape) for found in read_picture(tile).objects}
+
+    red_circle, blue_square = ("red", "circle"), ("blue", "square")
+    assert seen(0, 0) == {red_circle} and seen(0, 1) == {("yellow", "cross")} and seen(0, 4) == {("red", "triangle")}
+    assert all(red_circle not in seen(1, column) for column in range(5)), "the negative prompt"
+    assert seen(2, 0) == {red_circle} and seen(2, 4) == {blue_square}
+    added = [blue_square, ("green", "triangle"), ("yellow", "cross"), ("purple", "square"), ("cyan", "circle")]
+    assert [seen(3, column) for column in range(5)] == [{red_circle, thing} for thing in added]
+    assert seen(4, 0) == {red_circle} and seen(4, 4) == {blue_square}
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import PipelineQuantizationConfig, TorchAoConfig
 from lora_parts import latents, make_adapter, rows
-from tiny_pipelines import PipelineMaker, inputs
+from tiny_pipelines import PipelineMaker, inputs, tiny_text_pipeline
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
-from repagen import ClassToImagePipeline, UserError
+from repagen import ClassToImagePipeline, TextToImagePipeline, UserError
 from repagen.pipelines.provenance import pipeline_sha256
 
 
@@ -83,6 +83,23 @@ def test_eight_bits_have_a_fingerprint_of_their_own(quantized: ClassToImagePipel
     name = quantized_names(again.transformer)[0]
     again.transformer.get_parameter(name).qdata[0] += 1
     assert len({pipeline_sha256(pipe) for pipe in (quantized, again, plain)}) == 3
+
+
+def test_a_text_encoder_in_eight_bits(tmp_path: Path) -> None:
+    plain = tiny_text_pipeline()
+    plain.save_pretrained(tmp_path / "pipeline")
+    quantization = PipelineQuantizationConfig(quant_mapping={"text_encoder": TorchAoConfig(Int8WeightOnlyConfig())})
+    pipe = TextToImagePipeline.from_pretrained(
+        tmp_path / "pipeline", quantization_config=quantization, dtype=torch.bfloat16
+    )
+    assert quantized_names(pipe.text_encoder)
+    pipe.save_pretrained(tmp_path / "again")
+    loaded = TextToImagePipeline.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    assert quantized_names(loaded.text_encoder) == quantized_names(pipe.text_encoder)
+    assert loaded.text_encoder.describe() == pipe.text_encoder.describe()
+    expected, read, again = (one.text_encoder.encode(["a red cube", ""]).embeddings for one in (plain, pipe, loaded))
+    assert torch.equal(again, read)
+    assert 0 < (read - expected).norm() / expected.norm() < 0.05
 
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])

@@ -11,6 +11,7 @@ import test_class_to_image as of_classes
 import torch
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig
 from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
+from encoders.tiny_text_encoders import save_tiny
 from tiny_pipelines import (
     CHANNELS,
     PATCH,
@@ -33,9 +34,11 @@ from repagen import (
     ClassToImagePipeline,
     DiTDHTransformer2DModel,
     RAEv2Transformer2DModel,
+    TextEncoder,
     TextToImagePipeline,
     UserError,
 )
+from repagen.pipelines.provenance import pipeline_sha256
 
 EMBEDS = ("prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask")
 
@@ -350,6 +353,29 @@ class TestStorage:
         assert loaded.text_encoder is None and same(images(loaded, prompt=None, **encoded), expected)
         text_encoder = tiny_text_encoder()
         assert TextToImagePipeline.from_pretrained(tmp_path, text_encoder=text_encoder).text_encoder is text_encoder
+
+    def test_fingerprint_of_a_text_encoder_kept_by_reference(self, tmp_path):
+        def referring(source, **reading):
+            encoder = TextEncoder.from_encoder(source, max_length=20, **reading)
+            encoder.save_pretrained(tmp_path / "reference", include_encoder=False)
+            return tiny_text_pipeline(text_encoder=TextEncoder.from_pretrained(tmp_path / "reference"))
+
+        pipe = referring(save_tiny(tmp_path / "t5", "t5"))
+        before = pipeline_sha256(pipe)
+        assert not list(pipe.text_encoder.parameters())  # nothing was fetched for it
+        pipe(**text_inputs())
+        assert list(pipe.text_encoder.parameters()) and pipeline_sha256(pipe) == before
+        pipe.text_encoder.save_pretrained(tmp_path / "whole", include_encoder=True)
+        whole = TextEncoder.from_pretrained(tmp_path / "whole")
+        assert pipeline_sha256(tiny_text_pipeline(text_encoder=whole)) == before
+        assert pipeline_sha256(referring(save_tiny(tmp_path / "elsewhere", "t5"))) == before
+        others = [
+            referring(tmp_path / "t5", hidden_layer=0),
+            referring(save_tiny(tmp_path / "other", "t5", seed=1)),
+            tiny_text_pipeline(text_encoder=whole.to(torch.bfloat16)),
+            tiny_text_pipeline(text_encoder=None),
+        ]
+        assert len({before, *map(pipeline_sha256, others)}) == 5
 
     def test_pipelines_of_classes_and_of_prompts_are_told_apart(self, tmp_path):
         tiny_text_pipeline().save_pretrained(tmp_path)

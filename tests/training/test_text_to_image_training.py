@@ -11,7 +11,7 @@ import pytest
 import torch
 from generator_parts import TINY, finish, metric_rows, start, training_state, write_settings
 from safetensors.torch import load_file
-from text_parts import stop_text_after, text_settings, train_text, write_text_parts
+from text_parts import save_tiny, stop_text_after, text_settings, train_text, write_text_parts
 
 from repagen import ClassToImagePipeline, TextToImagePipeline
 from repagen.config import load_config, preset_names, read_preset
@@ -237,7 +237,7 @@ def test_wrong_settings_are_one_line(parts: Path, tmp_path: Path, words: list[st
 
 def test_a_pretrained_pipeline_of_another_text_encoder_is_refused(parts: Path, finished: Path, tmp_path: Path) -> None:
     words = [f"transformer.pretrained={finished / 'pipeline'}", f"text.encoder={parts / 'qwen'}"]
-    with pytest.raises(UserError, match=r"^text.encoder: .* is not the text encoder of "):
+    with pytest.raises(UserError, match=r"^text.encoder: .* is not the text encoder of .* \(weights \w+ there, \w+ h"):
         run(parts, tmp_path, *words)
     with pytest.raises(UserError, match=r"^transformer.pretrained: .* takes text; go on with it in text-to-image"):
         from generator_parts import settings, train_settings
@@ -249,8 +249,24 @@ def test_the_same_text_encoder_may_lie_elsewhere(parts: Path, finished: Path, tm
     shutil.copytree(parts / "text", tmp_path / "elsewhere")
     pretrained = f"transformer.pretrained={finished / 'pipeline'}"
     own = ["transformer.architecture=null", "transformer.size=null", "transformer.overrides={}"]
-    second = run(parts, tmp_path, pretrained, *own, f"text.encoder={tmp_path / 'elsewhere'}", "max_steps=1")
+    # Its tokens are as many as the pipeline reads (12), where nothing else is asked for.
+    words = [pretrained, *own, f"text.encoder={tmp_path / 'elsewhere'}", "max_steps=1"]
+    second = run(parts, tmp_path, *words, "text.max_length=null")
     assert len(metric_rows(second)) == 1
+    assert loaded(second).text_encoder.max_length == 12
+    for word, difference in (("max_length=10", "max_length 12 there, 10 here"), ("hidden_layer=0", "hidden_layer -1")):
+        with pytest.raises(UserError, match=f"is read in another way \\({difference}"):
+            run(parts, tmp_path / "other", *words, f"text.{word}")
+
+
+def test_a_run_goes_on_after_the_text_encoder_moved(parts: Path, finished: Path, tmp_path: Path) -> None:
+    stop_text_after(text_settings(parts, tmp_path / "run"), tmp_path, 2)
+    moved = shutil.copytree(parts / "text", tmp_path / "elsewhere")
+    continued = run(parts, tmp_path, f"text.encoder={moved}")
+    assert training_state(continued) == training_state(finished)
+    save_tiny(moved, "t5", seed=1)
+    with pytest.raises(UserError, match=r"^text encoder: .* cannot continue with other data or models"):
+        run(parts, tmp_path, f"text.encoder={moved}", "max_steps=5")
 
 
 def test_text_widths_that_differ_are_refused(parts: Path, finished: Path, tmp_path: Path) -> None:
