@@ -441,7 +441,8 @@ class TestCaches:
         )
 
 
-@pytest.mark.parametrize("name", ["first_block", "taylorseer", "taylorseer_lite", "mag"])
+@pytest.mark.parametrize("name", ["first_block", "taylorseer", "taylorseer_lite", "mag", "pyramid", "faster"])
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 def test_cache_inference_of_loops(name):
     TestCaches().check_inference(PipelineMaker(ELTTransformer2DModel)(), name)
 
