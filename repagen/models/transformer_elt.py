@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks.faster_cache import FasterCacheBlockHook
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -22,6 +31,29 @@ from repagen.layers.latent_transformer import TimeDirection
 from repagen.layers.lora import apply_lora_scale
 from repagen.layers.modulated import ModulatedBlock
 from repagen.layers.single_stack import SingleStackMixin
+
+_CACHES_BY_CONTEXT = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig)
+_CACHES_OF_ATTENTION = (PyramidAttentionBroadcastConfig, FasterCacheConfig)
+"""Their hooks have a single state, whatever the context."""
+
+
+class _StateOfLoops:
+    """A state for each loop in place of the single one of a hook: reads and writes go to the loop that runs."""
+
+    def __init__(self, kind: Callable[[], Any], running_loop: Callable[[], int]) -> None:
+        vars(self).update(_states=collections.defaultdict(kind), _running_loop=running_loop)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # else a copy, made before there are states, would look for them here
+            raise AttributeError(name)
+        return getattr(self._states[self._running_loop()], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._states[self._running_loop()], name, value)
+
+    def reset(self) -> None:
+        """Forget all loops."""
+        self._states.clear()
 
 
 @dataclass
@@ -79,6 +111,7 @@ class ELTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
         "XL": {"hidden_size": 1152, "depth": 7, "num_loops": 4, "num_heads": 16},
     }
     _cache_context: tuple[str, dict[str, Any]] | None = None
+    _loop = 1  # that runs, as long as a cache is enabled
 
     @register_to_config
     def __init__(
@@ -175,15 +208,19 @@ class ELTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
         """Cache parts of the network between sampling steps, each loop apart from the others.
 
         Raises:
-            UserError: a cache that keeps one state per block whatever the context.
+            UserError: a cache that cannot tell the loops apart.
         """
-        apart = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig)
-        if not isinstance(config, apart):
+        if not isinstance(config, _CACHES_BY_CONTEXT + _CACHES_OF_ATTENTION):
+            allowed = ", ".join(kind.__name__ for kind in _CACHES_BY_CONTEXT + _CACHES_OF_ATTENTION)
             raise UserError(
-                f"enable_cache: {type(config).__name__} keeps one state per block and would mix the loops up; allowed "
-                f"are {', '.join(kind.__name__ for kind in apart)}"
+                f"enable_cache: {type(config).__name__} would mix the loops of this generator up; allowed: {allowed}"
             )
         super().enable_cache(config)
+        for module in self.blocks.modules():
+            registry = getattr(module, "_diffusers_hook", None)
+            for hook in registry.hooks.values() if registry else ():
+                if isinstance(hook, PyramidAttentionBroadcastHook | FasterCacheBlockHook):
+                    hook.state = _StateOfLoops(type(hook.state), lambda: self._loop)
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **where: Any) -> Iterator[None]:
@@ -196,7 +233,10 @@ class ELTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
             self._cache_context = outer
 
     def _context_of_loop(self, loop: int) -> contextlib.AbstractContextManager[None]:
-        if not self.is_cache_enabled or self._cache_context is None:
+        if not self.is_cache_enabled:
+            return contextlib.nullcontext()
+        self._loop = loop
+        if self._cache_context is None:
             return contextlib.nullcontext()
         name, where = self._cache_context
         return super().cache_context(f"{name}, loop {loop}", **where)

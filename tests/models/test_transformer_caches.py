@@ -42,12 +42,6 @@ CACHES: dict[str, Any] = {
 pytestmark = [all_generators, pytest.mark.parametrize("cache", CACHES)]
 
 
-@pytest.fixture(autouse=True)
-def _cache_is_allowed(case: Case, cache: str) -> None:
-    if cache in case.refused_caches:
-        pytest.skip("this model refuses this cache")
-
-
 def hooks(model: Any) -> set[str]:
     """Names of the hooks that the cache put on modules, without those that only mark the root."""
     found: set[str] = set()

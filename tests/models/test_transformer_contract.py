@@ -425,8 +425,6 @@ def test_lora_hot_swap_compiles_nothing_again(case: Case, compiled: bool, tmp_pa
 
 
 def test_faster_cache_takes_images_and_says_what_it_assumes(caplog: pytest.LogCaptureFixture, case: Case) -> None:
-    if "faster" in case.refused_caches:
-        pytest.skip("this model refuses this cache")
     model = build(case)
     with pytest.raises(ValueError, match="tensor_format"):
         model.enable_cache(FasterCacheConfig(spatial_attention_block_skip_range=2, tensor_format="BFHWC"))

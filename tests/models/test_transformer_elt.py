@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.hooks import FirstBlockCacheConfig, TextKVCacheConfig
+from test_transformer_caches import CACHES, CLOCK
 from transformer_cases import ELT, build, fill_, inputs, output
 
 from repagen import ELTTransformer2DModel, SiTTransformer2DModel, UserError
@@ -38,16 +40,20 @@ def test_one_loop_is_the_plain_network() -> None:
     assert torch.equal(output(model, ELT, num_loops=1), output(plain, ELT))
 
 
-def test_loops_repeat_the_blocks() -> None:
-    """N blocks in L loops are a plain network of N * L blocks with repeated weights."""
-    model = build(ELT)
+def unrolled(model: ELTTransformer2DModel) -> SiTTransformer2DModel:
+    """The plain network of N * L blocks with repeated weights."""
     config = {key: value for key, value in ELT.config.items() if key != "num_loops"}
     deep = SiTTransformer2DModel(**{**config, "depth": config["depth"] * LOOPS}).eval()
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("blocks.")}
     for number, block in enumerate([*model.blocks] * LOOPS):
         state |= {f"blocks.{number}.{name}": tensor for name, tensor in block.state_dict().items()}
     deep.load_state_dict(state)
-    assert torch.equal(output(model, ELT), output(deep, ELT))
+    return deep
+
+
+def test_loops_repeat_the_blocks() -> None:
+    model = build(ELT)
+    assert torch.equal(output(model, ELT), output(unrolled(model), ELT))
 
 
 @torch.no_grad()
@@ -132,12 +138,32 @@ def test_gradient_checkpointing_of_all_loops() -> None:
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("kind", [FasterCacheConfig, PyramidAttentionBroadcastConfig])
-def test_caches_that_would_mix_loops_up_are_refused(kind: Any) -> None:
+def test_caches_that_would_mix_loops_up_are_refused() -> None:
     model = build(ELT)
-    with pytest.raises(UserError, match=f"{kind.__name__} keeps one state per block .* FirstBlockCacheConfig, Mag"):
-        model.enable_cache(kind())
+    with pytest.raises(UserError, match=r"TextKVCacheConfig would mix the loops .* allowed: FirstBlockCache"):
+        model.enable_cache(TextKVCacheConfig())
     assert not model.is_cache_enabled
+
+
+@pytest.mark.parametrize("name", ["pab", "faster"])
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")  # diffusers.hooks.faster_cache passes no indexing
+def test_attention_cached_in_loops_is_attention_cached_in_as_many_blocks(name: str) -> None:
+    """Over several steps, again after a reset, and with the cache seen to act."""
+    models: list[Any] = [build(ELT), unrolled(build(ELT))]
+    exact, acted = build(ELT), []
+    for model in models:
+        model.enable_cache(CACHES[name]())
+    for _ in range(2):
+        for step in range(5):
+            CLOCK["timestep"] = 950 - 100 * step
+            moved = inputs(ELT)["hidden_states"] * (1 + 0.3 * step)
+            looped, deep = (output(model, ELT, hidden_states=moved) for model in models)
+            assert torch.equal(looped, deep)
+            acted.append(not torch.allclose(looped, output(exact, ELT, hidden_states=moved), atol=1e-5))
+        for model in models:
+            model._reset_stateful_cache()
+    assert acted[:5] == acted[5:] and any(acted) and not acted[0]
+    copy.deepcopy(models[0]).disable_cache()
 
 
 def test_loops_do_not_share_a_cache() -> None:

@@ -24,7 +24,6 @@ class Case(NamedTuple):
     model_class: type[Any]
     config: dict[str, Any]
     training_options: Mapping[str, Any] = MappingProxyType({})  # let a loss of what the call returns reach everything
-    refused_caches: tuple[str, ...] = ()  # keys of CACHES in test_transformer_caches.py
 
     @property
     def takes_text(self) -> bool:
@@ -72,7 +71,7 @@ DDT = Case(
     {key: value for key, value in DITDH.config.items() if key not in ("head_hidden_size", "head_num_heads")}
     | {"sample_size": 8, "in_channels": 4},
 )
-ELT = Case(ELTTransformer2DModel, {**SIT.config, "num_loops": 3}, refused_caches=("pab", "faster"))
+ELT = Case(ELTTransformer2DModel, {**SIT.config, "num_loops": 3})
 
 
 def with_text(case: Case, text_conditioning: str) -> Case:

@@ -384,8 +384,9 @@ class TestCaches:
         pipe(**self.inputs(callback_on_step_end=look, **call))
         assert len(hooks) >= 2 and steps == [[(1, True)] * len(hooks), [(2, True)] * len(hooks)]
         for hook in hooks:
-            left = {key: value for key, value in vars(hook.state).items() if key != "iteration"}
-            assert hook.state.iteration == 0 and all(value is None for value in left.values()), left
+            names = ("cache", "batch_size", "low_frequency_delta", "high_frequency_delta")
+            left = [getattr(hook.state, name, None) for name in names]
+            assert hook.state.iteration == 0 and left == [None] * len(names)
 
     @pytest.mark.parametrize("cached", ["transformer", "guidance_transformer"])
     def test_faster_cache_is_refused_without_classifier_free_guidance(self, make_flow_pipe, cached):
@@ -441,9 +442,16 @@ class TestCaches:
         )
 
 
-@pytest.mark.parametrize("name", ["first_block", "taylorseer", "taylorseer_lite", "mag"])
+@pytest.mark.parametrize("name", ["first_block", "taylorseer", "taylorseer_lite", "mag", "pyramid", "faster"])
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 def test_cache_inference_of_loops(name):
     TestCaches().check_inference(PipelineMaker(ELTTransformer2DModel)(), name)
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
+@pytest.mark.parametrize("name", ["pyramid", "faster"])
+def test_state_of_loops_advances_with_the_steps_and_is_reset(name):
+    TestCaches().test_state_advances_with_the_steps_and_is_reset(PipelineMaker(ELTTransformer2DModel), name, {})
 
 
 class TestSampling:
