@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -14,13 +15,15 @@ from repagen.data import SampleDataset
 from repagen.errors import UserError
 from repagen.models.modes import in_eval_mode
 from repagen.pipelines.grid import save_image_grid
-from repagen.pipelines.provenance import TRAINING_FILE
+from repagen.pipelines.provenance import TRAINING_FILE, training_record
 from repagen.randomness import generator_for
 from repagen.schedulers.presets import SAMPLER_PRESETS, sampler_preset
 from repagen.training.conditioning import Conditioning
 from repagen.training.generator_config import GeneratorRunConfig, NewGeneratorConfig, SamplerConfig
 from repagen.training.run import Run
 from repagen.training.run_release import own_and_prior, release_and_publish
+
+logger = logging.getLogger(__name__)
 
 
 def build_pipeline(
@@ -164,21 +167,32 @@ def release_pipeline(
         name: of the release's folder in the run's.
         save: writes it into a folder.
         shown: as of `write_sample_grid`.
-        base_model, base_revision: what the training went on from.
+        base_model, base_revision: what the training went on from; its own record of training is kept beside ours.
         facts: that stand beside those of the training.
 
     Raises:
         UserError: see `release_and_publish`.
     """
+    seen = {**training_facts(run, step, dataset), **_started_from(base_model, base_revision), **(facts or {})}
     return release_and_publish(
         run,
         step,
         dataset,
         folder=run.folder / name,
-        save=partial(save_with_facts, save, {**training_facts(run, step, dataset), **(facts or {})}),
+        save=partial(save_with_facts, save, seen),
         draw=partial(write_sample_grid, config, pipeline, shown),
         prompt=next((prompt for prompt in shown if isinstance(prompt, str)), None),
         licences=pipeline.part_licences(),
         base_model=base_model,
         base_revision=base_revision,
     )
+
+
+def _started_from(base_model: str | None, base_revision: str | None) -> dict[str, Any]:
+    """The record of what a training went on from; one that cannot be read must not cost the release."""
+    try:
+        record = training_record(base_model, base_revision)
+    except UserError as error:
+        logger.warning("%s", error)
+        return {}
+    return {"started_from": record} if record else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -176,11 +177,13 @@ def test_a_second_stage_goes_on_from_the_released_pipeline(parts: Path, finished
     words = [f"transformer.pretrained={finished / 'pipeline'}", "transformer.architecture=null"]
     words += ["transformer.prediction=null", "transformer.overrides={}", "text={dropout: 0.3}", "max_steps=1"]
     words += ["optimizer.learning_rate=1e-12", "optimizer.schedule.warmup_steps=0"]
-    second = loaded(run(parts, tmp_path, *words, "data.subset=validation"))
-    first = loaded(finished)
+    folder = run(parts, tmp_path, *words, "data.subset=validation")
+    second, first = loaded(folder), loaded(finished)
     for name, tensor in first.transformer.state_dict().items():
         assert torch.allclose(tensor, second.transformer.state_dict()[name], atol=1e-6), name
     assert second.text_encoder.describe() == first.text_encoder.describe()
+    now, before = (json.loads((at / "pipeline" / "training.json").read_text()) for at in (folder, finished))
+    assert now["step"] == 1 and now["started_from"] == before and before["step"] > 1 and "started_from" not in before
 
 
 def test_class_conditional_weights_can_begin_it(parts: Path, tmp_path: Path) -> None:
