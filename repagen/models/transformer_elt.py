@@ -220,7 +220,7 @@ class ELTTransformer2DModel(  # type: ignore[misc]  # diffusers' own bases disag
             registry = getattr(module, "_diffusers_hook", None)
             for hook in registry.hooks.values() if registry else ():
                 if isinstance(hook, PyramidAttentionBroadcastHook | FasterCacheBlockHook):
-                    hook.state = _StateOfLoops(type(hook.state), lambda: self._loop)
+                    hook.state = _StateOfLoops(type(hook.state), lambda: self._loop)  # type: ignore[assignment]
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **where: Any) -> Iterator[None]:
