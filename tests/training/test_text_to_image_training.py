@@ -361,6 +361,12 @@ def test_sizes_train_in_turns_and_are_sampled(parts: Path, wide_and_tall: Path, 
     assert pipeline("picture 3", num_inference_steps=2, height=24, width=40).images[0].size == (40, 24)
 
 
+def test_one_square_bucket_changes_nothing(parts: Path, tmp_path: Path, finished: Path) -> None:
+    square = run(parts, tmp_path, "data.buckets=['1:1']", "data.bucket_step=8")
+    assert metric_rows(square) == metric_rows(finished)
+    assert training_state(square) == training_state(finished)
+
+
 def aligned_words(parts: Path, pictures: Path, index: Path) -> list[str]:
     """Three sizes of representation latents, aligned in every way that fits a text model."""
     target = f"{{encoder: {parts / 'encoder'}, block: 1, projector: conv, projector_dim: 16}}"
