@@ -7,7 +7,14 @@ from repagen.data.combined import CombinedDataset
 from repagen.data.config import CaptionConfig, DataConfig, data_config_from_words
 from repagen.data.dataset import CaptionedSample, ImageDataset, ImageSample, SampleDataset
 from repagen.data.digits import digits_encoder_path, digits_to_images, load_digits
-from repagen.data.loading import load_batches, load_first, load_in_order, open_dataset, open_image_dataset
+from repagen.data.loading import (
+    indices_of_largest,
+    load_batches,
+    load_first,
+    load_in_order,
+    open_dataset,
+    open_image_dataset,
+)
 from repagen.data.sampler import StreamBatchSampler, sample_indices
 from repagen.data.shapes import ShapesDataset, shapes_encoders_path, shapes_pipeline_path
 from repagen.data.shards import LatentShards
@@ -27,6 +34,7 @@ __all__ = [
     "data_config_from_words",
     "digits_encoder_path",
     "digits_to_images",
+    "indices_of_largest",
     "load_batches",
     "load_digits",
     "load_first",

@@ -158,17 +158,24 @@ def load_batches(
     return _iterate(loader)
 
 
+def indices_of_largest(dataset: SampleDataset) -> Sequence[int]:
+    """Return the samples of one size, in order: all, or where there are buckets those of the largest that has any."""
+    if dataset.buckets is None:
+        return range(len(dataset))
+    areas = torch.tensor([height * width for height, width in dataset.bucket_sizes])[dataset.buckets]
+    largest = dataset.buckets[areas.argmax()]
+    found: list[int] = (dataset.buckets == largest).nonzero().flatten().tolist()
+    return found
+
+
 def load_first(dataset: SampleDataset, count: int, seed: int) -> dict[str, Any]:
     """Return the first samples of a run's stream as one batch; where there are buckets, of the largest size.
 
     Raises:
         UserError: too many bad images.
     """
-    members = torch.arange(len(dataset))
-    if dataset.buckets is not None:
-        areas = torch.tensor([height * width for height, width in dataset.bucket_sizes])[dataset.buckets]
-        members = (areas == areas.max()).nonzero().flatten()
-    indices = members[sample_indices(0, count, len(members), seed)].tolist()
+    members = indices_of_largest(dataset)
+    indices = [members[place] for place in sample_indices(0, count, len(members), seed)]
     [batch] = load_batches(dataset, [list(zip(indices, range(count), strict=True))], seed)
     return batch
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from repagen.config import load_config
-from repagen.data import SampleDataset, open_dataset
+from repagen.data import SampleDataset, indices_of_largest, open_dataset
 from repagen.errors import run_as_program
 from repagen.evaluation.metrics.perceptual import PerceptualDistance
-from repagen.models.latents import images_to_latents, latents_to_images
+from repagen.models.latents import images_to_latents, latents_to_images, require_sizes
 from repagen.models.modes import in_eval_mode
 from repagen.pipelines.grid import save_image_grid
 from repagen.training.decoder_config import DecoderConfig
@@ -78,9 +78,11 @@ class AutoencoderTraining:
         """Load the networks of the losses and build what is trained.
 
         Raises:
-            UserError: weights are absent; it says how to get them and how to do without.
+            UserError: weights are absent, and it says how to get them and how to do without; or there are images of a
+                size that the autoencoder does not take.
         """
         self.run, self.config, self.kind, self.dataset = run, config, kind, dataset
+        require_sizes(kind.autoencoder, dataset.bucket_sizes, "data.buckets")
         perceptual, discriminator = build_loss_networks(config.lpips, config.adversarial)
         self.step = DecoderStep(run, config, kind, dataset, perceptual, discriminator)
         if config.gradient_checkpointing:
@@ -185,9 +187,10 @@ def build_loss_networks(
 def write_reconstructions(
     num_images: int, run: Run, reconstruct: Callable[[torch.Tensor], torch.Tensor], dataset: SampleDataset, path: Path
 ) -> None:
-    """Write a PNG with images above their reconstructions, which are made without chance."""
-    count = min(num_images, len(dataset))
-    chosen = [dataset[index * len(dataset) // count]["image"] for index in range(count)]
+    """Write a PNG with images, of one size, above their reconstructions, which are made without chance."""
+    members = indices_of_largest(dataset)
+    count = min(num_images, len(members))
+    chosen = [dataset[members[index * len(members) // count]]["image"] for index in range(count)]
     images = torch.stack(chosen).to(run.device)
     with run.autocast():
         reconstructions = reconstruct(images).float()

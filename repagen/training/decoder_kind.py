@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from repagen.data import open_image_dataset
 from repagen.hub.card import LicenceFact
 from repagen.hub.published import PublishedMixin
+from repagen.models.latents import latent_shape
 from repagen.randomness import normal_per_sample
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.run import Batch, Run
@@ -93,13 +94,17 @@ class AutoencoderKind(ABC):
         return self.autoencoder.part_licences() if isinstance(self.autoencoder, PublishedMixin) else ()
 
     def statistics_arguments(self) -> dict[str, Any]:
-        """What statistics are computed from and how: centre crops, which generators are trained on."""
+        """What statistics are computed from and how: centre crops, which generators are trained on, all square."""
         return {
-            "dataset": open_image_dataset(replace(self.config.data, crop="center", resize_px=None)),
+            "dataset": open_image_dataset(replace(self.config.data, crop="center", resize_px=None, buckets=[])),
             "batch_size": self.run.plan.micro_size,
             "flips": self.config.data.horizontal_flip,
             "num_workers": self.config.num_workers,
         }
+
+    def shape_of(self, images: Tensor) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of the latents of images (B, 3, H, W)."""
+        return latent_shape(self.autoencoder, (images.shape[2], images.shape[3]))
 
     def keyed_normal(self, purpose: str, batch: Batch, shape: Sequence[int]) -> Tensor:
         """Standard normal noise (B, *shape), each sample's own."""

@@ -23,7 +23,7 @@ class KLKind(AutoencoderKind):
 
     def __init__(self, autoencoder: Any, config: DecoderConfig, run: Run) -> None:
         super().__init__(autoencoder, config, run)
-        self.shape = latent_shape(autoencoder, config.data.image_size)
+        latent_shape(autoencoder, config.data.image_size)  # refuses sides that are no multiple
         self.penalties = {"kl": config.autoencoder.kl.weight}
 
     @classmethod
@@ -44,10 +44,11 @@ class KLKind(AutoencoderKind):
 
     def prepare(self, batches: Sequence[Batch]) -> list[Batch]:
         """Draw the posterior's noise."""
-        return [
-            {**batch, "inputs": {"images": batch["image"], "noise": self.keyed_normal("posterior", batch, self.shape)}}
-            for batch in batches
-        ]
+        return [self._prepare(batch, batch["image"]) for batch in batches]
+
+    def _prepare(self, batch: Batch, images: Tensor) -> Batch:
+        noise = self.keyed_normal("posterior", batch, self.shape_of(images))
+        return {**batch, "inputs": {"images": images, "noise": noise}}
 
     def reconstruct(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Encode, draw, decode; the penalty `kl` is summed over a latent's elements."""

@@ -60,7 +60,7 @@ class RepresentationKind(AutoencoderKind):
 
     def _prepare(self, batch: Batch) -> Batch:
         with torch.no_grad(), self.run.autocast():
-            latents = self.autoencoder.raw_latents(batch["image"])
+            latents = self._latents(batch["image"])
         generators = self.run.generators("latent noise", batch)
         sigma = self.autoencoder.config["noise_tau"] * uniform_per_sample(generators)
         noise = normal_per_sample(generators, latents.shape[1:])
@@ -76,7 +76,11 @@ class RepresentationKind(AutoencoderKind):
 
     def preview(self, images: Tensor) -> Tensor:
         """Reconstruct without noise."""
-        return self.autoencoder.decode(self.autoencoder.raw_latents(images)).sample.float()
+        return self.autoencoder.decode(self._latents(images)).sample.float()
+
+    def _latents(self, images: Tensor) -> Tensor:
+        latents: Tensor = self.autoencoder.raw_latents(images, self.shape_of(images)[1:])
+        return latents
 
     def finish(self) -> None:
         """Set the statistics of the data, or those that the pretrained autoencoder came with."""

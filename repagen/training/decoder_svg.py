@@ -92,7 +92,7 @@ class SVGKind(AutoencoderKind):
         prepared = []
         for batch in batches:
             with self.run.autocast():
-                features = self.autoencoder.encoder_features(batch["image"])
+                features = self.autoencoder.encoder_features(batch["image"], self._grid(batch["image"]))
             inputs = {"images": batch["image"], "features": features}
             if self._residual:
                 draws = uniform_per_sample(self.run.generators("residual mask", batch))
@@ -111,7 +111,9 @@ class SVGKind(AutoencoderKind):
         training_latents, scalars = self.autoencoder.training_latents, inputs.get("scalars")
         with self._dropout():
             latents = [
-                training_latents(group["images"], group.get("masks"), group["features"], scalars)
+                training_latents(
+                    group["images"], group.get("masks"), group["features"], scalars, grid=self._grid(group["images"])
+                )
                 for group in self._groups(inputs)
             ]
         return self.autoencoder.decode(torch.cat(latents)).sample.float(), {}
@@ -119,7 +121,7 @@ class SVGKind(AutoencoderKind):
     @torch.no_grad()
     def preview(self, images: Tensor) -> Tensor:
         """Reconstruct without masks and dropout, matched by the running scalars."""
-        return self.autoencoder.decode(self.autoencoder.raw_latents(images)).sample.float()
+        return self.autoencoder.decode(self.autoencoder.raw_latents(images, grid=self._grid(images))).sample.float()
 
     def finish(self) -> None:
         """Take matching scalars and statistics per channel from the data, in one pass, with the weights as they are.
@@ -152,9 +154,13 @@ class SVGKind(AutoencoderKind):
     def _masked_tokens(self, inputs: Inputs) -> Tensor:
         """Features and masked residuals, before they are matched: (B, C, N) float32."""
         with self.run.autocast(), self._dropout():
-            residual = torch.cat([self.autoencoder.residual_encoder(g["images"]) for g in self._groups(inputs)])
+            residual_encoder, grid = self.autoencoder.residual_encoder, self._grid(inputs["images"])
+            residual = torch.cat([residual_encoder(group["images"], grid) for group in self._groups(inputs)])
         masked = torch.where(inputs["masks"].view(-1, 1, 1), self.autoencoder.mask_token.to(residual.dtype), residual)
         return torch.cat([inputs["features"], masked.float()], dim=1)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return self.shape_of(images)[1:]
 
     @contextmanager
     def _dropout(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ from repagen.training.evaluation import open_evaluation
 from repagen.training.frozen import FrozenParts
 from repagen.training.generator_alignment import build_terms
 from repagen.training.generator_loop import noise_process, prepare_model
-from repagen.training.generator_model import build_model
+from repagen.training.generator_model import build_model, refuse_sizes
 from repagen.training.launch import program_main
 from repagen.training.noising import FlowMatching
 from repagen.training.objective import GeneratorObjective
@@ -51,6 +51,7 @@ def train(config: EndToEndConfig) -> Path:
         conditioning = ClassConditioning.of_all(dataset.class_names, config.label_dropout)
         objective = build_objective(config, frozen, conditioning)
         model = objective.model
+        refuse_sizes(config, dataset, autoencoder, model, frozen.latent_shape)
         ema = Ema(model, config.ema)
         prepare_model(config, model)
         optimiser_step = EndToEndStep(run, config, frozen, conditioning, objective, dataset)

@@ -19,6 +19,7 @@ from repagen.data import (
     ImageDataset,
     StreamBatchSampler,
     folders,
+    indices_of_largest,
     load_batches,
     load_first,
     open_dataset,
@@ -235,6 +236,16 @@ def test_every_batch_of_a_folder_has_one_size(photos: Path) -> None:
         assert all(torch.equal(one[key], two[key]) for key in one)
     largest = load_first(dataset, 4, SEED)["image"]
     assert largest.shape == (4, 3, 32, 32)  # 24 x 40 is less
+
+
+def test_the_first_samples_have_one_size_where_two_are_equally_large() -> None:
+    settings: dict[str, Any] = {"image_size": 32, "bucket_step": 8, "buckets": [[32, 32], [32, 48], [48, 32]]}
+    dataset = open_dataset(DataConfig(kind="shapes", num_images=12, **settings))
+    assert list(indices_of_largest(dataset)) == [1, 4, 7, 10]
+    first = load_first(dataset, 3, SEED)
+    assert first["image"].shape == (3, 3, 32, 48) and {1, 4, 7, 10} >= set(first["index"].tolist())
+    dataset = open_dataset(DataConfig(kind="shapes", image_size=32, num_images=3))
+    assert list(indices_of_largest(dataset)) == [0, 1, 2]
 
 
 def test_a_bad_image_is_replaced_in_its_size(photos: Path) -> None:

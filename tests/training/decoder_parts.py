@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lpips_parts import write_lpips
+from PIL import Image
 
 from repagen.training.decoder_config import DecoderConfig
 from repagen.training.log import read_metrics
@@ -83,6 +86,35 @@ def rows(config: DecoderConfig) -> list[dict[str, Any]]:
     """The rows of a run's log without the columns that measure time."""
     found = read_metrics(Path(config.output_dir) / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in ("time_s", "images_per_s")} for row in found]
+
+
+SIZES = {
+    "data__kind": "shapes",
+    "data__num_images": 24,
+    "data__bucket_step": 8,
+    "data__buckets": "[[48, 48], [24, 40], [40, 24]]",
+}
+"""Changes of a `configured` fixture: scenes in three sizes."""
+
+
+def train_in_sizes(
+    train: Callable[[DecoderConfig], Path], configured: Callable[..., DecoderConfig], folder: Path, **changes: Any
+) -> Path:
+    """Train on images of several sizes, whole and in micro-batches of 2; => the release.
+
+    Every size must have had a step, and the splits the same losses.
+    """
+    told = {"max_steps": 3, "sample__every_steps": 3, **SIZES, **changes}
+    whole = configured(output_dir=folder / "whole", **told)
+    released = train(whole)
+    split = configured(output_dir=folder / "split", micro_batch_size=2, **told)
+    train(split)
+    assert len(rows(whole)) == 3
+    for one, two in zip(rows(whole), rows(split), strict=True):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+    with Image.open(folder / "whole" / "samples" / "step-00000003.png") as grid:
+        assert grid.width % 48 == 0 and grid.height % 96 == 0  # the largest, above their reconstructions
+    return released
 
 
 def run_two_processes(module: str, config: Path) -> None:

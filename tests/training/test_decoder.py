@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoder_parts import rows, run_two_processes, settings, words, write_parts
+from decoder_parts import SIZES, rows, run_two_processes, settings, train_in_sizes, words, write_parts
 from folders import folder_bytes
 
 from repagen import RepresentationAutoencoder, UserError
@@ -302,6 +302,40 @@ def test_absent_weights_name_the_switch(configured, monkeypatch, tmp_path):
 def test_wrong_settings_are_named(configured, changes, message):
     with pytest.raises(UserError, match=message):
         configured(**changes)
+
+
+# --- images of several sizes ---------------------------------------------------------------------------------------
+
+
+def test_sizes_train_in_turns_and_the_statistics_are_those_of_squares(configured, tmp_path):
+    told = {"statistics": "true", "autoencoder__include_encoder": "true"}
+    released = RepresentationAutoencoder.from_pretrained(train_in_sizes(train, configured, tmp_path, **told))
+    squares = configured(output_dir=tmp_path / "squares", max_steps=1, **told, **{**SIZES, "data__buckets": "[]"})
+    of_squares = RepresentationAutoencoder.from_pretrained(train(squares))
+    assert torch.equal(released.latents_mean, of_squares.latents_mean)
+    assert torch.equal(released.latents_std, of_squares.latents_std)
+
+
+def test_a_step_on_wide_images_equals_the_mean_absolute_error(configured):
+    config = configured(adversarial__weight=0, lpips__weight=0, **{**SIZES, "data__buckets": "[[24, 40]]"})
+    with open_run(config, "decoder") as run:
+        dataset = open_dataset(config.data)
+        kind = KINDS["representation"].open(config, run)
+        step = DecoderStep(run, config, kind, dataset, None, None)
+        latents = kind.autoencoder.raw_latents(torch.stack([dataset[k]["image"] for k in range(2)]), (3, 5))
+        _, micro_batches = next(iter(run.steps(dataset, 0)))
+        batch = kind.prepare([next(micro_batches)])[0]
+        expected = kind.reconstruct(batch["inputs"])[0] - batch["image"]
+        row = step(0, iter([batch]))
+    assert latents.shape == (2, 48, 3, 5) and batch["latents"].shape == (8, 48, 3, 5)
+    assert row["l1"] == pytest.approx(expected.abs().mean().item(), rel=1e-5)
+
+
+def test_sizes_that_the_autoencoder_does_not_take_are_refused_at_once(configured, tmp_path):
+    config = configured(**{**SIZES, "data__buckets": "[[32, 32], [28, 36]]", "data__bucket_step": 4})
+    with pytest.raises(UserError, match=r"data\.buckets: 28x36 px; allowed: multiples of the autoencoder's 8 px"):
+        train(config)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 # --- releases ------------------------------------------------------------------------------------------------------

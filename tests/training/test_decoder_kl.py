@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoder_parts import rows, settings, words, write_parts
+from decoder_parts import rows, settings, train_in_sizes, words, write_parts
 from diffusers import AutoencoderKL
 from folders import folder_bytes
 
@@ -123,6 +123,11 @@ def test_accumulation_equals_the_large_batch(configured, tmp_path):
     assert one.keys() == four.keys() and "adaptive_weight" in one
     for name in one:
         assert four[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), name
+
+
+def test_sizes_train_in_turns(configured, tmp_path):
+    gates = {"adversarial__discriminator_start_step": 0, "adversarial__start_step": 1}
+    train_in_sizes(train, configured, tmp_path, **gates)
 
 
 def test_a_continued_run_equals_an_uninterrupted_one(configured, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoder_parts import rows, run_two_processes, settings, words, write_parts
+from decoder_parts import rows, run_two_processes, settings, train_in_sizes, words, write_parts
 from folders import folder_bytes
 from safetensors.torch import load_file
 
@@ -147,6 +147,11 @@ def test_accumulation_equals_the_large_batch(configured, tmp_path):
     )
     assert whole["distribution_matching.updates"] == split["distribution_matching.updates"] == 1
     torch.testing.assert_close(whole["distribution_matching.scalars"], split["distribution_matching.scalars"])
+
+
+def test_sizes_train_in_turns(configured, tmp_path):
+    gates = {"adversarial__discriminator_start_step": 0, "adversarial__start_step": 1}
+    train_in_sizes(train, configured, tmp_path, **gates)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from decoder_parts import rows, run_two_processes, words, write_lpips
 from folders import folder_bytes
 from generator_parts import new_model, write_parts
+from PIL import Image
 from torch import nn
 
 from repagen import ClassToImagePipeline, UserError, images_to_latents
@@ -327,6 +328,15 @@ def test_one_step_of_the_digits_preset(parts, tmp_path):
 def test_wrong_settings_are_named(configured, changes, message):
     with pytest.raises(UserError, match=message):
         configured(**changes)
+
+
+def test_images_of_several_sizes_are_refused(configured, tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "photos" / name / "0.png")
+    photos = {"data__kind": "folder", "data__path": tmp_path / "photos", "data__index_folder": tmp_path / "index"}
+    with pytest.raises(UserError, match=r"^data\.buckets: SiTTransformer2DModel takes latents of .* alone"):
+        train(configured(**photos, data__buckets="['1:1']"))
 
 
 def test_other_networks_are_refused(configured, parts, tmp_path):

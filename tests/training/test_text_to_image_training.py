@@ -380,6 +380,23 @@ def test_sizes_train_in_turns_and_are_sampled(parts: Path, wide_and_tall: Path, 
     assert pipeline("picture 3", num_inference_steps=2, height=24, width=40).images[0].size == (40, 24)
 
 
+@pytest.mark.slow
+def test_two_processes_take_the_sizes_of_one(parts: Path, wide_and_tall: Path, tmp_path: Path) -> None:
+    words = bucket_words(parts, wide_and_tall, tmp_path / "index")
+    whole = run(parts, tmp_path / "whole", *words)
+    saved = [word for word in (whole / "config.yaml").read_text().splitlines() if not word.startswith("output_dir:")]
+    (tmp_path / "two.yaml").write_text("\n".join([*saved, f"output_dir: {tmp_path / 'two'}"]))
+    code, errors = finish(start(tmp_path / "two.yaml", processes=2, program="text_to_image"))
+    assert code == 0, errors
+    assert torch.allclose(losses(tmp_path / "two"), losses(whole), atol=1e-5, rtol=1e-5)
+
+
+def test_one_square_bucket_changes_nothing(parts: Path, tmp_path: Path, finished: Path) -> None:
+    square = run(parts, tmp_path, "data.buckets=['1:1']", "data.bucket_step=8")
+    assert metric_rows(square) == metric_rows(finished)
+    assert training_state(square) == training_state(finished)
+
+
 def aligned_words(parts: Path, pictures: Path, index: Path) -> list[str]:
     """Three sizes of representation latents, aligned in every way that fits a text model."""
     target = f"{{encoder: {parts / 'encoder'}, block: 1, projector: conv, projector_dim: 16}}"
