@@ -44,7 +44,8 @@ class HuggingFaceDataset(ImageDataset):
             self.has_captions = True
             self._columns = _find_caption_columns(table, config, config.captions.columns, label_column)
             has = _have_captions(table, self._columns)
-            self._rows = captioned_samples(has, config.captions.missing, lambda row: f"row {row}", config.captions.columns)
+            rule, columns = config.captions.missing, config.captions.columns
+            self._rows = captioned_samples(has, rule, lambda row: f"row {row}", columns)
             table = table.select(self._rows) if len(self._rows) < len(table) else table
             self._texts = table.select_columns(list(self._columns))
         labels, class_names = _read_labels(table, label_column)

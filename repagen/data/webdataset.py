@@ -59,7 +59,8 @@ class WebDataset(ImageDataset):
             self.has_captions = True
             self._columns = dict(config.captions.columns)
             has = (self._find_captions(index) is not None for index in range(len(self._samples)))
-            self._samples = self._samples[captioned_samples(has, config.captions.missing, self.describe, self._columns)]
+            kept = captioned_samples(has, config.captions.missing, self.describe, self._columns)
+            self._samples = self._samples[kept]
         labels, class_names = self._read_labels()
         super().__init__(config, labels, class_names, excluded=excluded)
         self._files = _OpenFiles()

@@ -159,7 +159,7 @@ def test_a_table_that_is_rewritten_while_it_is_read_swaps_no_captions(photos: Pa
     assert dataset.captions(0).texts == ("of a.png",)
     for content in ("\n".join(reversed(rows)), f" {rows[1]}\n", ""):
         table.write_text(content)
-        with pytest.raises(UserError, match=r"metadata\.jsonl \(a\.png\): the row is not where it was; .* start again"):
+        with pytest.raises(UserError, match=r"metadata\.jsonl \(a\.png\): the row is not where it was"):
             dataset.captions(0)
 
 
