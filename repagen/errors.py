@@ -52,6 +52,25 @@ def require_at_least(args: argparse.Namespace, least: Mapping[str, int]) -> None
             raise UserError(f"--{option.replace('_', '-')} must be at least {smallest}, got {value}")
 
 
+def require_unicode(text: str, where: str) -> None:
+    """Check that a text can be written and read by anything; JSON and command lines may hold others.
+
+    Args:
+        text: any.
+        where: what it is called in the message.
+
+    Raises:
+        UserError: naming the character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: character {error.start} is {text[error.start]!a}, which is half a character or a byte that is "
+            "not UTF-8; write it anew"
+        ) from None
+
+
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
     """Turn what a library raises over a user's file into one line: `what (the reason)`.

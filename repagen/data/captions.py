@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from repagen.errors import UserError
+from repagen.errors import UserError, require_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def read_captions(value: Any, columns: Mapping[str, float], where: str) -> Capti
         where: what the value is called in messages.
 
     Raises:
-        UserError: the value is of another form, or a weight is no number from 0 on.
+        UserError: the value is of another form, a weight is no number from 0 on, or a text is not Unicode.
     """
     if not isinstance(value, Mapping):
         return _captions([] if columns else _pairs(value, where))
@@ -91,7 +92,8 @@ def read_captions(value: Any, columns: Mapping[str, float], where: str) -> Capti
 
 def read_caption_text(text: str, columns: Mapping[str, float]) -> Captions | None:
     """Return the captions in a text file, one per line that is not blank; none where columns are asked for."""
-    return _captions([] if columns else [(line.strip(), 1.0) for line in text.splitlines() if line.strip()])
+    lines = io.StringIO(text, newline=None)  # not splitlines(): it breaks at U+2028, too, which belongs to a caption
+    return _captions([] if columns else [(line.strip(), 1.0) for line in lines if line.strip()])
 
 
 def read_json(text: bytes | str, where: str) -> Any:
@@ -118,13 +120,16 @@ def decode_text(content: bytes, where: str) -> str:
         raise UserError(f"{where}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 
 
-def captioned_samples(has: Iterable[bool], rule: MissingRule, describe: Callable[[int], str]) -> list[int]:
+def captioned_samples(
+    has: Iterable[bool], rule: MissingRule, describe: Callable[[int], str], columns: Iterable[str] = ()
+) -> list[int]:
     """Return the samples that stay in a dataset.
 
     Args:
         has: whether each sample has a caption.
         rule: what becomes of those without.
         describe: how a sample is called in messages.
+        columns: where captions were looked for, where that was asked for.
 
     Raises:
         UserError: samples are without caption and the rule refuses them; or none has one and all would be dropped.
@@ -134,7 +139,8 @@ def captioned_samples(has: Iterable[bool], rule: MissingRule, describe: Callable
     if not missing:
         return list(range(len(there)))
     names = ", ".join(describe(index) for index in missing[:_NAMED]) + (" ..." if len(missing) > _NAMED else "")
-    message = f"{len(missing)} of {len(there)} images have no caption: {names}"
+    place = f" in {', '.join(columns)}" if columns else ""
+    message = f"{len(missing)} of {len(there)} images have no caption{place}: {names}"
     if rule == "refuse" or (rule == "drop" and len(missing) == len(there)):
         raise UserError(
             f"data.captions: {message}; add them, or set data.captions.missing=empty (an empty caption) or "
@@ -200,8 +206,12 @@ class CaptionFiles:
         path, place = self._rows[file]
         with path.open("rb") as stream:
             stream.seek(place)
-            where = f"{path} ({file})"
-            return read_captions(read_json(stream.readline(), where), self._columns, where)
+            line = stream.readline()
+        where = f"{path} ({file})"
+        name = _file_name(row := _json_or_none(line))
+        if name is None or path.parent / name != self._root / file:
+            raise UserError(f"{where}: the row is not where it was; the file was changed while in use, start again")
+        return read_captions(row, self._columns, where)
 
     def _read_places(self, folder: Path) -> Iterator[tuple[str, tuple[Path, int]]]:
         path, place = self._root / folder / self.METADATA, 0
@@ -210,17 +220,28 @@ class CaptionFiles:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     where = f"{path}, line {number}"
-                    row = read_json(line, where)
-                    name = row.get("file_name") if isinstance(row, Mapping) else None
-                    if not isinstance(name, str) or name in seen:
+                    name = _file_name(read_json(line, where))
+                    if name is None or name in seen:
                         _refuse_row(where, name)
                     seen.add(name)
                     yield str(folder / name), (path, place)
                 place += len(line)
 
 
-def _refuse_row(where: str, name: Any) -> NoReturn:
-    what = f"a second row of {name}" if isinstance(name, str) else "no file_name"
+def _file_name(row: Any) -> str | None:
+    name = row.get("file_name") if isinstance(row, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _json_or_none(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _refuse_row(where: str, name: str | None) -> NoReturn:
+    what = "no file_name" if name is None else f"a second row of {name}"
     raise UserError(f'{where}: {what}; allowed: one {{"file_name": ..., "text": ...}} per image')
 
 
@@ -256,6 +277,8 @@ def _pair(entry: Any, where: str) -> tuple[str, float]:
         text, weight = entry.get("caption", entry.get("text")), entry.get("weight", 1.0)
     if not isinstance(text, str):
         raise UserError(f"{where}: {type(entry).__name__} given as a caption; allowed: {_FORMS}")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not (0 <= weight < math.inf):
+    require_unicode(text, where)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not 0 <= weight <= sys.float_info.max:
         raise UserError(f"{where}: weight {weight!r} given; allowed: a number from 0 on")
     return text, float(weight)

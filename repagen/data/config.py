@@ -111,7 +111,12 @@ class DataConfig:
         if self.bucket_step < 1:
             raise UserError(f"data.bucket_step: {self.bucket_step} given; allowed: a positive number of pixels")
         bucket_sizes(self.buckets, self.image_size, self.bucket_step)
-        for name, weight in (self.captions.columns if self.captions else {}).items():
+        columns = self.captions.columns if self.captions else {}
+        if columns and self.kind in ("shapes", "latents"):
+            raise UserError(
+                f"data.captions.columns: {', '.join(columns)} given, but data.kind={self.kind} has no columns; drop it"
+            )
+        for name, weight in columns.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not (0 < weight < math.inf):
                 raise UserError(f"data.captions.columns.{name}: {weight!r} given; allowed: a positive weight")
 

@@ -241,7 +241,8 @@ class ImageDataset(SampleDataset):
         if count > allowed:
             raise UserError(
                 f"data: bad image {self.describe(index)}: {reason}; bad images so far {count}, data.max_bad_images="
-                f"{allowed}; repair or remove it, or raise data.max_bad_images"
+                f"{allowed}; raise it to have other images in place of bad ones (a run may continue so), or repair or "
+                "remove this one and start anew"
             )
         logger.warning("bad image %d of at most %d: %s: %s", count, allowed, self.describe(index), reason)
 

@@ -67,7 +67,8 @@ class FolderDataset(ImageDataset):
             self.has_captions = True
             self._captions = CaptionFiles(root, names, config.captions.columns)
             has = (self._captions.read(name) is not None for name in names)
-            kept = captioned_samples(has, config.captions.missing, lambda index: printable(files[index]))
+            rule, columns = config.captions.missing, config.captions.columns
+            kept = captioned_samples(has, rule, lambda index: printable(files[index]), columns)
             names, labels = [names[index] for index in kept], [labels[index] for index in kept]
         super().__init__(config, torch.tensor(labels, dtype=torch.int64), class_names, excluded=len(unread))
         self._root = root

@@ -44,7 +44,8 @@ class HuggingFaceDataset(ImageDataset):
             self.has_captions = True
             self._columns = _find_caption_columns(table, config, config.captions.columns, label_column)
             has = _have_captions(table, self._columns)
-            self._rows = captioned_samples(has, config.captions.missing, lambda row: f"row {row}")
+            rule, columns = config.captions.missing, config.captions.columns
+            self._rows = captioned_samples(has, rule, lambda row: f"row {row}", columns)
             table = table.select(self._rows) if len(self._rows) < len(table) else table
             self._texts = table.select_columns(list(self._columns))
         labels, class_names = _read_labels(table, label_column)
@@ -102,10 +103,15 @@ def _open_table(config: DataConfig) -> Any:
         raise
     except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
+        remedy = (
+            "check the split, and that the files there are whole"
+            if local.exists()
+            else "check the id, the split, access rights (hf auth login) and the network, or get it with "
+            f"{repository_command(name, config.revision, dataset=True)}"
+        )
         raise UserError(
             f"data.path: dataset {name}, data.split {config.split} could not be opened: {type(error).__name__}: "
-            f"{reason}; check the id, the split, access rights (hf auth login) and the network, or get it with "
-            f"{repository_command(name, config.revision, dataset=True)}"
+            f"{reason}; {remedy}"
         ) from error
     splits = table if isinstance(table, datasets.DatasetDict) else {str(table.split or config.split): table}
     if config.split not in splits:

@@ -30,7 +30,7 @@ from repagen.hub.places import without_names
 MANIFEST_NAME = "manifest.json"
 SHARD_FORMAT = "repagen-latents-1"
 FLIPPED = ".flipped"
-_MAX_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 64
 
 
 class LatentShards(SampleDataset):
@@ -168,7 +168,7 @@ class LatentShards(SampleDataset):
 
     def _file(self, number: int) -> Any:
         if number not in self._files:
-            if len(self._files) >= _MAX_OPEN_SHARDS:
+            if len(self._files) >= MAX_OPEN_SHARDS:
                 self._files.pop(next(iter(self._files)))
             path = self._folder / self._shards[number]["file"]
             try:

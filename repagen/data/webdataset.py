@@ -27,11 +27,10 @@ from repagen.data.config import DataConfig
 from repagen.data.dataset import ImageDataset
 from repagen.data.images import BadImageError, decode_image
 from repagen.data.labels import labels_of_names, labels_of_numbers
+from repagen.data.shards import MAX_OPEN_SHARDS
 from repagen.data.tar_index import ShardIndex, shard_paths
 from repagen.errors import UserError
 from repagen.files import state_of_files
-
-_MAX_OPEN_SHARDS = 64
 
 
 class WebDataset(ImageDataset):
@@ -60,7 +59,8 @@ class WebDataset(ImageDataset):
             self.has_captions = True
             self._columns = dict(config.captions.columns)
             has = (self._find_captions(index) is not None for index in range(len(self._samples)))
-            self._samples = self._samples[captioned_samples(has, config.captions.missing, self.describe)]
+            kept = captioned_samples(has, config.captions.missing, self.describe, self._columns)
+            self._samples = self._samples[kept]
         labels, class_names = self._read_labels()
         super().__init__(config, labels, class_names, excluded=excluded)
         self._files = _OpenFiles()
@@ -155,7 +155,7 @@ class _OpenFiles:
 
     def _descriptor(self, path: Path) -> int:
         if path not in self._descriptors:
-            if len(self._descriptors) >= _MAX_OPEN_SHARDS:
+            if len(self._descriptors) >= MAX_OPEN_SHARDS:
                 os.close(self._descriptors.popitem(last=False)[1])
             self._descriptors[path] = os.open(path, os.O_RDONLY)
         self._descriptors.move_to_end(path)

@@ -27,7 +27,7 @@ from repagen.encoders.text import TextEmbeddings, TextEncoder
 from repagen.encoders.text_storage import unlike
 from repagen.encoders.text_tower import prompt_list
 from repagen.errors import UserError, refusing
-from repagen.files import put_file
+from repagen.files import TEMPORARY_PREFIX, put_file
 from repagen.hub.places import without_names
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ class PromptCache:
         embed_dim, max_length: D and L of its embeddings.
 
     Raises:
-        UserError: a folder that is no cache, or one of another encoder, naming both.
+        UserError: a folder that holds something else, or is no cache and cannot become one; or a cache of another
+            encoder, naming both.
     """
 
     def __init__(self, folder: str | os.PathLike[str], encoder: TextEncoder | None = None) -> None:
@@ -59,8 +60,9 @@ class PromptCache:
                 raise UserError(f"{path}: not there, so this is no prompt cache; give the encoder that shall fill it")
             facts = {"format": _FORMAT, "encoder": encoder.describe()}
             facts |= {"embed_dim": encoder.embed_dim, "max_length": encoder.max_length}
-            self.folder.mkdir(parents=True, exist_ok=True)
-            put_file(path, f"{json.dumps(facts, indent=1)}\n".encode())
+            with refusing(f"{self.folder}: cannot be made a prompt cache; name a new folder"):
+                _make_folder(self.folder, path)
+                put_file(path, f"{json.dumps(facts, indent=1)}\n".encode())
         with refusing(f"{path}: cannot be read; delete the folder and fill it again"):
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
@@ -183,6 +185,14 @@ class CachedTextEncoder:
         for start in tqdm(starts, desc="prompts", disable=not progress):
             batch = prompts[start : start + batch_size]
             self.cache.put(batch, self.encoder.encode(batch))
+
+
+def _make_folder(folder: Path, facts: Path) -> None:
+    """Make the folder of a cache, which may be there if it is empty, or another process made it a cache just now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY_PREFIX)]
+    if others and not facts.is_file():
+        raise UserError(f"{folder}: not empty and no prompt cache ({others[0]} is in it); name a new folder")
 
 
 def _identity(description: list[dict[str, Any]]) -> str:

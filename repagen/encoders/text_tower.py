@@ -18,7 +18,7 @@ from repagen.encoders.files import TEXT_FILES, FoundFiles, find_encoder
 from repagen.encoders.spec import TextEncoderSpec
 from repagen.encoders.text_families import TEXT_FAMILIES, TextFamily, text_family_of
 from repagen.encoders.weights import load_network, refuse_not_finite, weights_sha256
-from repagen.errors import UserError, one_line, refusing
+from repagen.errors import UserError, one_line, refusing, require_unicode
 from repagen.hub.places import repository_command
 
 logger = logging.getLogger(__name__)
@@ -165,12 +165,13 @@ def prompt_list(prompts: Sequence[str]) -> list[str]:
     """Return prompts as a list; one text alone counts as one prompt.
 
     Raises:
-        UserError: for anything but texts.
+        UserError: for anything but texts, or one that cannot be written as UTF-8.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"prompts must be texts, got {type(text).__name__} at {index}")
+        require_unicode(text, f"prompt {index}")
     return texts
 
 

@@ -48,6 +48,23 @@ def component_place(name: str, part: Part, option: str, revision: str | None = N
     return {"subfolder": subfolder, "revision": commit}
 
 
+def component_config(name: str, part: Part, option: str, revision: str | None = None) -> dict[str, Any]:
+    """Read what a saved model says of itself, its class and its arguments; arguments as in `open_component`.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    place = component_place(name, part, option, revision)
+    with refusing(f"{option}: {name} cannot be loaded"):
+        return dict(_SavedModel.load_config(name, **place))
+
+
+class _SavedModel(ConfigMixin):
+    """Reads configurations; `AutoModel.load_config` looks for other files once it has opened a part of a pipeline."""
+
+    config_name = "config.json"
+
+
 def pipeline_parts(name: str, option: str, revision: str | None = None) -> set[str]:
     """Names of the models that a pipeline holds; none where `name` is a model alone. Arguments: `component_place`.
 

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from repagen.config import flatten, value_at
 from repagen.data import DataConfig, ImageDataset, SampleDataset, open_image_dataset
+from repagen.data.buckets import Size, bucket_sizes
 from repagen.data.config import CaptionConfig
 from repagen.errors import UserError, one_line
 from repagen.files import TEMPORARY_PREFIX, file_digest, put_file
@@ -39,7 +39,7 @@ def prior_dataset(run: Run, config: FinetuneConfig, pipeline: Any, wanted: Wante
     """The pipeline's own images of some of its classes, which are the labels in this order, or of prompts.
 
     They are drawn where they are not there yet, by all processes; an interrupted drawing goes on. Each image's noise
-    depends on (seed, class or place of the prompt, number) alone.
+    depends on (seed, class or place of the prompt, number) alone. They are of the sizes of `data.buckets` in turn.
 
     Args:
         run: in whose folder they are kept.
@@ -58,8 +58,10 @@ def prior_dataset(run: Run, config: FinetuneConfig, pipeline: Any, wanted: Wante
         _draw_missing(run, folder, config, pipeline, wanted)
         run.accelerator.wait_for_everyone()  # all processes have drawn their share
         run.on_main(lambda: _seal(folder))
-    data = DataConfig(path=str(folder), image_size=config.data.image_size, horizontal_flip=config.data.horizontal_flip)
-    return open_image_dataset(replace(data, captions=CaptionConfig() if config.prior.prompts else None))
+    captions = CaptionConfig() if config.prior.prompts else None
+    kept = ("image_size", "horizontal_flip", "buckets", "bucket_step", "index_folder")
+    same = {name: getattr(config.data, name) for name in kept}
+    return open_image_dataset(DataConfig(path=str(folder), captions=captions, **same), several_sizes=True)
 
 
 def prior_prompts(config: FinetuneConfig) -> list[str]:
@@ -72,7 +74,7 @@ def prior_prompts(config: FinetuneConfig) -> list[str]:
     if not isinstance(given, str):
         return given
     try:
-        lines = Path(given).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(given).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prior.prompts: {given}: cannot be read ({one_line(error)}); allowed: a text file") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -106,6 +108,7 @@ def _made_of(config: FinetuneConfig, pipeline: Any, wanted: Wanted, facts: Any) 
         "seed": config.seed,
         "prompts" if prior.prompts else "classes": list(wanted),
         "prior": {name: getattr(prior, name) for name in drawing},
+        **({"data.buckets": _sizes(config)} if config.data.buckets else {}),
         "pipeline": {
             "transformer": facts,
             "guidance_transformer": None if weaker is None else describe_transformer(weaker)["weights"],
@@ -173,7 +176,9 @@ def _draw_missing(run: Run, folder: Path, config: FinetuneConfig, pipeline: Any,
     size = config.prior.forward_batch_size
     count = getattr(config.prior, _per(config.prior))
     pairs = [(number, index) for number in range(len(wanted)) for index in range(count)]
-    batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    turns = len(_sizes(config))
+    alike = [[pair for pair in pairs if sum(pair) % turns == turn] for turn in range(turns)]  # of one size each
+    batches = [group[start : start + size] for group in alike for start in range(0, len(group), size)]
     own = batches[run.accelerator.process_index :: run.plan.processes]
     missing = [batch for batch in own if not all(_path(folder, *pair).is_file() for pair in batch)]
     shown = config.progress_bar and run.is_main and bool(missing)
@@ -186,17 +191,27 @@ def _draw_missing(run: Run, folder: Path, config: FinetuneConfig, pipeline: Any,
                 put_file(path, content)
 
 
+def _sizes(config: FinetuneConfig) -> list[Size]:
+    """Height and width of the images, which take them in turn."""
+    data = config.data
+    side = data.image_size
+    return bucket_sizes(data.buckets, side, data.bucket_step) or [(side, side)]
+
+
 def _path(folder: Path, number: int, index: int) -> Path:
     return folder / f"{number:06d}" / f"{index:06d}.png"
 
 
 @torch.no_grad()
 def _draw(config: FinetuneConfig, pipeline: Any, wanted: Wanted, batch: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    """The PNG files of a batch of (place of the class or prompt, number of the image)."""
+    """The PNG files of a batch of (place of the class or prompt, number of the image), all of one size."""
     named = [wanted[number] for number, _ in batch]
     keys = [number if isinstance(name, str) else name for name, (number, _) in zip(named, batch, strict=True)]
+    sizes = _sizes(config)
+    height, width = sizes[sum(batch[0]) % len(sizes)]
     images = pipeline(
         named,
+        **({"height": height, "width": width} if config.data.buckets else {}),
         num_inference_steps=config.prior.num_inference_steps,
         guidance_scale=config.prior.guidance_scale,
         generator=[

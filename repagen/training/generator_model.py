@@ -9,13 +9,12 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from diffusers import AutoModel
 
 from repagen.data import SampleDataset
-from repagen.errors import UserError, refusing
+from repagen.errors import UserError
 from repagen.models.identity import describe_autoencoder
 from repagen.models.latents import require_sizes
-from repagen.models.opening import component_place, open_component, pinned_revision
+from repagen.models.opening import component_config, component_place, open_component, pinned_revision
 from repagen.randomness import derived_seed
 from repagen.training.generator_config import (
     ARCHITECTURES,
@@ -186,9 +185,7 @@ def token_grid(transformer: TransformerConfig, latent_shape: tuple[int, int, int
     patch_size = transformer.patch_size or 1
     if transformer.pretrained is not None:
         name = transformer.pretrained
-        place = component_place(name, "transformer", "transformer.pretrained", transformer.revision)
-        with refusing(f"transformer.pretrained: {name} cannot be loaded"):
-            stored = AutoModel.load_config(name, **place)
+        stored = component_config(name, "transformer", "transformer.pretrained", transformer.revision)
         _require_generator(name, str(stored.get("_class_name")))
         patch_size = int(stored["patch_size"])
     _, height, width = latent_shape

@@ -58,6 +58,9 @@ _MAY_CHANGE = (
     "max_steps",
     "micro_batch_size",
     "num_workers",
+    "data.max_bad_images",
+    "data.index_folder",
+    "data.verify_shards",
     "device",
     "compile",
     "gradient_checkpointing",
@@ -281,7 +284,7 @@ class Run:
             before, now = value_at(old, key), value_at(new, key)
             if before == now:
                 continue
-            if key.split(".")[0] not in _MAY_CHANGE and not _PLACES.fullmatch(key):
+            if not {key, key.split(".")[0]} & set(_MAY_CHANGE) and not _PLACES.fullmatch(key):
                 raise UserError(
                     f"{key}: {before!r} in {checkpoint.path} but {now!r} now; a run cannot continue "
                     "with it changed: set it back, or choose another output_dir"

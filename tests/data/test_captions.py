@@ -97,7 +97,7 @@ def test_columns_share_their_weight_among_their_captions(photos: Path) -> None:
     dataset = opened(photos, captions={"columns": {"short": 1, "long": 3}})
     assert dataset.captions(0) == Captions(("s", "l", "m", "n"), (1.0, 1.0, 1.0, 1.0))
     assert dataset.captions(3) == Captions(("s",), (1.0,))
-    with pytest.raises(UserError, match=r"1 of 4 images have no caption: .*d\.png"):
+    with pytest.raises(UserError, match=r"1 of 4 images have no caption in long: .*d\.png"):
         opened(photos, captions={"columns": {"long": 1}})
 
 
@@ -125,6 +125,8 @@ def test_missing_captions_are_counted_named_and_left_to_the_rule(photos: Path) -
         ("a.json", b'[{"caption": "x", "weight": -1}]', r"a\.json: weight -1 given"),
         ("a.json", b'[{"caption": "x", "weight": NaN}]', r"a\.json: weight nan given"),
         ("a.json", b'[{"caption": "x", "weight": true}]', r"a\.json: weight True given"),
+        ("a.json", b'[{"caption": "x", "weight": 1%s}]' % (b"0" * 400), r"a\.json: weight 10+ given"),
+        ("a.json", rb'{"text": "\ud800 x"}', r"a\.json:text: character 0 is '.ud800', which is half a character"),
         ("a.txt", b"caf\xe9", r"a\.txt: not a text in UTF-8"),
         ("metadata.jsonl", b'{"file_name": "a.png"}\n{"text": "x"}', r"metadata\.jsonl, line 2: no file_name"),
         ("metadata.jsonl", b'{"file_name": "a.png"}\n' * 2, r"metadata\.jsonl, line 2: a second row of a\.png"),
@@ -141,6 +143,24 @@ def test_files_that_cannot_be_read_are_named(photos: Path, name: str, content: b
 
 def test_a_caption_that_can_never_be_drawn_is_none() -> None:
     assert read_captions([{"caption": "x", "weight": 0}, {"text": " "}, None], {}, "here") is None
+
+
+def test_a_line_of_a_text_file_ends_at_line_ends_alone(photos: Path) -> None:
+    write_all(photos)
+    (photos / "a.txt").write_bytes("une\u2028île\r\nb\x0bc\rd\x85e\n".encode())
+    assert opened(photos).captions(0).texts == ("une\u2028île", "b\x0bc", "d\x85e")
+
+
+def test_a_table_that_is_rewritten_while_it_is_read_swaps_no_captions(photos: Path) -> None:
+    rows = [json.dumps({"file_name": name, "text": f"of {name}"}) for name in NAMES]
+    table = photos / "metadata.jsonl"
+    table.write_text("\n".join(rows))
+    dataset = opened(photos)
+    assert dataset.captions(0).texts == ("of a.png",)
+    for content in ("\n".join(reversed(rows)), f" {rows[1]}\n", ""):
+        table.write_text(content)
+        with pytest.raises(UserError, match=r"metadata\.jsonl \(a\.png\): the row is not where it was"):
+            dataset.captions(0)
 
 
 def test_the_draw_follows_the_weights_and_the_generator_alone() -> None:
@@ -222,12 +242,13 @@ def test_the_section_switches_captions_on(words: list[str], expected: CaptionCon
         ("data.captions.mising=drop", "mising"),
         ("data.captions.missing=skip", "skip"),
         ("data.captions.columns.a=0", r"data\.captions\.columns\.a: 0"),
+        ("data.captions.columns.a=1 data.kind=latents", r"data\.captions\.columns: a given, but .*=latents has no"),
         ("data.path.a=3", r"data\.path\.a=3: not a known setting"),
     ],
 )
 def test_wrong_words_of_the_section_are_named(word: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        data_config_from_words(["data.path=x", word])
+        data_config_from_words(["data.path=x", *word.split()])
 
 
 # --- Hugging Face datasets -----------------------------------------------------------------------------------------

@@ -140,6 +140,14 @@ def test_missing_paths_ids_and_files_are_refused(tmp_path: Path) -> None:
         opened(tmp_path / "table.csv")
 
 
+def test_a_damaged_file_here_is_not_to_be_fetched_from_the_hub(table: object, tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    table.to_parquet(path)  # type: ignore[attr-defined]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"could not be opened: .*; check the split, and that the files there are"):
+        opened(path)
+
+
 def test_samples_are_the_same_type_as_those_of_folders(folder: Path) -> None:
     sample = opened(folder)[1]
     assert sample["image"].dtype == torch.float32 and sample["image"].shape == (3, 8, 8)

@@ -199,7 +199,7 @@ def levels_of(dataset: ImageDataset, index: int) -> int:
 
 
 def test_open_files_are_bounded(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webdataset_module, "_MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(webdataset_module, "MAX_OPEN_SHARDS", 2)
     dataset = opened(shards)
     before = len(os.listdir("/proc/self/fd"))
     for index in (0, 5, 9, 0, 9, 5):

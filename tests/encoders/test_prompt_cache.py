@@ -16,6 +16,7 @@ from safetensors.torch import save
 from repagen.encoders.prompt_cache import CachedTextEncoder, PromptCache
 from repagen.encoders.text import TextEmbeddings, TextEncoder
 from repagen.errors import UserError
+from repagen.files import TEMPORARY_PREFIX
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,18 @@ def test_what_is_no_cache_is_refused(encoder: TextEncoder, tmp_path: Path) -> No
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             PromptCache(tmp_path)
+
+
+def test_a_folder_of_other_things_and_a_file_do_not_become_a_cache(encoder: TextEncoder, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"not empty and no prompt cache \(photo\.png is in it\); name a new folder"):
+        PromptCache(tmp_path, encoder)
+    with pytest.raises(UserError, match=r"photo\.png: cannot be made a prompt cache; name a new folder \(.*exists"):
+        PromptCache(tmp_path / "photo.png", encoder)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / f"{TEMPORARY_PREFIX}1-facts").write_bytes(b"")  # of another process that begins it
+    PromptCache(tmp_path / "empty", encoder)
 
 
 def _fill(folder: Path, source: Path, start: Any) -> None:

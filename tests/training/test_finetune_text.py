@@ -13,6 +13,7 @@ from generator_parts import metric_rows
 from PIL import Image
 from text_parts import text_settings, train_text, write_text_parts
 
+import repagen
 from repagen import TextToImagePipeline
 from repagen.data import CombinedDataset, DataConfig, open_dataset
 from repagen.errors import UserError
@@ -88,6 +89,20 @@ def test_prior_images_are_the_pipelines_own_with_their_prompts(parts: Path, fini
     drawn = Image.open(folder / "000001" / "000000.png")
     difference = torch.tensor(list(image.tobytes())).int() - torch.tensor(list(drawn.tobytes())).int()
     assert difference.abs().max() <= 1  # other batches round otherwise
+
+
+def test_prior_images_take_the_sizes_of_the_data_in_turn(parts: Path, tmp_path: Path) -> None:
+    pipeline = Path(repagen.__file__).parent / "data" / "shapes_pipeline"
+    buckets = ["data.buckets=['1:1', '3:2']", "data.bucket_step=8", f"data.index_folder={tmp_path / 'index'}"]
+    words = [*PRIOR, *buckets, "prior.num_inference_steps=2", "prior.forward_batch_size=3", "max_steps=1"]
+    words += ["sample.num_images=1"]
+    run = finetune(finetune_settings(pipeline, parts / "pictures", "lora"), tmp_path, *words)
+    sizes = []
+    for path in sorted((run / "prior").rglob("*.png")):
+        with Image.open(path) as image:
+            sizes.append(image.size)
+    assert sizes == [(32, 32), (40, 24), (40, 24), (32, 32)]
+    assert len(metric_rows(run)) == 1
 
 
 def test_a_share_of_prior_images_repeats_the_data(parts: Path) -> None:

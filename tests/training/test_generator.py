@@ -199,6 +199,8 @@ def continue_with(parts: Path, finished: Path, folder: Path, *words: str) -> Pat
         "num_workers=0",
         "log_with=[]",
         "sampler.shift=2",
+        "data.max_bad_images=3",
+        "data.index_folder=elsewhere",
     ],
 )
 def test_harmless_changes_continue_and_are_told(

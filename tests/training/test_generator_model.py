@@ -12,6 +12,7 @@ from generator_parts import SIT_WIDTHS, metric_rows, new_model, tiny_settings, t
 from golden_cases import GoldenCase
 from safetensors.torch import load_file
 
+import repagen
 from repagen import (
     ClassToImagePipeline,
     DiTDHTransformer2DModel,
@@ -22,6 +23,7 @@ from repagen import (
 )
 from repagen.config import load_config
 from repagen.errors import UserError
+from repagen.models.opening import component_config, open_component
 from repagen.training.generator_config import GeneratorConfig
 from repagen.training.generator_model import refuse_other_autoencoder, token_grid
 
@@ -135,6 +137,15 @@ def test_sources_are_pipelines_or_networks_and_nothing_else(tmp_path: Path) -> N
         build(tmp_path)
     with pytest.raises(UserError, match=message):  # what reads the patch's size comes first in training
         token_grid(config(tmp_path, f"transformer.pretrained={tmp_path / 'sit'}").transformer, SHAPE)
+
+
+def test_the_grid_of_a_pipelines_network_is_read_after_its_autoencoder_was_opened(tmp_path: Path) -> None:
+    pipeline = str(Path(repagen.__file__).parent / "data" / "shapes_pipeline")
+    autoencoder: Any = open_component(pipeline, "vae", "autoencoder.path")
+    transformer = config(tmp_path, f"transformer.pretrained={pipeline}").transformer
+    patch_size = component_config(pipeline, "transformer", "transformer.pretrained")["patch_size"]
+    shape = (autoencoder.latent_shape[0], 4 * patch_size, 6 * patch_size)
+    assert token_grid(transformer, shape) == (4, 6)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,8 @@ def test_an_empty_null_prompt_is_the_embedding_of_no_words(parts: Path, tmp_path
 
 
 def test_a_second_stage_goes_on_from_the_released_pipeline(parts: Path, finished: Path, tmp_path: Path) -> None:
-    words = [f"transformer.pretrained={finished / 'pipeline'}", "transformer.architecture=null"]
+    words = [f"{key}={finished / 'pipeline'}" for key in ("transformer.pretrained", "autoencoder.path")]
+    words += ["autoencoder.subfolder=vae", "transformer.architecture=null"]
     words += ["transformer.prediction=null", "transformer.overrides={}", "text={dropout: 0.3}", "max_steps=1"]
     words += ["optimizer.learning_rate=1e-12", "optimizer.schedule.warmup_steps=0"]
     folder = run(parts, tmp_path, *words, "data.subset=validation")
