@@ -37,8 +37,8 @@ from repagen.data.shapes.scenes import (
 from repagen.errors import UserError
 
 MIN_OVERLAP = 0.7
-"""Overlap (sum of minima over sum of maxima) with a template below which a part has no shape. A small triangle blurred by 0.8
-pixels has 0.73, a diamond with a circle 0.83."""
+"""Overlap (sum of minima over sum of maxima) with a template below which a part has no shape. A small triangle
+blurred by 0.8 pixels has 0.73, a diamond with a circle 0.83."""
 _MIN_COVERAGE = 0.4
 _MIN_AREA = 12.0  # square units; the smallest object has 29
 _MAX_COLOUR_DISTANCE = 80.0  # 8-bit RGB; the two nearest colours of the palette are 142 apart
