@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,21 @@ def test_a_scene_is_a_function_of_seed_and_index() -> None:
     assert all(len(sample_scene(0, index, num_objects=2).objects) == 2 for index in range(20))
     with pytest.raises(UserError, match="num_objects: 4"):
         sample_scene(0, 0, num_objects=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"combinations": "unseen", "shapes": ("ring",)}, "shapes: ring given, of which no scene is surely unseen"),
+        ({"combinations": "unsen"}, "combinations: 'unsen' given; allowed: all, seen, unseen"),
+        ({"shapes": "ring"}, "shapes: 'ring' given; allowed: a sequence of circle"),
+        ({"shapes": ()}, r"shapes: \(\) given"),
+        ({"shapes": ("circle", "rnig")}, "shapes: 'rnig' given; allowed: circle, .*, ring"),
+    ],
+)
+def test_scenes_that_cannot_be_drawn_by_lot_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sample_scene(0, 0, num_objects=1, **options)
 
 
 def test_a_pixel_is_the_mean_of_what_it_covers() -> None:
