@@ -88,8 +88,8 @@ class TextEncoder(PublishedModelMixin, StoredTextEncoder, ModelMixin, ConfigMixi
         Args:
             name_or_path: a folder or Hub id, or several. The other arguments then hold for all of them, or are
                 sequences with a value for each.
-            hidden_layer: -1: the last layer, after the final norm. Else the index of a block (0-based, negative from
-                the end), whose output is taken before any final norm: -2 is `hidden_states[-2]` of transformers.
+            hidden_layer: the index of a block (0-based, negative from the end). -1, the last, is read after the final
+                norm, any other before any final norm: -2 is `hidden_states[-2]` of transformers.
             max_length: tokens of a prompt; by default those of the family (CLIP 77, SigLIP 64, others 256). Longer
                 prompts lose their end, which is logged once.
             template: text around each prompt, with `{prompt}` in its place, such as the words of a chat template; none
