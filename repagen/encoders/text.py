@@ -101,7 +101,10 @@ class TextEncoder(PublishedModelMixin, StoredTextEncoder, ModelMixin, ConfigMixi
         Raises:
             UserError: one line for what cannot be found, reached or read, and for arguments that do not fit.
         """
-        sources = [name_or_path] if isinstance(name_or_path, str | os.PathLike) else list(name_or_path)
+        sources: list[Any] = list(name_or_path) if isinstance(name_or_path, list | tuple) else [name_or_path]
+        for source in sources:
+            if not isinstance(source, str | os.PathLike):
+                raise UserError(f"text encoder: {source!r} given; give a folder or a Hub id, or a list of them")
         asked = {"hidden_layer": hidden_layer, "max_length": max_length, "template": template, "revision": revision}
         options = [dict(zip(asked, values, strict=True)) for values in zip(*_each(asked, len(sources)), strict=True)]
         towers = [

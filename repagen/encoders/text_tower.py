@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,8 @@ def prompt_list(prompts: Sequence[str]) -> list[str]:
     Raises:
         UserError: for anything but texts.
     """
+    if not isinstance(prompts, Iterable):
+        raise UserError(f"prompts must be texts, got {type(prompts).__name__}")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):

@@ -69,6 +69,20 @@ def test_scenes_that_cannot_be_drawn_by_lot_are_refused(options: dict[str, Any],
         sample_scene(0, 0, num_objects=1, **options)
 
 
+def test_other_words_pictures_and_sizes_are_refused() -> None:
+    scene = SCENES[0]
+    with pytest.raises(UserError, match=r"SceneObject.colour: 'pink' given; allowed: red"):
+        replace(scene.objects[0], colour="pink")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"SceneObject.quadrant: 'middle' given; allowed: top left"):
+        replace(scene.objects[0], quadrant="middle")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"Scene.background: 'pink' given; allowed: grey"):
+        replace(scene, background="pink")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"image_size: 24.5 given; the shapes allow a whole number"):
+        draw_scene(scene, 24.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"picture: a Image given; allowed: an array"):
+        read_picture(Image.fromarray(draw_scene(scene)))  # type: ignore[arg-type]
+
+
 def test_a_pixel_is_the_mean_of_what_it_covers() -> None:
     """A large square is 10.8 units wide about the middle of its quadrant: from 2.6 to 13.4."""
     picture = draw_scene(Scene((SceneObject("square", "red", "large", "top left"),), "black")).astype(float)

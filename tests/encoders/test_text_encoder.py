@@ -277,6 +277,10 @@ def test_prompts_that_are_no_texts_are_refused(folders: dict[str, Path]) -> None
     encoder = TextEncoder.from_encoder(folders["clip"])
     with pytest.raises(UserError, match="prompts must be texts, got int at 1"):
         encoder.encode(["a", 5])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="prompts must be texts, got NoneType"):
+        encoder.encode(None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="text encoder: 5 given; give a folder or a Hub id"):
+        TextEncoder.from_encoder(5)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="cannot be split into tokens"):
         encoder.encode(["half a pair of surrogates \ud800"])
 

@@ -202,6 +202,10 @@ def read_picture(picture: np.ndarray | torch.Tensor) -> FoundScene:
 
 def _as_pixels(picture: np.ndarray | torch.Tensor) -> np.ndarray:
     array = picture.detach().cpu().numpy() if isinstance(picture, torch.Tensor) else picture
+    if not isinstance(array, np.ndarray):
+        raise UserError(
+            f"picture: a {type(picture).__name__} given; allowed: an array, as np.asarray makes, or a tensor"
+        )
     if array.ndim == 3 and array.dtype == np.uint8 and array.shape[2] == 3:
         pixels = array.astype(np.float64)
     elif array.ndim == 3 and np.issubdtype(array.dtype, np.floating) and array.shape[0] == 3:

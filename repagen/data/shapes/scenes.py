@@ -70,6 +70,16 @@ class SceneObject:
     quadrant: Quadrant
     offset: tuple[float, float] = (0.0, 0.0)
 
+    def __post_init__(self) -> None:
+        """Refuse unknown words.
+
+        Raises:
+            UserError: a word that is not of the vocabulary.
+        """
+        words = {"shape": (*SHAPES, *NEW_SHAPES), "colour": COLOURS, "size": SIZES, "quadrant": QUADRANTS}
+        for name, allowed in words.items():
+            _check_names(f"SceneObject.{name}", [getattr(self, name)], list(allowed))
+
     @property
     def kind(self) -> Kind:
         """Shape and colour."""
@@ -97,8 +107,9 @@ class Scene:
         """Refuse what cannot be drawn apart.
 
         Raises:
-            UserError: no object, too many, or two in one quadrant.
+            UserError: no object, too many, two in one quadrant, or an unknown background.
         """
+        _check_names("Scene.background", [self.background], list(BACKGROUNDS))
         quadrants = [item.quadrant for item in self.objects]
         if not 1 <= len(quadrants) <= MAX_OBJECTS or len(set(quadrants)) != len(quadrants):
             raise UserError(
