@@ -3,9 +3,7 @@
 FOLDER/prompt_cache.json            whose embeddings these are
 FOLDER/ab/abcd...01.safetensors     one prompt each, in at most 256 sub-folders; named by a hash of encoder and prompt
 
-A file takes 4 n D + L bytes and about 200 more, for a prompt of n tokens of its own and width D: 60 kB for 15 tokens
-of Qwen3-0.6B. Files are written in one rename, so that any number of processes may fill a cache and none reads half a
-file.
+Files are written in one rename, so that any number of processes may fill a cache and none reads half a file.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class TextEncoderSpec:
         family: a name of `repagen.encoders.text_families.TEXT_FAMILIES`.
         config: the network's own description: keys of its transformers config.
         max_length: tokens that are read of a prompt, and given out for it.
-        hidden_layer: -1: the last layer, after the final norm. Else the index of a block (0-based, negative from the
-            end), whose output is taken as it is, before any final norm.
+        hidden_layer: the index of a block (0-based, negative from the end): -1, the last, is read after the final
+            norm, any other as the block gives it, before any final norm.
         template: text around each prompt, with `{prompt}` in its place; None: the prompt alone.
         name_or_path: Hub id or folder the weights come from; None for random weights.
         revision: commit of the Hub repository.

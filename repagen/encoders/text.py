@@ -88,8 +88,8 @@ class TextEncoder(PublishedModelMixin, StoredTextEncoder, ModelMixin, ConfigMixi
         Args:
             name_or_path: a folder or Hub id, or several. The other arguments then hold for all of them, or are
                 sequences with a value for each.
-            hidden_layer: -1: the last layer, after the final norm. Else the index of a block (0-based, negative from
-                the end), whose output is taken before any final norm: -2 is `hidden_states[-2]` of transformers.
+            hidden_layer: the index of a block (0-based, negative from the end). -1, the last, is read after the final
+                norm, any other before any final norm: -2 is `hidden_states[-2]` of transformers.
             max_length: tokens of a prompt; by default those of the family (CLIP 77, SigLIP 64, others 256). Longer
                 prompts lose their end, which is logged once.
             template: text around each prompt, with `{prompt}` in its place, such as the words of a chat template; none
@@ -101,7 +101,10 @@ class TextEncoder(PublishedModelMixin, StoredTextEncoder, ModelMixin, ConfigMixi
         Raises:
             UserError: one line for what cannot be found, reached or read, and for arguments that do not fit.
         """
-        sources = [name_or_path] if isinstance(name_or_path, str | os.PathLike) else list(name_or_path)
+        sources: list[Any] = list(name_or_path) if isinstance(name_or_path, list | tuple) else [name_or_path]
+        for source in sources:
+            if not isinstance(source, str | os.PathLike):
+                raise UserError(f"text encoder: {source!r} given; give a folder or a Hub id, or a list of them")
         asked = {"hidden_layer": hidden_layer, "max_length": max_length, "template": template, "revision": revision}
         options = [dict(zip(asked, values, strict=True)) for values in zip(*_each(asked, len(sources)), strict=True)]
         towers = [

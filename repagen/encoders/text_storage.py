@@ -13,7 +13,16 @@ import torch
 from torch import nn
 
 from repagen.encoders.spec import TextEncoderSpec
-from repagen.encoders.text_tower import TextTower, label, load_tokenizer, load_tower, text_family, tokenizer_sha256
+from repagen.encoders.text_tower import (
+    TextTower,
+    from_end,
+    label,
+    load_tokenizer,
+    load_tower,
+    text_family,
+    tokenizer_sha256,
+    tower_config,
+)
 from repagen.errors import UserError
 from repagen.hub.fetching import complete_snapshot
 from repagen.hub.saved_models import inspected_source
@@ -89,12 +98,18 @@ class StoredTextEncoder(WholeModelMixin):
     def describe(self) -> list[dict[str, Any]]:
         """Return {name, weights, tokenizer (hashes), hidden_layer, max_length, template} of each encoder, JSON-able.
 
-        Encoders of equal descriptions, but for names, give equal embeddings (in the same dtype). Nothing is fetched
-        for it.
+        Encoders of equal descriptions, but for names, give equal embeddings (in the same dtype). A layer is counted
+        from the end, whichever way it was given. Nothing is fetched for it.
         """
-        facts = ("weights", "tokenizer", "hidden_layer", "max_length", "template")
         return [
-            {"name": spec.name_or_path or spec.family, **{name: getattr(spec, name) for name in facts}}
+            {
+                "name": spec.name_or_path or spec.family,
+                "weights": spec.weights,
+                "tokenizer": spec.tokenizer,
+                "hidden_layer": from_end(spec.hidden_layer, tower_config(spec)),
+                "max_length": spec.max_length,
+                "template": spec.template,
+            }
             for spec in self._hashed_specs()
         ]
 

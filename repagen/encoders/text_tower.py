@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,7 @@ class TextTower(nn.Module):
         self.tokenizer = tokenizer
         self.width: int = config.hidden_size
         self._vocabulary: int = config.vocab_size
-        self._layer = spec.hidden_layer % config.num_hidden_layers
-        self._is_last = self._layer == config.num_hidden_layers - 1
+        self._layer = from_end(spec.hidden_layer, config)
         self._fed_length = getattr(config, self.family.positions_key) if self.family.sees_padding else spec.max_length
         self._told = False
         self._fingerprint: str | None = None
@@ -101,10 +100,10 @@ class TextTower(nn.Module):
         output = self.model(
             input_ids=ids,
             attention_mask=None if self.family.sees_padding else mask.long(),
-            output_hidden_states=not self._is_last,
+            output_hidden_states=self._layer != -1,
             **self.family.arguments,
         )
-        states = output.last_hidden_state if self._is_last else output.hidden_states[self._layer + 1]
+        states = output.last_hidden_state if self._layer == -1 else output.hidden_states[self._layer]
         mask = mask[:, :length]
         return states[:, :length].float().masked_fill(~mask[..., None], 0.0), mask
 
@@ -167,6 +166,8 @@ def prompt_list(prompts: Sequence[str]) -> list[str]:
     Raises:
         UserError: for anything but texts, or one that cannot be written as UTF-8.
     """
+    if not isinstance(prompts, Iterable):
+        raise UserError(f"prompts must be texts, got {type(prompts).__name__}")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
@@ -220,6 +221,12 @@ def check_reading(spec: TextEncoderSpec, config: Any) -> None:
         raise UserError(f"{where}: max_length {length!r} must be a whole number of at least 1{bound}")
     if spec.template is not None and spec.template.count(_PLACE) != 1:
         raise UserError(f"{where}: template {spec.template!r} must hold {_PLACE} once, where the prompt goes")
+
+
+def from_end(layer: int, config: Any) -> int:
+    """Return a block's index counted from the end, -1 for the last, whichever way it was given."""
+    depth: int = config.num_hidden_layers
+    return layer % depth - depth
 
 
 def kept_part(family: TextFamily, model: Any) -> Any:

@@ -36,8 +36,10 @@ def check_attention_kwargs(attention_kwargs: Mapping[str, Any] | None) -> None:
     """Refuse what `apply_lora_scale` would pass over, or fail at.
 
     Raises:
-        UserError: another key than "scale", or a scale that is no finite number.
+        UserError: no mapping, another key than "scale", or a scale that is no finite number.
     """
+    if not isinstance(attention_kwargs, Mapping | None):
+        raise UserError(f"attention_kwargs is {attention_kwargs!r}; give a dict, as {{'scale': 0.5}}, or None")
     unknown = sorted(map(repr, set(attention_kwargs or {}) - {"scale"}))
     if unknown:
         raise UserError(f"attention_kwargs has {', '.join(unknown)}; allowed: 'scale', which multiplies LoRA layers")

@@ -14,6 +14,7 @@ from PIL import Image
 from repagen.errors import UserError
 from repagen.flow.path import interpolate
 from repagen.flow.time import TimeShift
+from repagen.pipelines.sampling_options import is_number
 from repagen.schedulers.presets import lay_grid
 
 Images: TypeAlias = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image | np.ndarray | torch.Tensor]
@@ -63,8 +64,10 @@ def lay_partial_grid(
     Raises:
         UserError: as `lay_grid`; strength outside [0, 1].
     """
-    if not 0 <= strength <= 1:
-        raise UserError(f"strength is {strength}; give a number in [0, 1]: 0 keeps the image, 1 leaves nothing of it")
+    if not (is_number(strength) and 0 <= strength <= 1):
+        raise UserError(
+            f"strength is {strength!r}; give a number in [0, 1]: 0 keeps the image, 1 leaves nothing of it"
+        )
     grid = lay_grid(scheduler, num_inference_steps, sigmas, device)
     if strength == 1 or grid is None:
         return True
@@ -90,12 +93,36 @@ def image_batch(images: Images, size: tuple[int, int], name: str, channels: int)
     Raises:
         UserError: something that is none of these, or numbers outside [0, 1].
     """
+    return torch.cat([_covering(batch, size) for batch in _batches(images, name, channels)])
+
+
+def check_frames(images: Images, masks: Images) -> None:
+    """Refuse a mask of other proportions than its image, over which it would not lie.
+
+    Raises:
+        UserError: proportions that differ by more than a pixel; what is no image.
+    """
+    frames, covers = (
+        [(batch.shape[2], batch.shape[3]) for batch in _batches(*given) for _ in batch]
+        for given in ((images, "image", 3), (masks, "mask_image", 1))
+    )
+    count = max(len(frames), len(covers))
+    frames, covers = (sizes * count if len(sizes) == 1 else sizes for sizes in (frames, covers))
+    for (height, width), (rows, columns) in zip(frames, covers, strict=False):
+        if abs(rows * width - columns * height) > max(height, width, rows, columns):
+            raise UserError(
+                f"mask_image is {columns} x {rows} for an image of {width} x {height}; give one of the image's size, "
+                "or of its proportions"
+            )
+
+
+def _batches(images: Images, name: str, channels: int) -> list[torch.Tensor]:
     if isinstance(images, (Image.Image, torch.Tensor, np.ndarray)):
         images = [images]
     batches = [_tensors(image, name, channels) for image in images]
     if not batches:
         raise UserError(f"{name} is an empty list; give at least one")
-    return torch.cat([_covering(batch, size) for batch in batches])
+    return batches
 
 
 def token_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

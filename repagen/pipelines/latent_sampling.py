@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -32,7 +33,7 @@ from repagen.pipelines.guided_prediction import (
 )
 from repagen.pipelines.loading import CommitLoading
 from repagen.pipelines.lora import AdapterMixin
-from repagen.pipelines.sampling_options import SamplingOptions
+from repagen.pipelines.sampling_options import SamplingOptions, is_number
 from repagen.schedulers.presets import DISCRETE_SCHEDULERS, lay_grid
 
 if TYPE_CHECKING:
@@ -193,8 +194,8 @@ class LatentSamplingPipeline(PublishedMixin, AdapterMixin, CommitLoading):
         """
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}")
-        if num_images_per_prompt < 1:
-            raise UserError(f"num_images_per_prompt is {num_images_per_prompt}; give at least 1")
+        if not is_number(num_images_per_prompt, Integral) or num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt is {num_images_per_prompt!r}; give a whole number, at least 1")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             allowed = ", ".join(self._callback_tensor_inputs)
@@ -419,7 +420,10 @@ def _end_xla_step() -> None:
 
 
 def check_generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
-    """Refuse a list of generators of another length than the batch."""
+    """Refuse what is no generator, and a list of generators of another length than the batch."""
+    given: list[Any] = generator if isinstance(generator, list) else [generator] * (generator is not None)
+    if strange := [one for one in given if not isinstance(one, torch.Generator)]:
+        raise UserError(f"generator has a {type(strange[0]).__name__}; give a torch.Generator, or a list of them")
     if isinstance(generator, list) and len(generator) != batch_size:
         raise UserError(f"generator is a list of {len(generator)} for {batch_size} images; give one per image")
 

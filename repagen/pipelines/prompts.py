@@ -74,7 +74,11 @@ class PromptArgument:
             )
 
     def _check_embeddings(self, embeddings: torch.Tensor, text_dim: int | None) -> None:
-        name, shape = f"{self.name}_embeds", tuple(embeddings.shape)
+        name = f"{self.name}_embeds"
+        for argument, value in {name: embeddings, f"{name}_mask": self.mask}.items():
+            if not isinstance(value, torch.Tensor | None):
+                raise UserError(f"{argument} is a {type(value).__name__}; give a tensor")
+        shape = tuple(embeddings.shape)
         if len(shape) != 3 or 0 in shape or not embeddings.is_floating_point():
             raise UserError(f"{name} is {embeddings.dtype} of shape {shape}; give floats (prompts, tokens, width)")
         if text_dim is not None and shape[2] != text_dim:

@@ -42,18 +42,20 @@ class SamplingOptions:
         Raises:
             UserError: names the option and what is allowed.
         """
-        if not (_is_number(self.guidance_scale) and math.isfinite(self.guidance_scale)):
+        if not (is_number(self.guidance_scale) and math.isfinite(self.guidance_scale)):
             raise UserError(f"guidance_scale is {self.guidance_scale!r}; give a finite number")
-        if len(self.guidance_interval) != 2:
-            raise UserError(f"guidance_interval is {self.guidance_interval}; give (low, high)")
+        interval: Any = self.guidance_interval
+        if not (isinstance(interval, (tuple, list)) and len(interval) == 2 and all(map(is_number, interval))):
+            raise UserError(f"guidance_interval is {interval!r}; give (low, high)")
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))  # JSON knows lists only
         GuidanceInterval(*self.guidance_interval)
         if self.guidance_method not in (None, *GUIDANCE_METHODS):
             allowed = ", ".join(GUIDANCE_METHODS)
             raise UserError(f"guidance_method is {self.guidance_method!r}; allowed: {allowed}")
-        for name, least in {"guidance_channels": 1, "zero_init_steps": 0, "num_loops": 1}.items():
+        least_of = {"num_inference_steps": 1, "guidance_channels": 1, "zero_init_steps": 0, "num_loops": 1}
+        for name, least in least_of.items():
             value = getattr(self, name)
-            if value is not None and not (_is_number(value, Integral) and value >= least):
+            if value is not None and not (is_number(value, Integral) and value >= least):
                 raise UserError(f"{name} is {value!r}; give a whole number, at least {least}")
 
     @classmethod
@@ -76,5 +78,6 @@ class SamplingOptions:
         return cls(**{name: value for name, value in chosen.items() if value is not None})
 
 
-def _is_number(value: Any, kind: type = Real) -> bool:
+def is_number(value: Any, kind: type = Real) -> bool:
+    """Whether a value is a number of a kind of `numbers`, of Python or numpy; True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from repagen.flow.guidance import GuidanceMethod
 from repagen.hub.published import PublishedMixin
 from repagen.models.latents import decoded_size, images_to_latents
 from repagen.pipelines.components import Autoencoder, Scheduler, Transformer
-from repagen.pipelines.editing import Images, KnownImage, image_batch, lay_partial_grid, token_mask
+from repagen.pipelines.editing import Images, KnownImage, check_frames, image_batch, lay_partial_grid, token_mask
 from repagen.pipelines.guided_prediction import Condition, GuidedPrediction
 from repagen.pipelines.latent_sampling import (
     LatentSamplingPipeline,
@@ -25,7 +26,7 @@ from repagen.pipelines.latent_sampling import (
     tensor_inputs_of,
 )
 from repagen.pipelines.prompts import NULL_PROMPTS, PromptArgument, Prompts, as_many, of_one_length
-from repagen.pipelines.sampling_options import SamplingOptions
+from repagen.pipelines.sampling_options import SamplingOptions, is_number
 
 if TYPE_CHECKING:
     from repagen.hub.card import LicenceFact
@@ -156,8 +157,8 @@ class TextToImagePipeline(LatentSamplingPipeline):
             image: to edit: one, or one per prompt; scaled until it covers height and width, then cropped.
             strength: time t in [0, 1] to which the image is noised and sampling begins; 0 returns its reconstruction,
                 1 is sampling without it. By default 0.6, with a mask 1.
-            mask_image: what to repaint, white: the tokens it touches are drawn anew. The others keep the latents of
-                the image exactly.
+            mask_image: what to repaint, white, in the image's proportions: the tokens it touches are drawn anew. The
+                others keep the latents of the image exactly.
             interpolate_to: a second prompt, or one per prompt.
             interpolation: its share in [0, 1], one number or one per image; by default 1/2. What is interpolated is
                 the prediction at every step, (1 - share) v(prompt) + share v(second), exact at both ends; prompts of
@@ -285,7 +286,8 @@ class TextToImagePipeline(LatentSamplingPipeline):
             num_images_per_prompt: of the call.
 
         Raises:
-            UserError: what is no image, another number of them than prompts, or of a size that is not encoded.
+            UserError: what is no image, another number of them than prompts, of a size that is not encoded, or a mask
+                of other proportions than its image.
         """
         grid, prompts = (noise.shape[2], noise.shape[3]), len(noise) // num_images_per_prompt
         size = decoded_size(self.vae, noise.shape[1:])
@@ -293,6 +295,7 @@ class TextToImagePipeline(LatentSamplingPipeline):
         clean = images_to_latents(self.vae, pixels, sample_posterior=False).float()
         repainted = None
         if mask_image is not None:
+            check_frames(image, mask_image)
             mask = image_batch(mask_image, size, "mask_image", channels=1).to(noise.device)
             repainted = _one_per_prompt(token_mask(mask, grid), prompts, num_images_per_prompt, "mask_image")
         return KnownImage(_one_per_prompt(clean, prompts, num_images_per_prompt, "image"), noise, repainted)
@@ -309,9 +312,9 @@ class TextToImagePipeline(LatentSamplingPipeline):
         multiple = factor * self.transformer.config.patch_size
         size = {"height": own_height if height is None else height, "width": own_width if width is None else width}
         for name, pixels in size.items():
-            if not isinstance(pixels, int) or pixels < 1 or pixels % multiple:
-                raise UserError(f"{name} is {pixels}; give a positive multiple of {multiple} px")
-        grid = (size["height"] // factor, size["width"] // factor)
+            if not is_number(pixels, Integral) or pixels < 1 or pixels % multiple:
+                raise UserError(f"{name} is {pixels!r}; give a positive multiple of {multiple} px")
+        grid = (int(size["height"]) // factor, int(size["width"]) // factor)
         if grid == own[1:]:
             return grid
         if not self.transformer.any_size:

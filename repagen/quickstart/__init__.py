@@ -11,6 +11,8 @@ import logging
 import sys
 from pathlib import Path
 
+from repagen.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -31,4 +33,6 @@ def run(args: argparse.Namespace) -> str:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     output = Path(args.output or ("runs/shapes" if args.text else "runs/digits")).expanduser()
+    if any(place.exists() and not place.is_dir() for place in (output, *output.parents)):
+        raise UserError(f"--output is {output}, which is or lies under a file; give a folder, new or of a quickstart")
     return text.run(output, args.seed) if args.text else digits.run(output, args.seed)

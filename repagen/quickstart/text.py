@@ -17,6 +17,7 @@ from repagen.config import load_config
 from repagen.data import shapes_pipeline_path
 from repagen.data.shapes import check_picture
 from repagen.data.shapes.prompts import ScenePrompt
+from repagen.errors import UserError
 from repagen.evaluation.reporting import aligned
 from repagen.evaluation.text_to_image.prompted import PipelinePromptImages
 from repagen.evaluation.text_to_image.shapes import GROUPS, ShapesPrompts, ShapesScore, evaluate_shapes
@@ -41,8 +42,10 @@ def run(output: Path, seed: int) -> str:
         seed: of scenes, noise, weights and batches.
 
     Raises:
-        UserError: the folder cannot be used.
+        UserError: the folder cannot be used, or was begun with another seed.
     """
+    config = scratch_config(output / "generator", seed)
+    _refuse_other_seed(output, config)
     clock = Clock()
     output.mkdir(parents=True, exist_ok=True)
     clock.begin("shipped pipeline", "shipped pipeline: load it, draw fresh prompts, read the pictures")
@@ -52,7 +55,6 @@ def run(output: Path, seed: int) -> str:
     write_sheet(pipeline, replace(prompts, num_prompts=SHEET_PROMPTS // len(GROUPS)), output / "prompts.png")
 
     clock.begin("training", "text_to_image: train a generator from scratch in the same latents")
-    config = scratch_config(output / "generator", seed)
     folder = text_to_image.train(config)
     clock.begin("curve", "its score after more and more images")
     prompts_of_a_point = ShapesPrompts(PROMPTS_OF_A_POINT, seed, SEEN_GROUPS)
@@ -81,6 +83,15 @@ def run(output: Path, seed: int) -> str:
     }
     (output / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return _summary(output, folder, shipped.score, curve, clock)
+
+
+def _refuse_other_seed(output: Path, config: TextToImageConfig) -> None:
+    """Refuse, before anything is overwritten, what the training would refuse after the first part."""
+    begun = Path(config.output_dir) / "config.yaml"
+    if begun.is_file() and (before := load_config(TextToImageConfig, str(begun), []).seed) != config.seed:
+        raise UserError(
+            f"--seed is {config.seed}, but {output} was begun with --seed {before}; give that one, or another --output"
+        )
 
 
 def write_sheet(pipeline: TextToImagePipeline, prompts: ShapesPrompts, path: Path) -> None:

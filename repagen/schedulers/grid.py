@@ -85,7 +85,7 @@ class ExplicitGridScheduler(PublishedMixin, SchedulerMixin, ConfigMixin):
             if num_inference_steps is None:
                 raise UserError("set_timesteps got neither num_inference_steps nor sigmas; give one of them")
             sigmas = self.default_sigmas(num_inference_steps)
-        grid = self._grid(TimeShift(self.shift)(_checked(sigmas)))
+        grid = self._grid(TimeShift(self.shift)(checked_sigmas(sigmas)))
         self._times: list[float] = grid.tolist()
         self.sigmas = grid.to(torch.float32)
         self.timesteps = (self._model_sigmas() * self.config["num_train_timesteps"]).to(device)
@@ -148,10 +148,18 @@ def linear_sigmas_to(last_sigma: float, num_points: int) -> list[float]:
     return torch.linspace(1, last_sigma, num_points, dtype=torch.float64).tolist()
 
 
-def _checked(sigmas: Sequence[float]) -> torch.Tensor:
-    times = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+def checked_sigmas(sigmas: Sequence[float]) -> torch.Tensor:
+    """Return unshifted times as a tensor (M,) float64 on the CPU.
+
+    Raises:
+        UserError: what is no list of numbers, or not falling within [0, 1].
+    """
+    try:
+        times = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"sigmas is {sigmas!r}; give a list of falling times in [0, 1]") from None
     if times.ndim != 1 or len(times) == 0:
         raise UserError(f"sigmas has shape {tuple(times.shape)}; give a list of falling times in [0, 1]")
-    if times[0] > 1 or times[-1] < 0 or not bool((times.diff() < 0).all()):
+    if not (times[0] <= 1 and times[-1] >= 0 and bool((times.diff() < 0).all())):
         raise UserError(f"sigmas run from {times[0]:g} to {times[-1]:g}; give falling times in [0, 1]")
     return times

@@ -14,7 +14,7 @@ from repagen.errors import UserError
 from repagen.flow.time import TimeShift
 from repagen.schedulers.euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from repagen.schedulers.euler_truncated import FlowMatchEulerTruncatedScheduler
-from repagen.schedulers.grid import ExplicitGridScheduler, linear_sigmas_to_zero
+from repagen.schedulers.grid import ExplicitGridScheduler, checked_sigmas, linear_sigmas_to_zero
 from repagen.schedulers.heun import FlowMatchHeunScheduler
 
 DISCRETE_SCHEDULERS = (DDPMScheduler, DDIMScheduler)
@@ -156,11 +156,12 @@ def lay_grid(
         The unshifted sigmas; None for integer steps.
 
     Raises:
-        UserError: a scheduler of another kind, sigmas for integer steps, or a number of steps without a grid.
+        UserError: a scheduler of another kind, sigmas that do not fall within [0, 1], sigmas for integer steps, or a
+            number of steps without a grid.
     """
     discrete = isinstance(scheduler, DISCRETE_SCHEDULERS)
     if not discrete:
-        grid = unshifted_sigmas(scheduler, num_inference_steps) if sigmas is None else list(sigmas)
+        grid = unshifted_sigmas(scheduler, num_inference_steps) if sigmas is None else checked_sigmas(sigmas).tolist()
         scheduler.set_timesteps(sigmas=grid, device=device)
         return grid
     if sigmas is not None:

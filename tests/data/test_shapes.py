@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from repagen.data.shapes import (
     read_picture,
     sample_scene,
 )
+from repagen.data.shapes.scenes import Background, Size
 from repagen.errors import UserError
 
 SCENES = [sample_scene(11, index, combinations="all") for index in range(150)]
@@ -50,6 +52,35 @@ def test_a_scene_is_a_function_of_seed_and_index() -> None:
     assert all(len(sample_scene(0, index, num_objects=2).objects) == 2 for index in range(20))
     with pytest.raises(UserError, match="num_objects: 4"):
         sample_scene(0, 0, num_objects=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"combinations": "unseen", "shapes": ("ring",)}, "shapes: ring given, of which no scene is surely unseen"),
+        ({"combinations": "unsen"}, "combinations: 'unsen' given; allowed: all, seen, unseen"),
+        ({"shapes": "ring"}, "shapes: 'ring' given; allowed: a sequence of circle"),
+        ({"shapes": ()}, r"shapes: \(\) given"),
+        ({"shapes": ("circle", "rnig")}, "shapes: 'rnig' given; allowed: circle, .*, ring"),
+    ],
+)
+def test_scenes_that_cannot_be_drawn_by_lot_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sample_scene(0, 0, num_objects=1, **options)
+
+
+def test_other_words_pictures_and_sizes_are_refused() -> None:
+    scene = SCENES[0]
+    with pytest.raises(UserError, match=r"SceneObject.colour: 'pink' given; allowed: red"):
+        replace(scene.objects[0], colour="pink")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"SceneObject.quadrant: 'middle' given; allowed: top left"):
+        replace(scene.objects[0], quadrant="middle")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"Scene.background: 'pink' given; allowed: grey"):
+        replace(scene, background="pink")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"image_size: 24.5 given; the shapes allow a whole number"):
+        draw_scene(scene, 24.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"picture: a Image given; allowed: an array"):
+        read_picture(Image.fromarray(draw_scene(scene)))  # type: ignore[arg-type]
 
 
 def test_a_pixel_is_the_mean_of_what_it_covers() -> None:
@@ -82,11 +113,50 @@ def test_thousands_of_drawn_pictures_are_read_as_they_are() -> None:
 
 def test_blur_and_noise_are_forgiven() -> None:
     random = np.random.default_rng(0)
-    for scene in SCENES[:60]:
-        blurred = np.asarray(Image.fromarray(draw_scene(scene)).filter(ImageFilter.GaussianBlur(0.6)))
-        noisy = (blurred + random.normal(0, 10, blurred.shape)).clip(0, 255)
-        tensor = torch.from_numpy(noisy).permute(2, 0, 1).float().div(255)
-        assert check_scene(tensor, scene).right
+    for scene in SCENES[:30]:
+        drawn = draw_scene(scene)
+        assert check_scene(blurred(drawn, 0.8), scene).right
+        noisy = (drawn + random.normal(0, 20, drawn.shape)).clip(0, 255)
+        assert check_scene(torch.from_numpy(noisy).permute(2, 0, 1).float().div(255), scene).right
+    rings: list[tuple[Size, float]] = [("large", 0.8), ("small", 0.7)]
+    for size, radius in rings:
+        ring = Scene((SceneObject("ring", "red", size, "top left"),))
+        assert check_scene(blurred(draw_scene(ring), radius), ring).right
+
+
+def blurred(picture: np.ndarray, radius: float) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
+
+
+@pytest.mark.parametrize(
+    ("background", "colour"),
+    [
+        ("grey", (255, 160, 180)),
+        ("grey", (200, 200, 200)),
+        ("white", (255, 200, 160)),
+        ("white", (200, 200, 200)),
+        ("black", (120, 60, 20)),
+        ("black", (60, 60, 60)),
+    ],
+)
+def test_an_object_of_no_colour_counts(background: Background, colour: tuple[int, int, int]) -> None:
+    scene = Scene((SceneObject("circle", "red", "large", "top left"),), background)
+    picture = draw_scene(scene)
+    y, x = np.mgrid[:32, :32] + 0.5
+    picture[(x - 24) ** 2 + (y - 24) ** 2 <= 36] = colour
+    verdict = check_scene(picture, scene)
+    assert verdict.object and verdict.colour and not verdict.count and not verdict.kind and not verdict.right
+    alone = read_picture(np.where(x[..., None] > 16, picture, picture[0, 0]))
+    assert [item.colour for item in alone.objects] == [None]
+    assert not judge(alone, prompt_of(scene, "a circle")).right
+
+
+def test_on_a_ground_of_a_palette_s_colour_other_colours_are_read() -> None:
+    picture = np.full((32, 32, 3), COLOURS["red"], np.uint8)
+    assert read_picture(picture).objects == ()
+    picture[4:14, 4:14] = COLOURS["blue"]
+    found = read_picture(picture)
+    assert [(item.shape, item.colour) for item in found.objects] == [("square", "blue")] and found.background is None
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,15 @@ def test_embeddings_are_those_of_transformers(family: str, folders: dict[str, Pa
             assert not embeddings[0, len(ids) :].any()
 
 
+@pytest.mark.parametrize("family", ["clip", "qwen3"])
+def test_a_layer_has_one_reading_and_one_identity(family: str, folders: dict[str, Path]) -> None:
+    """The last block is read after the final norm, by its index too."""
+    for index in range(3):
+        from_start, from_end = (TextEncoder.from_encoder(folders[family], hidden_layer=n) for n in (index, index - 3))
+        assert torch.equal(from_start.encode(PROMPTS[:1]).embeddings, from_end.encode(PROMPTS[:1]).embeddings)
+        assert from_start.describe() == from_end.describe()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_depends_on_no_other_prompt(family: str, folders: dict[str, Path]) -> None:
     encoder = TextEncoder.from_encoder(folders[family])
@@ -270,6 +279,10 @@ def test_prompts_that_are_no_texts_are_refused(folders: dict[str, Path]) -> None
         encoder.encode(["a", 5])  # type: ignore[list-item]
     with pytest.raises(UserError, match=r"^prompt 1: character 26 is '.ud800', which is half"):
         encoder.encode(["a", "half a pair of surrogates \ud800"])
+    with pytest.raises(UserError, match="prompts must be texts, got NoneType"):
+        encoder.encode(None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="text encoder: 5 given; give a folder or a Hub id"):
+        TextEncoder.from_encoder(5)  # type: ignore[arg-type]
 
 
 def test_other_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tiny_pipelines import (
 
 from repagen import TextToImagePipeline, UserError, sampler_preset
 from repagen.models.latents import images_to_latents
-from repagen.pipelines.editing import image_batch, token_mask
+from repagen.pipelines.editing import check_frames, image_batch, token_mask
 
 EDGE = 8  # px of the images, 4 x 4 tokens
 
@@ -198,6 +198,16 @@ class TestImages:
         with pytest.raises(UserError, match=message):
             image_batch(image, (8, 8), "image", 3)
 
-    def test_strength_out_of_range(self, pipe, image):
-        with pytest.raises(UserError, match=r"strength is 1.5; give a number in \[0, 1\]"):
-            drawn(pipe, image=image, strength=1.5)
+    def test_a_mask_lies_over_its_image(self, pipe, image):
+        with pytest.raises(
+            UserError, match="mask_image is 16 x 8 for an image of 8 x 8; give one of the image's size"
+        ):
+            drawn(pipe, image=torch.rand(3, 8, 8), mask_image=torch.zeros(8, 16))
+        check_frames(torch.rand(2, 3, 33, 50), [torch.zeros(17, 25), torch.zeros(66, 100)])
+        with pytest.raises(UserError, match="mask_image is 4 x 8 for an image of 8 x 8"):
+            check_frames(torch.rand(2, 3, 8, 8), [torch.zeros(8, 8), torch.zeros(8, 4)])
+
+    @pytest.mark.parametrize("strength", [1.5, "x"])
+    def test_strength_out_of_range(self, pipe, image, strength):
+        with pytest.raises(UserError, match=rf"strength is {strength!r}; give a number in \[0, 1\]"):
+            drawn(pipe, image=image, strength=strength)

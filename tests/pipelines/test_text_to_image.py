@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 
+import numpy as np
 import pytest
 import test_class_to_image as of_classes
 import torch
@@ -425,6 +426,18 @@ def embeddings(*shape: int) -> torch.Tensor:
         ({"output_type": "jpg"}, "'jpg'; allowed: pil, np, pt, latent"),
         ({"callback_on_step_end_tensor_inputs": ["x"]}, "x; allowed: latents, prompt_embeds, negative_prompt_embeds"),
         ({"height": 22}, "height is 22; give a positive multiple of 4 px"),
+        ({"height": 24.0}, "height is 24.0; give a positive multiple of 4 px"),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt is 1.5; give a whole number, at least 1"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt is True; give a whole number"),
+        ({"num_images_per_prompt": "2"}, "num_images_per_prompt is '2'; give a whole number"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5; give a whole number, at least 1"),
+        ({"guidance_interval": "ab"}, r"guidance_interval is 'ab'; give \(low, high\)"),
+        ({"guidance_interval": (0, "b")}, r"guidance_interval is \(0, 'b'\); give"),
+        ({"attention_kwargs": 3}, "attention_kwargs is 3; give a dict"),
+        ({"generator": 5}, "generator has a int; give a torch.Generator, or a list"),
+        ({"generator": (seeded(),)}, "generator has a tuple; give a torch.Generator"),
+        ({"prompt": None, "prompt_embeds": [1, 2]}, "prompt_embeds is a list; give a tensor"),
+        ({"sigmas": [0.5, 1.0]}, "sigmas run from 0.5 to 1; give falling times"),
         ({"strength": 0.5}, "strength is given without an image"),
         ({"mask_image": torch.zeros(4, 4)}, "mask_image is given without an image"),
         ({"interpolation": 0.5}, "interpolation is given without a second prompt"),
@@ -439,6 +452,11 @@ def test_wrong_arguments_are_named_in_one_line(call, message):
     with pytest.raises(UserError, match=message) as error:
         images(tiny_text_pipeline(), **call)
     assert "\n" not in str(error.value)
+
+
+def test_a_size_may_be_a_number_of_numpy():
+    pipe = tiny_text_pipeline()
+    assert pipe.latent_grid(np.int64(16), np.int64(16)) == pipe.latent_grid(16, 16)
 
 
 @pytest.mark.parametrize(

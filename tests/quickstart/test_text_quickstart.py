@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from repagen import TextToImagePipeline
+from repagen import TextToImagePipeline, UserError, quickstart
+from repagen.config import save_config
 from repagen.data import shapes_pipeline_path
 from repagen.evaluation.text_to_image.shapes import GROUPS, ShapesPrompts, evaluate_shapes
 from repagen.quickstart.figures import save_score_plot, save_sheet
@@ -34,6 +36,19 @@ def test_prompt_and_seed_decide_the_picture() -> None:
     assert np.array_equal(red, draw("a red circle at the top left on a grey background", 0))
     assert np.abs(red - draw("a blue square at the top left on a grey background", 0)).max() > 0.3
     assert not np.array_equal(red, draw("a red circle at the top left on a grey background", 1))
+
+
+def test_a_file_and_a_folder_of_another_seed_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    for output in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "below"):
+        with pytest.raises(UserError, match=r"--output is .*, which is or lies under a file; give a folder"):
+            quickstart.run(argparse.Namespace(text=True, output=str(output), seed=0))
+    config = scratch_config(tmp_path / "shapes" / "generator", 3)
+    Path(config.output_dir).mkdir(parents=True)
+    save_config(config, Path(config.output_dir) / "config.yaml")
+    with pytest.raises(UserError, match=r"--seed is 4, but .*shapes was begun with --seed 3; give that one"):
+        quickstart.run(argparse.Namespace(text=True, output=str(tmp_path / "shapes"), seed=4))
+    assert [path.name for path in (tmp_path / "shapes").iterdir()] == ["generator"]
 
 
 def test_pictures_of_scores_and_prompts(tmp_path: Path) -> None:

@@ -196,6 +196,25 @@ def test_ddpm_steps_are_spread_as_published_and_have_no_sigmas():
     assert scheduler.timesteps.tolist() == list(range(960, -1, -40))
 
 
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchEulerTruncatedScheduler])
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [
+        ([0.5, 1.0], "run from 0.5 to 1;"),
+        ([1.0, 1.0, 0.5], "run from 1 to 0.5;"),
+        ([2.0, 1.0], "run from 2 to 1;"),
+        ([0.5, -0.5], "run from 0.5 to -0.5;"),
+        ([float("nan")], "run from nan to nan;"),
+        ([], r"has shape \(0,\);"),
+        (5, r"has shape \(\);"),
+        ("ab", "is 'ab';"),
+    ],
+)
+def test_sigmas_that_do_not_fall_are_refused(scheduler, sigmas, message):
+    with pytest.raises(UserError, match=f"sigmas {message} give (a list of )?falling times"):
+        lay_grid(scheduler(), 4, sigmas)
+
+
 def test_integer_steps_refuse_shift_and_sigmas():
     with pytest.raises(UserError, match="'dit-ddpm' walks integer steps, which have no time shift; shift is 2"):
         sampler_preset("dit-ddpm", shift=2)

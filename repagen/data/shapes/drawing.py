@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 
 import numpy as np
 
@@ -51,9 +52,13 @@ def picture_sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) of one side or of both.
 
     Raises:
-        UserError: a side is too short to tell the shapes apart.
+        UserError: a side is no whole number of pixels, or too short to tell the shapes apart.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    if not (isinstance(height, Integral) and isinstance(width, Integral)):
+        raise UserError(
+            f"image_size: {image_size!r} given; the shapes allow a whole number of pixels, or two in a tuple"
+        )
     if min(height, width) < 24:
         raise UserError(f"image_size: {height}x{width} given; the shapes allow 24 pixels a side or more, such as 32")
     return height, width

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -70,6 +70,16 @@ class SceneObject:
     quadrant: Quadrant
     offset: tuple[float, float] = (0.0, 0.0)
 
+    def __post_init__(self) -> None:
+        """Refuse unknown words.
+
+        Raises:
+            UserError: a word that is not of the vocabulary.
+        """
+        words = {"shape": (*SHAPES, *NEW_SHAPES), "colour": COLOURS, "size": SIZES, "quadrant": QUADRANTS}
+        for name, allowed in words.items():
+            _check_names(f"SceneObject.{name}", [getattr(self, name)], list(allowed))
+
     @property
     def kind(self) -> Kind:
         """Shape and colour."""
@@ -97,8 +107,9 @@ class Scene:
         """Refuse what cannot be drawn apart.
 
         Raises:
-            UserError: no object, too many, or two in one quadrant.
+            UserError: no object, too many, two in one quadrant, or an unknown background.
         """
+        _check_names("Scene.background", [self.background], list(BACKGROUNDS))
         quadrants = [item.quadrant for item in self.objects]
         if not 1 <= len(quadrants) <= MAX_OBJECTS or len(set(quadrants)) != len(quadrants):
             raise UserError(
@@ -150,16 +161,32 @@ def sample_scene(
         shapes: which an object may have.
 
     Raises:
-        UserError: `num_objects` is out of range.
+        UserError: `num_objects` is out of range, another name, or shapes of which no unseen scene can be made.
     """
     if num_objects is not None and not 1 <= num_objects <= MAX_OBJECTS:
         raise UserError(f"num_objects: {num_objects} given; allowed: 1 to {MAX_OBJECTS}, or None for any")
+    _check_names("combinations", [combinations], get_args(Combinations))
+    if isinstance(shapes, str) or not shapes:
+        raise UserError(f"shapes: {shapes!r} given; allowed: a sequence of {', '.join((*SHAPES, *NEW_SHAPES))}")
+    _check_names("shapes", shapes, (*SHAPES, *NEW_SHAPES))
+    if combinations == "unseen" and {shape for shape, _ in UNSEEN_KINDS}.isdisjoint(shapes):
+        raise UserError(
+            f"shapes: {', '.join(shapes)} given, of which no scene is surely unseen; allowed with "
+            f"combinations='unseen': at least one of {', '.join(SHAPES)}"
+        )
     random = np.random.default_rng(derived_seed(seed, "shapes/scene", index))
     count = num_objects or int(random.integers(1, MAX_OBJECTS + 1))
     while True:
         scene = _random_scene(random, count, shapes)
         if combinations == "all" or scene.is_unseen == (combinations == "unseen"):
             return scene
+
+
+def _check_names(where: str, given: Sequence[Any], allowed: Sequence[str]) -> None:
+    """Refuse the first name that is not allowed."""
+    for name in given:
+        if name not in allowed:
+            raise UserError(f"{where}: {name!r} given; allowed: {', '.join(allowed)}")
 
 
 def _random_scene(random: np.random.Generator, count: int, shapes: Sequence[Shape]) -> Scene:
