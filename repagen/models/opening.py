@@ -56,13 +56,14 @@ def component_config(name: str, part: Part, option: str, revision: str | None = 
     """
     place = component_place(name, part, option, revision)
     with refusing(f"{option}: {name} cannot be loaded"):
-        return dict(_SavedModel.load_config(name, **place))
+        stored: Any = _SavedModel.load_config(name, **place)
+    return dict(stored)
 
 
 class _SavedModel(ConfigMixin):
     """Reads configurations; `AutoModel.load_config` looks for other files once it has opened a part of a pipeline."""
 
-    config_name = "config.json"
+    config_name: Any = "config.json"
 
 
 def pipeline_parts(name: str, option: str, revision: str | None = None) -> set[str]:

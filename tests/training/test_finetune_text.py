@@ -91,6 +91,7 @@ def test_prior_images_are_the_pipelines_own_with_their_prompts(parts: Path, fini
     assert difference.abs().max() <= 1  # other batches round otherwise
 
 
+@pytest.mark.slow
 def test_prior_images_take_the_sizes_of_the_data_in_turn(parts: Path, tmp_path: Path) -> None:
     pipeline = Path(repagen.__file__).parent / "data" / "shapes_pipeline"
     buckets = ["data.buckets=['1:1', '3:2']", "data.bucket_step=8", f"data.index_folder={tmp_path / 'index'}"]
