@@ -102,18 +102,19 @@ def check_frames(images: Images, masks: Images) -> None:
     Raises:
         UserError: proportions that differ by more than a pixel; what is no image.
     """
-    frames, covers = (
-        [(batch.shape[2], batch.shape[3]) for batch in _batches(*given) for _ in batch]
-        for given in ((images, "image", 3), (masks, "mask_image", 1))
-    )
+    frames, covers = _sides(images, "image", 3), _sides(masks, "mask_image", 1)
     count = max(len(frames), len(covers))
-    frames, covers = (sizes * count if len(sizes) == 1 else sizes for sizes in (frames, covers))
+    frames, covers = (sides * count if len(sides) == 1 else sides for sides in (frames, covers))
     for (height, width), (rows, columns) in zip(frames, covers, strict=False):
         if abs(rows * width - columns * height) > max(height, width, rows, columns):
             raise UserError(
                 f"mask_image is {columns} x {rows} for an image of {width} x {height}; give one of the image's size, "
                 "or of its proportions"
             )
+
+
+def _sides(images: Images, name: str, channels: int) -> list[tuple[int, int]]:
+    return [(batch.shape[2], batch.shape[3]) for batch in _batches(images, name, channels) for _ in batch]
 
 
 def _batches(images: Images, name: str, channels: int) -> list[torch.Tensor]:
