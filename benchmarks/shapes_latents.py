@@ -14,8 +14,8 @@ After every so many images the averaged weights draw fresh prompts of one and of
 pictures: shape and colour right of one object, and shapes, colours, positions and count right of two. What the checker
 reads in reconstructions of held-out scenes is what a perfect generator could reach in a latent.
 
-A finished part is not run again. Writes one JSON per latent and seed, results.json and curves.png (mean and 95 %
-interval of the mean over the seeds) to --output.
+A finished part is not run again. Writes one JSON per latent and seed, results.json and curves.png (mean, lowest
+and highest of the seeds) to --output.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toy_science import mean_and_half_width
 
 import repagen
 from repagen.config import load_config
@@ -179,12 +178,9 @@ def run_arm(plan: Plan, name: str, seed: int, autoencoder: Path) -> dict[str, An
 
 
 def over_seeds(curves: Sequence[Curve], metric: str) -> dict[int, tuple[float, float, float]]:
-    """Images seen => mean of a share over seeds, and the ends of its 95 % interval within [0, 1]."""
-    found = {}
-    for seen in curves[0]:
-        mean, half = mean_and_half_width([curve[seen][metric] for curve in curves])
-        found[int(seen)] = mean, max(0.0, mean - half), min(1.0, mean + half)
-    return found
+    """Images seen => mean, lowest and highest share of the seeds."""
+    shares = {int(seen): [curve[seen][metric] for curve in curves] for seen in curves[0]}
+    return {seen: (sum(them) / len(them), min(them), max(them)) for seen, them in shares.items()}
 
 
 def compare(plan: Plan, seeds: Sequence[int], autoencoders: dict[str, Path]) -> dict[str, Any]:
