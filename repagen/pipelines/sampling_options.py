@@ -44,14 +44,16 @@ class SamplingOptions:
         """
         if not (_is_number(self.guidance_scale) and math.isfinite(self.guidance_scale)):
             raise UserError(f"guidance_scale is {self.guidance_scale!r}; give a finite number")
-        if len(self.guidance_interval) != 2:
-            raise UserError(f"guidance_interval is {self.guidance_interval}; give (low, high)")
+        interval: Any = self.guidance_interval
+        if not isinstance(interval, list | tuple) or len(interval) != 2 or not all(map(_is_number, interval)):
+            raise UserError(f"guidance_interval is {interval!r}; give (low, high)")
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))  # JSON knows lists only
         GuidanceInterval(*self.guidance_interval)
         if self.guidance_method not in (None, *GUIDANCE_METHODS):
             allowed = ", ".join(GUIDANCE_METHODS)
             raise UserError(f"guidance_method is {self.guidance_method!r}; allowed: {allowed}")
-        for name, least in {"guidance_channels": 1, "zero_init_steps": 0, "num_loops": 1}.items():
+        least_of = {"num_inference_steps": 1, "guidance_channels": 1, "zero_init_steps": 0, "num_loops": 1}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and not (_is_number(value, Integral) and value >= least):
                 raise UserError(f"{name} is {value!r}; give a whole number, at least {least}")
@@ -69,6 +71,8 @@ class SamplingOptions:
         """
         names = [field.name for field in fields(cls)]
         for place, options in (("sampling_defaults", defaults or {}), ("the sampling options", given)):
+            if not isinstance(options, Mapping):
+                raise UserError(f"{place}: must be options and their values, got {options!r}")
             unknown = sorted(set(options) - set(names))
             if unknown:
                 raise UserError(f"{place}: {', '.join(unknown)} is unknown; allowed: {', '.join(names)}")
