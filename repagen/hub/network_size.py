@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from repagen.errors import UserError
 
+
 def refuse_oversized(build: Callable[[], Any], folder: Path, config: str) -> None:
     """Refuse a config whose network has more numbers than its weights have bits, before it takes memory or time.
 

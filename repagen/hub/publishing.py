@@ -77,8 +77,8 @@ def publish_folder(
         create_pr: open a pull request instead of committing to the branch.
 
     Raises:
-        UserError: the folder cannot be published, the repository holds a pipeline and the folder none or one of another
-            class, or the other way round, or the Hub refuses or cannot be reached; it names the cause.
+        UserError: the folder cannot be published, the repository holds a pipeline and the folder none, or one of
+            another class, or the other way round, or the Hub refuses or cannot be reached; it names the cause.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 

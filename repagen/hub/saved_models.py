@@ -123,8 +123,8 @@ class SavedModelMixin:
         """Load what `save_pretrained` wrote; see `ModelMixin.from_pretrained`.
 
         Raises:
-            UserError: a folder that cannot be fetched, that names code or holds unsafe files, or whose config describes
-                a larger network than its weights can be of; an unknown keyword.
+            UserError: a folder that cannot be fetched, that names code or holds unsafe files, or whose config
+                describes a larger network than its weights can be of; an unknown keyword.
         """
         loaders = (ModelMixin.from_pretrained, ConfigMixin.load_config, ConfigMixin.from_config)
         refuse_unknown_keywords(cls.__name__, kwargs, inspect.signature(cls).parameters, *loaders)

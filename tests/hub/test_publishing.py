@@ -226,7 +226,9 @@ def test_a_repository_of_another_kind_is_refused_but_for_a_subfolder(
         with pytest.raises(UserError, match=f"^{repo_id}: holds a model or adapter already, but a pipeline shall"):
             publish_folder(saved, repo_id)
     assert uploads.files("org/pipeline") == before and len(uploads.commits) == 3
-    with pytest.raises(UserError, match="holds a ClassToImagePipeline already, but a TextToImagePipeline shall be pub"):
+    with pytest.raises(
+        UserError, match="holds a ClassToImagePipeline already, but a TextToImagePipeline shall be pub"
+    ):
         tiny_text_pipeline().push_to_hub("org/pipeline")
     assert uploads.files("org/pipeline") == before
     model.push_to_hub("org/pipeline", subfolder="small")

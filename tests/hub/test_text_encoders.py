@@ -100,10 +100,16 @@ def test_one_that_is_named_by_id_needs_no_weights_of_its_own(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"revision": "main"}, "as a Hub id it needs a commit, 40 hex digits, as its revision in config.json, got 'main'"),
+        (
+            {"revision": "main"},
+            "as a Hub id it needs a commit, 40 hex digits, as its revision in config.json, got 'main'",
+        ),
         ({"revision": None}, "as a Hub id it needs a commit"),
         ({"weights": None}, "config.json lacks its weights"),
-        ({"name_or_path": "FOLDER", "revision": None, "weights": None, "tokenizer": None}, "lacks its weights and tok"),
+        (
+            {"name_or_path": "FOLDER", "revision": None, "weights": None, "tokenizer": None},
+            "lacks its weights and tok",
+        ),
     ],
 )
 def test_a_file_has_nothing_fetched_that_may_change(

@@ -297,7 +297,10 @@ class TestRefusals:
             ),
             (lambda t: t.update({"transformer.label_embedder.rows": torch.ones(1, WIDTH).int()}), "int32"),
             (lambda t: t["transformer.label_embedder.rows"].fill_(torch.nan), "rows has values that are not finite"),
-            (lambda t: t.update({"transformer.x.lora_A.weight": torch.tensor(torch.inf)}), "lora_A.weight.*not finite"),
+            (
+                lambda t: t.update({"transformer.x.lora_A.weight": torch.tensor(torch.inf)}),
+                "lora_A.weight.*not finite",
+            ),
             (lambda t: t.clear(), "no tensor"),
         ],
     )
