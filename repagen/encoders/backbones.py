@@ -18,6 +18,7 @@ from repagen.errors import UserError
 # The name under which a saved autoencoder keeps its encoder's weights (`model.frozen.safetensors`). diffusers
 # downloads every `model.safetensors` together with a pipeline; sampling must not download an encoder.
 FROZEN_VARIANT = "frozen"
+_MOST_LAYERS = 1000
 
 
 class Backbone(nn.Module):
@@ -282,6 +283,9 @@ def transformers_config(family: TransformersFamily, description: Mapping[str, An
     config_class = getattr(transformers, family.config_class)
     keys = architecture_keys(config_class).union(family.old_keys)
     values = {key: value for key, value in description.items() if key in keys}
+    for key, value in values.items():  # transformers writes lists of so many names before anything is built
+        if key.endswith("layers") and isinstance(value, int) and value > _MOST_LAYERS:
+            raise UserError(f"{where}: {key} {value} are more layers than any network has, {_MOST_LAYERS} at most")
     try:
         return config_class(**{**values, **family.fixed_config})
     except (StrictDataclassError, TypeError, ValueError) as error:

@@ -150,6 +150,24 @@ def local_weights(name: str) -> Path:
     return weights_file(local_folder(name), name, None if is_folder else hub_id(name))
 
 
+def require_pinned(name: str, revision: str | None, what: str) -> None:
+    """Refuse an encoder that a saved model refers to by a branch: what is fetched for it must never change.
+
+    Args:
+        name: a folder or Hub id, as the model's config has it.
+        revision: that of the config.
+        what: it is, for messages.
+
+    Raises:
+        UserError: it is neither a folder on this machine nor named with a commit.
+    """
+    if not Path(name).expanduser().is_dir() and not re.fullmatch("[0-9a-f]{40}", str(revision)):
+        raise UserError(
+            f"{what} {name!r}: no such folder, and as a Hub id it needs a commit, 40 hex digits, as its revision in "
+            f"config.json, got {revision!r}; load the encoder by itself and save this model again"
+        )
+
+
 def find_encoder(
     source: str | os.PathLike[str],
     revision: str | None,

@@ -62,6 +62,8 @@ class TextEncoder(PublishedModelMixin, StoredTextEncoder, ModelMixin, ConfigMixi
         super().__init__()
         if not encoders:
             raise UserError("text encoder: none given; name at least one")
+        if not isinstance(encoders, Sequence) or not all(isinstance(encoder, Mapping) for encoder in encoders):
+            raise UserError(f"text encoder: encoders must be a list of descriptions, got {str(encoders)[:100]!r}")
         specs = [TextEncoderSpec.from_mapping(dict(encoder)) for encoder in encoders]
         # Where the weights are, or will be when they come.
         self.register_buffer("placement", torch.empty(0), persistent=False)

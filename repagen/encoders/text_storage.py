@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from repagen.encoders.files import require_pinned
 from repagen.encoders.spec import TextEncoderSpec
 from repagen.encoders.text_tower import (
     TextTower,
@@ -82,15 +83,16 @@ class StoredTextEncoder(WholeModelMixin):
         """Load or fetch, now, the encoders that are saved by reference, if this has not been done.
 
         Raises:
-            UserError: they cannot be had, or are others than those that were saved.
+            UserError: they cannot be had, are others than those that were saved, or are not named by their commit and
+                hashes.
         """
         if len(self.towers) == len(self._specs):
             return
         towers = []
         for spec in self._specs:
-            assert spec.name_or_path is not None, "encoders without a name are saved whole"
+            name = _pinned_name(spec)
             reading = {"hidden_layer": spec.hidden_layer, "max_length": spec.max_length, "template": spec.template}
-            tower = load_tower(spec.name_or_path, revision=spec.revision, dtype=self.dtype, **reading)  # type: ignore[arg-type]
+            tower = load_tower(name, revision=spec.revision, dtype=self.dtype, **reading)  # type: ignore[arg-type]
             _refuse_other(spec, tower)
             towers.append(tower.to(self.device))
         self.towers = nn.ModuleList(towers)
@@ -228,11 +230,23 @@ def _saved_spec(spec: TextEncoderSpec, stored: bool) -> TextEncoderSpec:
     return spec
 
 
+def _pinned_name(spec: TextEncoderSpec) -> str:
+    """The folder or Hub id of an encoder that is saved by reference, which must tell exactly what it refers to."""
+    if absent := [key for key in ("name_or_path", "weights", "tokenizer") if not isinstance(getattr(spec, key), str)]:
+        raise UserError(
+            f"text encoder {label(spec)}: saved as a reference, and config.json lacks its {' and '.join(absent)}; "
+            "load the encoder by itself and save this model again"
+        )
+    name = str(spec.name_or_path)
+    require_pinned(name, spec.revision, "text encoder")
+    return name
+
+
 def _refuse_other(spec: TextEncoderSpec, tower: TextTower) -> None:
     given = {"weights": tower.fingerprint(), "tokenizer": tokenizer_sha256(tower.tokenizer)}
     for name, value in given.items():
         expected = getattr(spec, name)
-        if expected is not None and value != expected:
+        if value != expected:
             raise UserError(
                 f"text encoder {label(spec)} has another fingerprint of its {name} ({value[:12]}) than the one this "
                 f"model was saved with ({expected[:12]}); use that one"

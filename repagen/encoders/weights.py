@@ -25,6 +25,7 @@ from repagen.encoders.backbones import (
 from repagen.encoders.families import EncoderFamily, TransformersFamily
 from repagen.errors import UserError
 from repagen.hub.inspection import inspect_encoder_folder
+from repagen.hub.network_size import refuse_oversized
 
 _UNREADABLE = (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError)
 
@@ -77,10 +78,12 @@ def load_network(
     import transformers
 
     config = transformers_config(family, description, f"{name}:config.json")
+    model_class = getattr(transformers, family.model_class)
+    refuse_oversized(lambda: model_class(config, **family.constructor), weights.parent, f"{name}:config.json")
     variant = FROZEN_VARIANT if weights.name == f"model.{FROZEN_VARIANT}.safetensors" else None
     mapping = {f"^{family.tower_prefix}": ""} if family.tower_prefix else None
     return load_pretrained(
-        getattr(transformers, family.model_class), weights, name,
+        model_class, weights, name,
         dtype=dtype, config=config, variant=variant, key_mapping=mapping, **family.constructor,
     )  # fmt: skip
 
@@ -120,7 +123,9 @@ def _load_timm(description: Mapping[str, Any], weights: Path, name: str) -> Timm
     from timm.models import load_state_dict
 
     inspect_encoder_folder(weights.parent, f"encoder {name!r}")
-    backbone = build_timm(description, f"{name}:config.json")
+    where = f"{name}:config.json"
+    refuse_oversized(lambda: build_timm(description, where), weights.parent, where)
+    backbone = build_timm(description, where)
     try:
         state = load_state_dict(str(weights), use_ema=False, weights_only=True)
     except _UNREADABLE as error:

@@ -217,8 +217,9 @@ pipe = DiffusionPipeline.from_pretrained("ORG/NAME", revision="{BRANCH}", trust_
 ```
 
 That executes the {count} Python files in `{package}`, which short entry files import: read them before you do.
-Each is the library's source with only its imports rewritten, under Apache-2.0; the weights are under the licence of
-the branch `main`. With repagen installed, use `main`, which needs no trust.
+Each is the library's source with only its imports rewritten, and `{name_in_copy(COMPONENTS)}.py` without the
+classes that are not in this folder, under Apache-2.0; the weights are under the licence of the branch `main`. With
+repagen installed, use `main`, which needs no trust.
 """
 
 

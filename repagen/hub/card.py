@@ -164,6 +164,7 @@ def render_card(facts: CardFacts) -> str:
         class_name=f"repagen.{facts.class_name}" if ours else facts.class_name,
         imports="import repagen\nimport torch" + ("" if ours else f"\nfrom {facts.library} import {facts.class_name}"),
         call=_call(facts),
+        text=facts.prompt is not None,
         classes_known=facts.num_classes is not None or facts.prompt is not None,
         base_class=f"repagen.{'ClassToImagePipeline' if facts.prompt is None else 'TextToImagePipeline'}",
         latent_shape="*autoencoder.latent_shape" if ours else "autoencoder.config.latent_channels, 32, 32",

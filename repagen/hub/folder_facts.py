@@ -47,6 +47,12 @@ def facts_of_folder(folder: Path, licences: Sequence[LicenceFact] = ()) -> CardF
     )
 
 
+def pipeline_class(index: Path) -> Any:
+    """Return the class that a pipeline's index names; of a pipeline with its own code that of its code."""
+    kind = _read(index).get("_class_name")
+    return kind[-1] if isinstance(kind, list) and kind else kind
+
+
 def carries_code(folder: Path) -> bool:
     """Whether a folder holds a pipeline with its own code, as `repagen export --remote-code` writes it."""
     if not (folder / PIPELINE_FILE).is_file():
@@ -125,6 +131,9 @@ def _model_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         "transformer": "A generator in the latents of an autoencoder, of",
     }[kind]
     outside = _encoder_outside(config)
+    takes_text = bool(config.get("text_dim"))
+    limits = _class_limits(config["num_classes"]) if "num_classes" in config else ()
+    limits = (_ONE_SIDED,) if takes_text else limits
     return CardFacts(
         kind=kind,
         class_name=name,
@@ -132,10 +141,11 @@ def _model_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         summary=f"{summary} repagen.",
         parts={kind: _part(folder)},
         num_classes=config.get("num_classes", 0),
+        prompt=_PROMPT if takes_text else None,
         tags=("autoencoder" if kind == "autoencoder" else "generator",),
         licences=licences or _unstated_encoders(config),
         encoder_outside=outside,
-        limits=_class_limits(config["num_classes"]) if "num_classes" in config else (),
+        limits=limits,
     )
 
 
@@ -160,20 +170,23 @@ def _adapter_facts(folder: Path) -> CardFacts:
 
     try:
         with safe_open(folder / ADAPTER_FILE, framework="np") as file:
-            names = [str(name) for name in json.loads((file.metadata() or {}).get("class_names") or "[]")]
+            header = file.metadata() or {}
+            names = [str(name) for name in json.loads(header.get("class_names") or "[]")]
             has_layers = any(".lora_" in key for key in file.keys())  # noqa: SIM118
     except Exception as error:
         raise UserError(f"{folder / ADAPTER_FILE}: cannot be read as safetensors ({error})") from error
     held = ["LoRA layers of its generator"] if has_layers else []
     held += [f"label rows of {_new_classes(len(names))}"] if names else []
     alone = "" if has_layers else "; the generator and its own classes stay as they are"
+    takes_text = header.get("pipeline") == "TextToImagePipeline"
     return CardFacts(
         kind="adapter",
-        class_name="ClassToImagePipeline",
+        class_name="TextToImagePipeline" if takes_text else "ClassToImagePipeline",
         summary=f"An adapter for a pipeline of repagen: {' and '.join(held)}{alone}.",
         parts={"adapter": _size(folder)},
         class_names=names,
         num_classes=len(names) or None,
+        prompt=_PROMPT if takes_text else None,
         example=class_to_ask_for(names),
         tags=("adapter", "lora") if has_layers else ("adapter",),
     )

@@ -25,7 +25,7 @@ from repagen.hub.card import (
     without_local_paths,
 )
 from repagen.hub.fetching import causes, first_line, http_status, is_unreached
-from repagen.hub.folder_facts import ADAPTER_FILE, PIPELINE_FILE, carries_code, facts_of_folder
+from repagen.hub.folder_facts import ADAPTER_FILE, PIPELINE_FILE, carries_code, facts_of_folder, pipeline_class
 from repagen.hub.inspection import inspect_upload
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def publish_folder(
         create_pr: open a pull request instead of committing to the branch.
 
     Raises:
-        UserError: the folder cannot be published, the repository holds a pipeline and the folder none, or the other
-            way round, or the Hub refuses or cannot be reached; it names the cause.
+        UserError: the folder cannot be published, the repository holds a pipeline and the folder none, or one of
+            another class, or the other way round, or the Hub refuses or cannot be reached; it names the cause.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -94,6 +94,9 @@ def publish_folder(
             files = {f"{subfolder.strip('/')}/{name}": content for name, content in files.items()}
         else:
             _refuse_other_kind(facts.kind.endswith("_to_image"), present, repo_id)
+            if PIPELINE_FILE in present:
+                index = api.hf_hub_download(repo_id, PIPELINE_FILE, revision=None if create_pr else revision)
+                _refuse_other_class(facts.class_name, pipeline_class(Path(index)), repo_id)
             files = files if own_code else {**_carried_files(facts.kind), **files}
             if CARD_FILE not in files and CARD_FILE not in present:
                 files[CARD_FILE] = render_card(facts).encode()
@@ -256,6 +259,15 @@ def _refuse_other_kind(pipeline: bool, present: set[str], repo_id: str) -> None:
     if there != given and present & {PIPELINE_FILE, "config.json", ADAPTER_FILE}:
         raise UserError(
             f"{repo_id}: holds {there} already, but {given} shall be published there; choose another name, or a "
+            "place inside it by push_to_hub(..., subfolder=...)"
+        )
+
+
+def _refuse_other_class(given: str, there: Any, repo_id: str) -> None:
+    """Parts of the other pipeline that this one has not, and its card, would stay."""
+    if there != given:
+        raise UserError(
+            f"{repo_id}: holds a {there} already, but a {given} shall be published there; choose another name, or a "
             "place inside it by push_to_hub(..., subfolder=...)"
         )
 

@@ -17,6 +17,7 @@ from repagen.errors import UserError
 from repagen.files import follow_umask, put_file
 from repagen.hub.fetching import fetch_snapshot
 from repagen.hub.inspection import inspect_folder
+from repagen.hub.network_size import refuse_oversized
 from repagen.hub.places import fetch_once
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -122,15 +123,19 @@ class SavedModelMixin:
         """Load what `save_pretrained` wrote; see `ModelMixin.from_pretrained`.
 
         Raises:
-            UserError: a folder that cannot be fetched, or that names code or holds unsafe files; an unknown keyword.
+            UserError: a folder that cannot be fetched, that names code or holds unsafe files, or whose config
+                describes a larger network than its weights can be of; an unknown keyword.
         """
         loaders = (ModelMixin.from_pretrained, ConfigMixin.load_config, ConfigMixin.from_config)
         refuse_unknown_keywords(cls.__name__, kwargs, inspect.signature(cls).parameters, *loaders)
         root = inspected_source(pretrained_model_name_or_path, cls.__name__, kwargs)
+        folder = (root / (kwargs.get("subfolder") or "")).absolute()
+        config: Any = cls.load_config(folder)  # type: ignore[attr-defined]
+        refuse_oversized(lambda: cls.from_config(config), folder, f"{folder}/config.json")  # type: ignore[attr-defined]
         result = super().from_pretrained(root, **kwargs)  # type: ignore[misc]
         model = result[0] if isinstance(result, tuple) else result
         model.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
-        model._folder = (root / (kwargs.get("subfolder") or "")).absolute()
+        model._folder = folder
         return result
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

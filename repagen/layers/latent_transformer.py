@@ -13,7 +13,7 @@ from torch import nn
 
 from repagen.errors import UserError
 from repagen.hub.published import PublishedModelMixin
-from repagen.hub.saved_models import SavedModelMixin
+from repagen.hub.whole_models import WholeModelMixin
 from repagen.layers.attention import AttentionBackendMixin
 from repagen.layers.embeddings import LabelEmbedding, PatchEmbedding, unpatchify
 from repagen.layers.lora import apply_lora_scale
@@ -66,7 +66,7 @@ def zero_(*layers: Any) -> None:
         nn.init.zeros_(linear.bias)
 
 
-class LatentTransformerMixin(PublishedModelMixin, SavedModelMixin, AttentionBackendMixin):
+class LatentTransformerMixin(PublishedModelMixin, WholeModelMixin, AttentionBackendMixin):
     """Shared part of the `ModelMixin` classes that map a noisy latent, a time and a condition to a prediction.
 
     The subclass has `config` with sample_size, patch_size, in_channels, prediction_type and time_direction,

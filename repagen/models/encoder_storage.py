@@ -29,9 +29,10 @@ def load_encoder(config: Any, folder: Path | None) -> VisionEncoder:
         folder: the folder it was loaded from, if any.
 
     Raises:
-        UserError: if its files are missing, closed or out of reach.
+        UserError: if its files are missing, closed, out of reach, or named by a branch.
     """
     from repagen.encoders import VisionEncoder
+    from repagen.encoders.files import require_pinned
 
     spec = EncoderSpec.from_mapping(config.encoder)
     if config.encoder_stored and folder is not None:
@@ -41,6 +42,7 @@ def load_encoder(config: Any, folder: Path | None) -> VisionEncoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return VisionEncoder.from_config(spec)
+    require_pinned(spec.name_or_path, spec.revision, "encoder")
     found = VisionEncoder.from_pretrained(spec.name_or_path, revision=spec.revision, image_size=spec.image_size)
     return found.reading(image_mean=spec.image_mean, image_std=spec.image_std)
 

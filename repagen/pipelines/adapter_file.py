@@ -27,6 +27,7 @@ from repagen.hub.inspection import inspect_weights_file, refuse_link_outside
 COMPONENT = "transformer"
 ROWS_KEY = f"{COMPONENT}.label_embedder.rows"
 CLASS_NAMES_KEY = "class_names"
+PIPELINE_KEY = "pipeline"  # whose value is the class of the pipeline
 # What a file may ask of peft; the rest imports modules, reads files or changes the base weights.
 _CONFIG_KEYS = frozenset({
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -131,8 +132,8 @@ def split_adapter(
     """Part tensors of an adapter into LoRA layers and label rows.
 
     Raises:
-        UserError: tensors of another component, of no LoRA, rows that do not go with the names, or metadata that asks
-            for more than LoRA layers.
+        UserError: tensors of another component, of no LoRA or not finite, rows that do not go with the names, or
+            metadata that asks for more than LoRA layers.
     """
     foreign = [key for key in tensors if not key.startswith(f"{COMPONENT}.")]
     if foreign or not tensors:
@@ -142,6 +143,8 @@ def split_adapter(
     strange = [key for key in layers if ".lora_" not in key]
     if strange:
         raise UserError(f"adapter: tensor {strange[0]!r} is neither of a LoRA layer nor {ROWS_KEY}")
+    if damaged := next((key for key, tensor in layers.items() if not tensor.isfinite().all()), None):
+        raise UserError(f"adapter: {damaged} has values that are not finite; its training failed, or it is damaged")
     _check_metadata(metadata)
     if layers:
         _check_ranks(metadata or {}, layers)
@@ -232,9 +235,9 @@ def _with_sorted_metadata(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def metadata_of(lora: Mapping[str, Any] | None, class_names: Sequence[str] | None) -> dict[str, str]:
-    """Return the metadata of an adapter file: diffusers' of the LoRA layers, and ours of the label rows."""
-    metadata = {"format": "pt"}
+def metadata_of(lora: Mapping[str, Any] | None, class_names: Sequence[str] | None, pipeline: str) -> dict[str, str]:
+    """Return the metadata of an adapter file: the class of its pipeline, diffusers' of layers, ours of label rows."""
+    metadata = {"format": "pt", PIPELINE_KEY: pipeline}
     if lora:
         plain = {f"{COMPONENT}.{k}": sorted(v) if isinstance(v, set) else v for k, v in lora.items()}
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(plain, indent=2, sort_keys=True)

@@ -140,6 +140,8 @@ class AdapterMixin(LoraBaseMixin):
             self.load_lora_into_transformer(tensors, self.transformer, adapter_name)
             return
         adapter = split_adapter(tensors, metadata, class_names)
+        if adapter_name is not None and not adapter_name.strip():
+            raise UserError(f"load_lora_weights: adapter_name {adapter_name!r} is no name; give one, or leave it out")
         name = adapter_name or self._free_name()
         self._check_name(adapter, name, hotswap)
         if adapter.layers:
@@ -241,8 +243,9 @@ class AdapterMixin(LoraBaseMixin):
             tensors[ROWS_KEY] = torch.stack([row.detach().float() for row in label_rows.values()])
         path = Path(save_directory, name)
         path.parent.mkdir(parents=True, exist_ok=True)
+        class_names = list(label_rows) if label_rows else None
         write_adapter_file(
-            path, tensors, metadata_of(transformer_lora_adapter_metadata, list(label_rows) if label_rows else None)
+            path, tensors, metadata_of(transformer_lora_adapter_metadata, class_names, pipeline=cls.__name__)
         )
         if push_to_hub:
             from repagen.hub.publishing import publish_folder

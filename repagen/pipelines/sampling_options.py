@@ -71,6 +71,8 @@ class SamplingOptions:
         """
         names = [field.name for field in fields(cls)]
         for place, options in (("sampling_defaults", defaults or {}), ("the sampling options", given)):
+            if not isinstance(options, Mapping):
+                raise UserError(f"{place}: must be options and their values, got {options!r}")
             unknown = sorted(set(options) - set(names))
             if unknown:
                 raise UserError(f"{place}: {', '.join(unknown)} is unknown; allowed: {', '.join(names)}")

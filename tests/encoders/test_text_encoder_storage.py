@@ -163,3 +163,7 @@ def test_damaged_and_unsafe_folders_are_refused(encoder: TextEncoder, tmp_path: 
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="text encoder: unknown key 'code'"):
         TextEncoder.from_pretrained(folder)
+    content["encoders"] = "x"
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="encoders must be a list of descriptions, got 'x'"):
+        TextEncoder.from_pretrained(folder)

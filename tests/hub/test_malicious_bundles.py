@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import zipfile
@@ -16,7 +18,7 @@ import torch
 from hub.malicious_bundles import BUNDLES, Bundle, Folder, Payload
 from pipelines.tiny_pipelines import tiny_pipeline
 
-from repagen import ClassToImagePipeline, RepresentationAutoencoder, VisionEncoder
+from repagen import ClassToImagePipeline, RepresentationAutoencoder, TextEncoder, VisionEncoder
 from repagen.errors import UserError
 from repagen.hub.inspection import inspect_folder, inspect_weights_file
 from repagen.training.generator_model import open_transformer
@@ -298,3 +300,39 @@ def test_the_description_of_a_timm_encoder_names_no_file(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"model_args\.checkpoint_path"):
         VisionEncoder.from_config({"family": "timm", "config": description})
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 10**11}, {"num_layers": 10**9}], ids=str)
+def test_a_text_encoder_takes_no_more_memory_and_time_than_its_weights(
+    changes: dict[str, int], tmp_path: Path
+) -> None:
+    """10**11 rows of 16 floats are more than any machine has, and 10**9 layers take days."""
+    from pipelines.tiny_pipelines import tiny_text_pipeline
+
+    tiny_text_pipeline().text_encoder.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["encoders"][0]["config"] |= changes
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"describes a network of over|more layers than any network has"):
+        TextEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 10**9}, {"num_hidden_layers": 10**9}], ids=str)
+def test_a_vision_encoder_takes_no_more_memory_and_time_than_its_weights(
+    encoder: Path, changes: dict[str, int]
+) -> None:
+    path = encoder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert re.search("describes a network of over|more layers than any network has", refusal_of_encoder(encoder))
+
+
+@pytest.mark.parametrize("changes", [{"num_classes": 10**11}, {"depth": 10**9}], ids=str)
+def test_a_generator_takes_no_more_memory_and_time_than_its_weights(
+    innocent: Path, changes: dict[str, int], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(innocent, tmp_path / "pipe"))
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match="describes a network of over"):
+        ClassToImagePipeline.from_pretrained(folder)

@@ -208,6 +208,25 @@ def test_a_variant_that_is_not_there(hub: StandInHub, saved: Path, where: str) -
     assert "variant" in message and "fp8" in message
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(1, r"\d+ tensors of the SiTTransformer2DModel are missing, the first is blocks\.\d\."),
+     (-1, r"\d+ tensors of the SiTTransformer2DModel are too many, the first is blocks\.\d\.")],
+    ids=["deeper", "shallower"],
+)  # fmt: skip
+def test_a_generator_of_another_depth_than_its_weights_is_refused(
+    saved: Path, tmp_path: Path, change: int, reason: str
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "pipe"))
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "depth": config["depth"] + change}))
+    with pytest.raises(UserError, match=reason):
+        load(folder)
+    with pytest.raises(UserError, match=reason):
+        AutoModel.from_pretrained(folder, subfolder="transformer")
+
+
 def test_another_kind_is_refused_before_its_weights_come(hub: StandInHub, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "other")
     index = tmp_path / "other" / "model_index.json"

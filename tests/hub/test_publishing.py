@@ -226,6 +226,11 @@ def test_a_repository_of_another_kind_is_refused_but_for_a_subfolder(
         with pytest.raises(UserError, match=f"^{repo_id}: holds a model or adapter already, but a pipeline shall"):
             publish_folder(saved, repo_id)
     assert uploads.files("org/pipeline") == before and len(uploads.commits) == 3
+    with pytest.raises(
+        UserError, match="holds a ClassToImagePipeline already, but a TextToImagePipeline shall be pub"
+    ):
+        tiny_text_pipeline().push_to_hub("org/pipeline")
+    assert uploads.files("org/pipeline") == before
     model.push_to_hub("org/pipeline", subfolder="small")
     assert before.items() <= uploads.files("org/pipeline").items()
 
@@ -351,6 +356,20 @@ def test_an_adapter_without_classes_asks_for_one_of_the_pipeline(uploads: Upload
     found = card(uploads, "org/adapter")
     assert "LoRA layers of its generator" in found.text and "lora" in found.data.tags
     assert "class_labels=[0]" in found.text and "the place of `ORG/BASE`; one\nwithout classes takes no" in found.text
+
+
+def test_cards_of_what_belongs_to_prompts_say_so(uploads: UploadHub, tmp_path: Path) -> None:
+    layers = {"blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 4)}
+    TextToImagePipeline.save_lora_weights(tmp_path / "lora", layers)
+    publish_folder(tmp_path / "lora", "org/adapter")
+    tiny_text_pipeline().transformer.push_to_hub("org/generator")
+    found = {name: card(uploads, name) for name in ("org/adapter", "org/generator")}
+    for made in found.values():
+        assert "repagen.TextToImagePipeline" in made.text and "ClassToImagePipeline" not in made.text
+        assert "class_labels" not in made.text and "without being asked" not in made.text
+    assert "pipe('a picture of a cat')" in found["org/adapter"].text
+    assert "vae=..., text_encoder=..., scheduler" in found["org/generator"].text
+    assert found["org/adapter"].data.pipeline_tag == "text-to-image"
 
 
 def test_the_command_pushes_a_folder(uploads: UploadHub, saved: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from encoders.test_text_encoder_storage import PromptPipeline, same
@@ -93,3 +95,33 @@ def test_one_that_is_named_by_id_needs_no_weights_of_its_own(
     assert same(TextEncoder.from_pretrained("org/named"), encoder)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert same(TextEncoder.from_pretrained("org/named"), encoder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"revision": "main"},
+            "as a Hub id it needs a commit, 40 hex digits, as its revision in config.json, got 'main'",
+        ),
+        ({"revision": None}, "as a Hub id it needs a commit"),
+        ({"weights": None}, "config.json lacks its weights"),
+        (
+            {"name_or_path": "FOLDER", "revision": None, "weights": None, "tokenizer": None},
+            "lacks its weights and tok",
+        ),
+    ],
+)
+def test_a_file_has_nothing_fetched_that_may_change(
+    hub: StandInHub, cache: Path, source: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    hub.add("org/text", source)
+    TextEncoder.from_encoder("org/text").save_pretrained(tmp_path / "named", include_encoder=False)
+    path = tmp_path / "named" / "config.json"
+    config = json.loads(path.read_text())
+    changes = {key: str(source) if value == "FOLDER" else value for key, value in changes.items()}
+    path.write_text(json.dumps({**config, "encoders": [{**config["encoders"][0], **changes}]}))
+    hub.requests.clear()
+    with pytest.raises(UserError, match=reason):
+        TextEncoder.from_pretrained(tmp_path / "named").encode(PROMPTS)
+    assert not hub.requests

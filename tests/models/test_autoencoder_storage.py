@@ -131,6 +131,11 @@ def test_an_encoder_offline_is_one_line(golden: Path, tmp_path: Path, images: to
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     config["encoder"]["name_or_path"] = "org/never-seen-encoder"
+    for branch in ("main", None):
+        path.write_text(json.dumps({**config, "encoder": {**config["encoder"], "revision": branch}}))
+        with pytest.raises(UserError, match="as a Hub id it needs a commit, 40 hex digits, as its revision"):
+            RepresentationAutoencoder.from_pretrained(tmp_path).encode(images)
+    config["encoder"]["revision"] = "0123456789abcdef" * 2 + "01234567"
     path.write_text(json.dumps(config))
     loaded = RepresentationAutoencoder.from_pretrained(tmp_path)
     assert loaded.decode(torch.zeros(1, 64, 4, 4)).sample.shape == (1, 3, 16, 16)

@@ -705,7 +705,7 @@ class TestClassLabels:
         ({"generator": [seeded(0), seeded(1)]}, "list of 2 for 1 images"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "prompt_embeds; allowed: latents"),
         ({"num_images_per_prompt": 0}, "give at least 1"),
-        ({"num_inference_steps": 0}, "give at least 1"),
+        ({"num_inference_steps": 0}, "give a whole number, at least 1"),
     ],
 )
 def test_wrong_arguments_are_named_in_one_line(call, message):

@@ -297,12 +297,21 @@ class TestRefusals:
             ),
             (lambda t: t.update({"transformer.label_embedder.rows": torch.ones(1, WIDTH).int()}), "int32"),
             (lambda t: t["transformer.label_embedder.rows"].fill_(torch.nan), "rows has values that are not finite"),
+            (
+                lambda t: t.update({"transformer.x.lora_A.weight": torch.tensor(torch.inf)}),
+                "lora_A.weight.*not finite",
+            ),
             (lambda t: t.clear(), "no tensor"),
         ],
     )
     def test_tensors(self, tmp_path, change, reason):
         changed(make_adapter(SIT, tmp_path, rows("axolotl")), change, NAMES)
         self.assert_refused(tmp_path, reason)
+
+    def test_an_empty_name(self, tmp_path):
+        make_adapter(SIT, tmp_path, rows("axolotl"))
+        with pytest.raises(UserError, match="adapter_name '' is no name"):
+            SIT().load_lora_weights(tmp_path, adapter_name="")
 
     @pytest.mark.parametrize(
         ("metadata", "reason"),
