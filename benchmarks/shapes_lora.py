@@ -3,15 +3,16 @@
     python benchmarks/shapes_lora.py --pipeline FOLDER [--output DIR] [--set KEY=VALUE ...]
 
 No training scene of the generator and of the encoders shows a ring, and no caption names one: its word is in the
-tokenizer, and nothing was learned of it (the decoder has seen rings). Ten pictures of one ring each, in all colours,
-at several places and in both sizes, are written with captions beside them as users have them (`.txt`, one caption a
-line, in several forms). The pipeline is fine-tuned on them by the program that users run, mode `lora`, with its own
-images of ordinary prompts for what it shall not forget (prior preservation). The adapter is loaded as users load it.
+tokenizer, and nothing was learned of it (the decoder has seen rings). Ten pictures of one to three rings, in four of
+the six colours, at all places and in both sizes, are written with captions beside them as users have them (`.txt`, one
+caption a line, in several forms). The pipeline is fine-tuned on them by the program that users run, mode `lora`, with
+its own images of ordinary prompts for what it shall not forget (prior preservation). The adapter is loaded as users
+load it.
 
 The judge is the exact checker of the shapes. It says what share of the pictures of fresh ring prompts is right in
-shape and colour at once, of a ring alone and of a ring beside an ordinary object, which no picture showed; and how the
-pipeline does ordinary prompts before and after, from the same noise. Pictures are drawn from the adapter unfused and
-fused.
+shape and colour at once: in the four colours shown, in the two that no ring was shown in, and of a ring beside an
+ordinary object, which no picture shows; and how the pipeline does ordinary prompts before and after, from the same
+noise. Pictures are drawn from the adapter unfused and fused.
 
 Writes OUTPUT/results.json, and OUTPUT/rings.png: the ten pictures, and ten samples of each sort in a row below.
 """
@@ -56,39 +57,49 @@ from repagen.randomness import derived_seed
 from repagen.training import finetune
 from repagen.training.finetune_config import load_finetune_config
 
-NUM_PICTURES, SHOWN_SAMPLES, PRIOR_PROMPTS = 10, 10, 300
+NUM_PICTURES, SHOWN_SAMPLES, PRIOR_PROMPTS = 10, 10, 2000
+# All linear layers but the time's: attention, feed-forward and modulation of blocks and head, and the text's.
 _TARGETS = (
-    "[to_q, to_k, to_v, to_out.0, ff.linear_in, ff.linear_out, modulation, modulation_out, condition_proj, proj_out]"
+    "[to_q, to_k, to_v, to_out.0, ff.linear_in, ff.linear_out, modulation, modulation_out, condition_proj, proj_out, "
+    "text_embedder.proj, text_embedder.pooled_proj]"
 )
+RINGS_SHOWN = [1, 2, 3, 3, 3] * 2
+COLOURS_SHOWN, COLOURS_NEW = list(COLOURS)[:4], list(COLOURS)[4:]
 SETTINGS = [
-    "max_steps=1500", "global_batch_size=32", "optimizer.learning_rate=5e-3", "optimizer.schedule.kind=linear",
-    "optimizer.beta2=0.99", "ema.decay=0.99", "flow.time=logit_normal", "lora.rank=4", "lora.alpha=16",
-    f"lora.target_modules={_TARGETS}", "prior.share=0.5",
+    "max_steps=2000", "global_batch_size=64", "optimizer.learning_rate=7e-4", "optimizer.schedule.kind=linear",
+    "optimizer.beta2=0.99", "ema.decay=0.99", "flow.time=logit_normal", "lora.rank=32", "lora.alpha=32",
+    f"lora.target_modules={_TARGETS}", "prior.share=0.8",
 ]  # fmt: skip
 
 
-def ring_scene(index: int, beside: bool, seed: int = 0) -> Scene:
-    """Scene `index` with a ring, perhaps beside an ordinary object of another colour.
-
-    Colours, sizes and backgrounds take turns, so that few scenes have all of them in many combinations.
-    """
-    random = np.random.default_rng(derived_seed(seed, f"rings/{beside}", index))
-    first, second = random.permutation(len(QUADRANTS))[:2]
-    round_of_colours, turn = divmod(index, len(COLOURS))
-    colour, size = list(COLOURS)[turn], list(SIZES)[(index + round_of_colours) % len(SIZES)]
-    background = list(BACKGROUNDS)[(index + round_of_colours) % len(BACKGROUNDS)]
+def ring(index: int, colours: Sequence[str], place: int, random: np.random.Generator) -> SceneObject:
+    """Ring `index`: colours take turns, then sizes."""
+    colour, size = colours[index % len(colours)], list(SIZES)[index // len(colours) % len(SIZES)]
     offset = tuple(random.uniform(-1.0, 1.0, 2).round(3).tolist())
-    objects = [SceneObject("ring", colour, size, QUADRANTS[(index + first) % 4], offset)]  # type: ignore[arg-type]
-    if beside:
-        other = str(random.choice([name for name in COLOURS if name != colour]))
-        place = (index + second) % 4
-        objects.append(SceneObject(SHAPES[index % len(SHAPES)], other, size, QUADRANTS[place]))  # type: ignore[arg-type]
-    return Scene(tuple(objects), background)
+    return SceneObject("ring", colour, size, QUADRANTS[place % len(QUADRANTS)], offset)  # type: ignore[arg-type]
 
 
 def shown_scenes() -> list[Scene]:
-    """The ten scenes that are taught."""
-    return [ring_scene(index, beside=False) for index in range(NUM_PICTURES)]
+    """The ten scenes that are taught: one to three rings each, 24 together, no two alike."""
+    random = np.random.default_rng(derived_seed(0, "rings that are shown"))
+    every = len(COLOURS_SHOWN) * len(SIZES)
+    rings = (ring(index, COLOURS_SHOWN, index + index // every, random) for index in itertools.count())
+    return [
+        Scene(tuple(itertools.islice(rings, count)), list(BACKGROUNDS)[number % len(BACKGROUNDS)])
+        for number, count in enumerate(RINGS_SHOWN)
+    ]
+
+
+def asked_scene(index: int, colours: Sequence[str], beside: bool) -> Scene:
+    """Scene `index` of those asked for: a ring, perhaps beside an ordinary object of another colour."""
+    random = np.random.default_rng(derived_seed(1, f"rings/{'+'.join(colours)}/{beside}", index))
+    place, elsewhere = random.permutation(len(QUADRANTS))[:2]
+    objects = [ring(index, colours, int(place), random)]
+    if beside:
+        other = str(random.choice([name for name in COLOURS if name != objects[0].colour]))
+        size, quadrant = str(random.choice(list(SIZES))), QUADRANTS[int(elsewhere)]
+        objects.append(SceneObject(SHAPES[index % len(SHAPES)], other, size, quadrant))  # type: ignore[arg-type]
+    return Scene(tuple(objects), list(BACKGROUNDS)[int(random.integers(len(BACKGROUNDS)))])
 
 
 def write_pictures(folder: Path) -> Path:
@@ -104,9 +115,14 @@ def write_pictures(folder: Path) -> Path:
 def ring_prompts(count: int) -> dict[str, list[ScenePrompt]]:
     """Fresh prompts by sort, `count` of each: they say everything of a scene, and are no caption that is taught."""
     taught = {prompt.text for scene in shown_scenes() for prompt in scene.prompts()}
+    sorts = {
+        "colours shown": (COLOURS_SHOWN, False),
+        "new colours": (COLOURS_NEW, False),
+        "beside an ordinary object": (COLOURS_SHOWN, True),
+    }
     found = {}
-    for name, beside in {"alone": False, "beside an ordinary object": True}.items():
-        all_prompts = (ring_scene(index, beside, seed=1).prompts()[0] for index in range(4 * count))
+    for name, (colours, beside) in sorts.items():
+        all_prompts = (asked_scene(index, colours, beside).prompts()[0] for index in range(4 * count))
         found[name] = [prompt for prompt in all_prompts if prompt.text not in taught][:count]
     return found
 

@@ -323,7 +323,7 @@ def _prompts(words: Sequence[str] | None, path: str | None) -> list[str]:
     if path is None:
         return list(words or ())
     with refusing(f"--prompts-file {path} cannot be read as UTF-8 text"):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts-file {path} holds no prompt; write one per line")
