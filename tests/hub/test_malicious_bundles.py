@@ -239,7 +239,8 @@ def test_an_encoder_of_tensors_alone_is_read(encoder: Path) -> None:
 
 
 def test_an_encoder_that_holds_code_is_refused(encoder: Path) -> None:
-    payload = {"weight": Payload(encoder.with_name("ran"))}
+    enough = torch.zeros(100_000)  # numbers for the network of the config, which is not what shall be refused
+    payload = {"weight": Payload(encoder.with_name("ran")), "enough": enough}
     torch.save(payload, encoder / "pytorch_model.bin")
     assert "holds code, not only tensors: posix.mkdir" in refusal_of_encoder(encoder)
     torch.save(payload, encoder / "pytorch_model.bin", _use_new_zipfile_serialization=False)

@@ -704,7 +704,7 @@ class TestClassLabels:
         ({"guidance_interval": (0.9, 0.1)}, "0 <= low <= high <= 1"),
         ({"generator": [seeded(0), seeded(1)]}, "list of 2 for 1 images"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "prompt_embeds; allowed: latents"),
-        ({"num_images_per_prompt": 0}, "give at least 1"),
+        ({"num_images_per_prompt": 0}, "give a whole number, at least 1"),
         ({"num_inference_steps": 0}, "give a whole number, at least 1"),
     ],
 )
