@@ -203,7 +203,7 @@ def run(pipeline: Path, output: Path, count: int, more: Sequence[str] = (), **op
     drawn = {name: draw(tuned, prompts, **options) for name, prompts in asked.items()}
     after = evaluate_shapes(tuned, ordinary, **options).score
     show(drawn, output / "rings.png")
-    few = asked["alone"][:SHOWN_SAMPLES]
+    few = asked["colours shown"][:SHOWN_SAMPLES]
     unfused = draw_floats(tuned, few, **options)
     tuned.fuse_lora()
     fused = draw_floats(tuned, few, **options)
