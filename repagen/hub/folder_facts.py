@@ -132,8 +132,7 @@ def _model_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
     }[kind]
     outside = _encoder_outside(config)
     takes_text = bool(config.get("text_dim"))
-    limits = _class_limits(config["num_classes"]) if "num_classes" in config else ()
-    limits = (_ONE_SIDED,) if takes_text else limits
+    classes = _class_limits(config["num_classes"]) if "num_classes" in config else ()
     return CardFacts(
         kind=kind,
         class_name=name,
@@ -145,7 +144,7 @@ def _model_facts(folder: Path, licences: Sequence[LicenceFact]) -> CardFacts:
         tags=("autoencoder" if kind == "autoencoder" else "generator",),
         licences=licences or _unstated_encoders(config),
         encoder_outside=outside,
-        limits=limits,
+        limits=(_ONE_SIDED,) if takes_text else classes,
     )
 
 

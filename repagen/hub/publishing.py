@@ -96,7 +96,7 @@ def publish_folder(
             _refuse_other_kind(facts.kind.endswith("_to_image"), present, repo_id)
             if PIPELINE_FILE in present:
                 index = api.hf_hub_download(repo_id, PIPELINE_FILE, revision=None if create_pr else revision)
-                _refuse_other_class(facts.class_name, pipeline_class(Path(index)), repo_id)
+                _refuse_another(f"a {facts.class_name}", f"a {pipeline_class(Path(index))}", repo_id)
             files = files if own_code else {**_carried_files(facts.kind), **files}
             if CARD_FILE not in files and CARD_FILE not in present:
                 files[CARD_FILE] = render_card(facts).encode()
@@ -254,20 +254,16 @@ def _server_message(error: BaseException, otherwise: str) -> str:
 
 def _refuse_other_kind(pipeline: bool, present: set[str], repo_id: str) -> None:
     """A pipeline and a model in one place would be read as a mixture of both, or the wrong one of them."""
-    there = "a pipeline" if PIPELINE_FILE in present else "a model or adapter"
-    given = "a pipeline" if pipeline else "a model or adapter"
-    if there != given and present & {PIPELINE_FILE, "config.json", ADAPTER_FILE}:
-        raise UserError(
-            f"{repo_id}: holds {there} already, but {given} shall be published there; choose another name, or a "
-            "place inside it by push_to_hub(..., subfolder=...)"
-        )
+    if present & {PIPELINE_FILE, "config.json", ADAPTER_FILE}:
+        names = {True: "a pipeline", False: "a model or adapter"}
+        _refuse_another(names[pipeline], names[PIPELINE_FILE in present], repo_id)
 
 
-def _refuse_other_class(given: str, there: Any, repo_id: str) -> None:
-    """Parts of the other pipeline that this one has not, and its card, would stay."""
+def _refuse_another(given: str, there: str, repo_id: str) -> None:
+    """Parts of what is there that the given has not, and its card, would stay."""
     if there != given:
         raise UserError(
-            f"{repo_id}: holds a {there} already, but a {given} shall be published there; choose another name, or a "
+            f"{repo_id}: holds {there} already, but {given} shall be published there; choose another name, or a "
             "place inside it by push_to_hub(..., subfolder=...)"
         )
 

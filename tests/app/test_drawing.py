@@ -6,20 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from drawing_parts import ORIGIN, REQUEST
 
 from repagen.app.drawing import Drawing, DrawingRequest, draw, numbered_images
 from repagen.errors import UserError
 from repagen.randomness import generator_for
-
-ORIGIN = {
-    "model": {"path": "somewhere", "commit": None},
-    "adapters": [],
-    "recipe": None,
-    "training_step": None,
-    "dtype": "float32",
-    "attention_backend": None,
-}
-REQUEST = DrawingRequest("tabby", 2, 5, 1.5, (0.0, 1.0), 3, 3)
 
 
 def drawings(pipe: Any, request: DrawingRequest = REQUEST, stop: threading.Event | None = None) -> list[Drawing]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio
 import pytest
+from drawing_parts import ORIGIN, REQUEST
 from PIL import Image
 
 from repagen.app.drawing import DrawingRequest
@@ -18,16 +19,6 @@ from repagen.cli import _parse, _run
 from repagen.errors import UserError
 from repagen.pipelines.png import read_png_facts
 from repagen.pipelines.sample_command import PIPELINE_KINDS, open_pipeline
-
-ORIGIN = {
-    "model": {"path": "somewhere", "commit": None},
-    "adapters": [],
-    "recipe": None,
-    "training_step": None,
-    "dtype": "float32",
-    "attention_backend": None,
-}
-REQUEST = DrawingRequest("tabby", 2, 5, 1.5, (0.0, 1.0), 3, 3)
 
 
 @pytest.fixture
